@@ -1,0 +1,73 @@
+"""Errors: one class per kind of mistake, each ending with its remedy.
+
+`CellcError` is the root. A message is a template on the class; where the mistake lies in the user's own code
+the file and line are appended. `assert` in this package means a bug of ours, these classes mean theirs.
+"""
+
+from __future__ import annotations
+
+
+class CellcError(Exception):
+    """Root of every error that cellc raises on purpose."""
+
+    template = "{message}"
+
+    def __init__(self, message: str = "", *, origin: str | None = None, **fields: object) -> None:
+        self.origin = origin
+        text = self.template.format(message=message, **fields)
+        super().__init__(f"{text}\n  at {origin}" if origin else text)
+
+
+class RequestError(CellcError):
+    """A request does not fit the model; it failed alone, before it shared a batch."""
+
+    template = "argument {argument!r}: got {got}, expected {expected}"
+
+
+class ForwardError(CellcError):
+    """The model's own forward raised while it was traced on shapes alone."""
+
+    template = "the model's forward raised {kind}: {message}"
+
+
+class ValueReadError(CellcError):
+    """The forward read a tensor's value, which is not known while tracing."""
+
+    template = (
+        "the forward reads the value of a tensor ({what}), so its structure depends on data; "
+        "make the structure depend on shapes or on Python values passed as arguments"
+    )
+
+
+class UnsupportedError(CellcError):
+    """An operation, a type or an option that cellc cannot handle."""
+
+    template = "{what} is not supported; {remedy}"
+
+
+class BackendError(CellcError):
+    """A backend cannot run here, or its compiler failed."""
+
+    template = "backend {backend!r}: {message}"
+
+
+class ClosedError(CellcError):
+    """The compiled model, or a session of it, was used after close()."""
+
+    template = "{what} is closed; call cellc.compile again"
+
+
+class Overloaded(CellcError):
+    """The queue is full; try again later or raise `max_queue`."""
+
+    template = "{waiting} requests are waiting, the limit is {limit}; retry later or raise max_queue"
+
+
+class VerifyError(CellcError):
+    """The IR broke one of its own rules: a bug in cellc, please report it."""
+
+    template = "after {stage}: {message}; this is a bug in cellc, please report it with CELLC_DUMP output"
+
+
+class UsageError(CellcError):
+    """Wrong use of the command line or of an option (exit code 2)."""

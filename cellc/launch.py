@@ -1,0 +1,67 @@
+"""Launches: what the engine hands to a kernel, and what it expects of one.
+
+Duty: the one interface between runtime and kernels. A launch is one cell, N rows in K steps, with index tables into
+the arenas. Rows of one step are independent of each other; a later step may read what an earlier one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cellc.cells import Cell
+from cellc.ops import RowType
+
+if TYPE_CHECKING:
+    import torch
+
+Index = npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A variable-length vector of rows a call: call j reads slots[offsets[j]:offsets[j + 1]]."""
+
+    offsets: Index  # [N + 1]
+    slots: Index  # [offsets[-1]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """N rows of one cell in K steps: step k is rows steps[k]:steps[k + 1]; slots are arena rows."""
+
+    steps: Index  # [K + 1], steps[0] == 0, steps[K] == N
+    inputs: Sequence[Index | Ragged]  # one a cell input; Index is [N]
+    outputs: Index  # [number of cell outputs, N]
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.steps[-1])
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps) - 1
+
+
+class Kernel(Protocol):
+    """A compiled cell. Calling it runs a launch to completion (CPU) or submits it (GPU).
+
+    Returns the positions of rows in the launch whose data was invalid (an index outside its table), usually empty;
+    such rows hold unspecified values, all other rows are right.
+    """
+
+    source: str
+
+    def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]: ...
+
+
+class Backend(Protocol):
+    """Makes kernels. `params` maps a cell's parameter names to tensors on the backend's device, contiguous."""
+
+    name: str
+
+    def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> Kernel: ...

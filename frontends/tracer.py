@@ -1,0 +1,484 @@
+"""Tracing: one request's forward, run on fake tensors, recorded as a `Graph`.
+
+Duty: run the user's forward on shapes and dtypes alone (no data, no copy of the weights) and record every torch
+operation with its program point. Comes in: a callable, its weights, one request's arguments. Goes out: a `Graph` whose
+operations are functional (writes in place are rewritten as new values), to `frontends.lower`.
+
+The program point (method: design by roles, see ARCHITECTURE.md) is the chain of Python frames from the operation
+outwards, recursion collapsed to the innermost frame of each function and module, with each frame's instruction offset,
+and the ordinal of the operation within its outermost torch call: one Python call makes several operations.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
+from cellc.frontends import decompose, library
+from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from cellc.graph import Graph, Ref, Template
+
+
+aten = torch.ops.aten
+_TORCH = os.path.dirname(torch.__file__)
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_MACHINERY = (
+    os.path.join(_TORCH, "_ops.py"),
+    os.path.join(_TORCH, "overrides.py"),
+    os.path.join(_TORCH, "_tensor.py"),
+    os.path.join(_TORCH, "utils", "_python_dispatch.py"),
+    os.path.join(_TORCH, "utils", "_stats.py"),
+    os.path.abspath(__file__),
+)
+IDENTITY = {
+    aten.detach.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.lift.default,
+    aten.contiguous.default,
+}
+RANDOM = frozenset(
+    "rand randn randint rand_like randn_like randint_like bernoulli normal multinomial uniform exponential "
+    "native_dropout randperm".split()
+)
+READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
+SMALL_CONSTANT = 4096  # elements; smaller captured tensors are named by content, larger by identity
+
+
+# A view taken of a tensor: the operation, its other arguments, which of its results, and the viewed shape.
+_Step = tuple[Any, tuple[Any, ...], int, tuple[int, ...]]
+
+
+@dataclass
+class _Storage:
+    """A buffer that may be written in place: its current value, and how often it was written."""
+
+    base: Ref
+    version: int = 0
+
+
+@dataclass
+class _Tracked:
+    """What a live tensor stands for: a graph value, and how it views its storage (for writes in place)."""
+
+    value: Ref
+    storage: _Storage | None = None
+    chain: tuple[_Step, ...] = ()
+    version: int = 0
+
+
+class _Functions(TorchFunctionMode):
+    """Marks outermost torch calls, and runs library recurrences as loops over their cells."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        tracer = self.tracer
+        if tracer.depth == 0:
+            tracer.ordinal = 0
+        loop = library.LOOPS.get(getattr(func, "__name__", ""))
+        if loop is not None and tracer.depth == 0:
+            with self:
+                return loop(*args, **(kwargs or {}), scope=tracer.scope)
+        tracer.depth += 1
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            tracer.depth -= 1
+
+
+class Tracer(TorchDispatchMode):
+    """Records operations on fake tensors. Use `trace`."""
+
+    def __init__(self, params: dict[str, torch.Tensor], modules: dict[int, str]) -> None:
+        super().__init__()
+        self.graph = Graph()
+        self.captured: dict[str, torch.Tensor] = {}
+        self.reads_weights = False
+        self.ordinal = self.depth = 0
+        self.root: FrameType | None = None
+        self._params = {id(p): name for name, p in params.items()}
+        self._modules = modules
+        self._tracked: dict[int, _Tracked] = {}
+        self._constants: dict[str, int] = {}
+        self._scopes: list[Hashable] = []
+        self._keep: list[torch.Tensor] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # tracing never runs under torch.compile; wrapping for it would import torch._dynamo
+
+    # -- values ---------------------------------------------------------------------------------------------
+
+    def bind(self, tensor: torch.Tensor, value: Ref) -> None:
+        """Say which graph value a tensor stands for."""
+        self._keep.append(tensor)
+        self._tracked[id(tensor)] = _Tracked(value)
+
+    def value(self, tensor: torch.Tensor) -> Ref:
+        """The graph value that a tensor stands for now; weights and captured tensors are registered here."""
+        tracked = self._tracked.get(id(tensor))
+        if tracked is None:
+            self.bind(tensor, self._outside(tensor))
+            tracked = self._tracked[id(tensor)]
+        storage = tracked.storage
+        if storage is not None and tracked.version != storage.version:
+            tracked.value = self._replay(storage.base, tracked.chain)
+            tracked.version = storage.version
+        return tracked.value
+
+    def _replay(self, value: Ref, chain: tuple[_Step, ...]) -> Ref:
+        """Take views again of a buffer that was written since."""
+        for func, args, port, _ in chain:
+            value = (self._emit(func, (_Value(value), *args)), port)
+        return value
+
+    def _outside(self, tensor: torch.Tensor) -> Ref:
+        name = self._params.get(id(tensor))
+        shape, dtype = tuple(tensor.shape), _dtype_name(tensor.dtype)
+        if name is not None:
+            return self.graph.add_param(name, shape, dtype), 0
+        if isinstance(tensor, torch._subclasses.FakeTensor):
+            raise UnsupportedError(
+                what="a tensor kept from an earlier call of the forward",
+                remedy="pass it as an argument and return it",
+                origin=self.origin(),
+            )
+        if tensor.numel() <= SMALL_CONSTANT and tensor.device.type == "cpu" and not tensor.is_sparse:
+            flat = tensor.detach().reshape(-1).contiguous()
+            data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+            name = f"const_{hashlib.sha256(repr((shape, dtype)).encode() + data).hexdigest()[:8]}"
+        else:
+            name = f"captured_{id(tensor):x}"
+        if name not in self.captured:
+            self.captured[name] = tensor.detach()
+            self._constants[name] = self.graph.add_const(name, shape, dtype)
+        return self._constants[name], 0
+
+    # -- program points -------------------------------------------------------------------------------------
+
+    def _frames(self) -> Iterator[FrameType]:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame is not self.root:
+            if frame.f_code.co_filename not in _MACHINERY:
+                yield frame
+            frame = frame.f_back
+
+    def point(self) -> tuple[Hashable, ...]:
+        chain: list[Hashable] = []
+        seen = set()
+        for frame in self._frames():
+            code = frame.f_code
+            module = None
+            if code.co_varnames[:1] == ("self",):
+                module = self._modules.get(id(frame.f_locals.get("self")))
+            key = (id(code), module)
+            if key not in seen:
+                seen.add(key)
+                chain.append((code.co_name, code.co_firstlineno, module, frame.f_lasti))
+        return (*chain, *self._scopes, self.ordinal)
+
+    @contextmanager
+    def scope(self, tag: Hashable) -> Iterator[None]:
+        """Operations traced inside belong to program points of their own."""
+        self._scopes.append(tag)
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def origin(self) -> str:
+        """file:line of the innermost frame that is neither torch's nor ours."""
+        last = ""
+        for frame in self._frames():
+            path = frame.f_code.co_filename
+            if not path.startswith(_TORCH):
+                last = last or f"{os.path.basename(path)}:{frame.f_lineno}"
+                if not path.startswith(_HERE):
+                    return f"{os.path.basename(path)}:{frame.f_lineno}"
+        return last
+
+    # -- operations -----------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in READS:
+            return self._read(func, args)
+        name = func._schema.name.removeprefix("aten::")
+        if name in RANDOM or name.rstrip("_") in RANDOM:
+            raise UnsupportedError(
+                what=f"drawing random numbers (torch.{name})",
+                remedy="draw them before the call and pass them as an argument, or call model.eval()",
+                origin=self.origin(),
+            )
+        if func.namespace != "aten":
+            return func(*args, **kwargs)
+        if func in IDENTITY:
+            return self._identity(func, args, kwargs)
+        replacement = decompose.find(func)
+        if replacement is not None:
+            with self:
+                return replacement(*args, **kwargs)
+        if func._schema.is_mutable:
+            return self._write(func, args, kwargs)
+        if _is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            raise ValueReadError(what=f"torch.{name} gives as many results as the data says",
+                                 origin=self.origin()) from None
+        except DataDependentOutputException:
+            raise ValueReadError(what=f"torch.{name}", origin=self.origin()) from None
+        self._record(func, args, kwargs, out)
+        return out
+
+    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        outputs = [o for o in pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
+        node = self._emit(func, args, kwargs, outputs)
+        source = next((a for a in pytree.tree_leaves(args) if isinstance(a, torch.Tensor)), None)
+        for port, tensor in enumerate(outputs):
+            self.bind(tensor, (node, port))
+            self._track_views(func, args, source, tensor, port)
+
+    def _track_views(
+        self, func: Any, args: Any, source: torch.Tensor | None, out: torch.Tensor, port: int
+    ) -> None:
+        """Note how `out` views its storage, so that a later write through either is seen by both."""
+        tracked = self._tracked[id(out)]
+        shared = source is not None and _address(out) == _address(source)
+        if shared and not func._schema.name.startswith("aten::unsafe_"):
+            assert source is not None
+            parent = self._tracked[id(source)]
+            if parent.storage is not None:
+                step = (func, tuple(args[1:]), port, tuple(source.shape))
+                tracked.storage, tracked.version = parent.storage, parent.storage.version
+                tracked.chain = (*parent.chain, step)
+        elif id(source) not in self._params:
+            tracked.storage = _Storage(tracked.value)
+
+    def _emit(
+        self, func: Any, args: Any, kwargs: Any = None, outputs: list[torch.Tensor] | None = None
+    ) -> int:
+        operands: list[Ref] = []
+
+        def template(a: Any) -> Template:
+            if isinstance(a, (torch.Tensor, _Value)):
+                operands.append(a if isinstance(a, _Value) else self.value(a))
+                return ("t", len(operands) - 1)
+            if isinstance(a, (list, tuple)):
+                return ("l", tuple(template(x) for x in a))
+            if isinstance(a, torch.dtype):
+                return ("d", _dtype_name(a))
+            if isinstance(a, (torch.device, torch.layout, torch.memory_format, torch.Generator)):
+                return ("v", None)
+            return ("v", a)
+
+        made = tuple(template(a) for a in args)
+        named = tuple((k, template(v)) for k, v in (kwargs or {}).items())
+        if outputs is None:
+            shapes = self._shapes(func, args)
+        else:
+            shapes = tuple((tuple(o.shape), _dtype_name(o.dtype)) for o in outputs)
+        node = self.graph.add_op(
+            str(func), made, named, operands, shapes, self.origin(), self.point()
+        )
+        self.ordinal += 1
+        return node
+
+    def _shapes(self, func: Any, args: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
+        """Output types of an operation that is replayed on graph values (after a write in place)."""
+
+        def fake(a: Any) -> Any:
+            if isinstance(a, _Value):
+                shape, dtype = self.graph.node(a[0]).outputs[a[1]]
+                return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
+            return torch.empty_like(a, device="meta") if isinstance(a, torch.Tensor) else a
+
+        with _off():
+            out = func(*(fake(a) for a in args))
+        outs = [o for o in pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
+        return tuple((tuple(o.shape), _dtype_name(o.dtype)) for o in outs)
+
+    def _identity(self, func: Any, args: Any, kwargs: Any) -> Any:
+        value = self.value(args[0])
+        out = func(*args, **kwargs)
+        self._keep.append(out)
+        source = self._tracked[id(args[0])]
+        self._tracked[id(out)] = _Tracked(value, source.storage, source.chain, source.version)
+        return out
+
+    def _read(self, func: Any, args: Any) -> Any:
+        tensor = args[0]
+        if not isinstance(tensor, torch._subclasses.FakeTensor):
+            self.reads_weights = True
+            with _off():
+                return func(*args)
+        raise ValueReadError(what="with .item(), bool(), int() or the like", origin=self.origin())
+
+    # -- writes in place ------------------------------------------------------------------------------------
+
+    def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
+        target = args[0] if args else None
+        base, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+        if not isinstance(target, torch.Tensor) or not base.endswith("_") or kwargs.get("out") is not None:
+            raise UnsupportedError(
+                what=f"writing with torch.{base}.{overload}",
+                remedy="assign its result to a new name",
+                origin=self.origin(),
+            )
+        self.value(target)
+        tracked = self._tracked[id(target)]
+        if tracked.storage is None:
+            raise UnsupportedError(
+                what=f"changing an argument or a weight in place (torch.{base})",
+                remedy="write to a copy: x = x.clone()",
+                origin=self.origin(),
+            )
+        with self:
+            new = decompose.functional(base, overload)(*args, **kwargs)
+        func(*args, **kwargs)  # advances nothing but version counters of the fake tensor
+        value = self.value(new)
+        storage, chain = tracked.storage, tracked.chain
+        for depth in range(len(chain) - 1, -1, -1):
+            step_func, step_args, port, shape = chain[depth]
+            inverse, inverse_args, needs_parent = decompose.inverse_view(
+                step_func, step_args, port, shape, self.origin()
+            )
+            head = [_Value(self._replay(storage.base, chain[:depth]))] if needs_parent else []
+            value = (self._emit(inverse, (*head, _Value(value), *inverse_args)), 0)
+        storage.base, storage.version = value, storage.version + 1
+        return target
+
+
+@functools.cache
+def _is_composite(func: Any) -> bool:
+    """Made of other operations, which our own decompositions meet before torch has taken it apart."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+class _Value(tuple):  # type: ignore[type-arg]
+    """A graph value standing where a tensor would, in arguments of replayed operations."""
+
+
+@contextmanager
+def _off() -> Iterator[None]:
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    name = DTYPE_NAMES.get(dtype)
+    if name is None:
+        raise UnsupportedError(
+            what=f"dtype {dtype}", remedy="use " + ", ".join(DTYPE_NAMES.values())
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A traced request: its graph, its tensor inputs' node ids, and what the forward returned.
+
+    `outputs` is the returned pytree with ("t", i) for the i-th graph output and ("v", value) elsewhere.
+    """
+
+    graph: Graph
+    outputs: pytree.PyTree
+    captured: dict[str, torch.Tensor]
+    reads_weights: bool
+
+
+def trace(
+    forward: Callable[..., Any],
+    params: dict[str, torch.Tensor],
+    modules: dict[int, str],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: list[str],
+) -> Trace:
+    """Trace one request. `args` and `kwargs` hold `torch.Size`-like stand-ins made by `request.specs`.
+
+    Every leaf that is a tensor is replaced by a fake of its shape and dtype; `names` gives the leaves' names.
+    Raises ForwardError, ValueReadError or UnsupportedError with the user's file:line.
+    """
+    tracer = Tracer(params, modules)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    fakes = []
+    with torch.no_grad(), mode:
+        for leaf, name in zip(leaves, names, strict=True):
+            if isinstance(leaf, torch.Tensor):
+                fake = torch.empty_strided(
+                    leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
+                )
+                tracer.bind(fake, (tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype)), 0))
+                leaf = fake
+            fakes.append(leaf)
+        call_args, call_kwargs = pytree.tree_unflatten(fakes, spec)
+        result = _run(tracer, forward, call_args, call_kwargs)
+    out_leaves, out_spec = pytree.tree_flatten(result)
+    outputs: list[Ref] = []
+    kept: list[Any] = []
+    for leaf in out_leaves:
+        if isinstance(leaf, torch.Tensor):
+            outputs.append(tracer.value(leaf))
+            kept.append(("t", len(outputs) - 1))
+        else:
+            kept.append(("v", leaf))
+    tracer.graph.outputs = outputs
+    return Trace(tracer.graph, (kept, out_spec), tracer.captured, tracer.reads_weights)
+
+
+def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    tracer.root = sys._getframe()
+    try:
+        with _Functions(tracer), tracer:
+            return forward(*args, **kwargs)
+    except CellcError:
+        raise
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueReadError(what=str(error.func), origin=_where(error)) from None
+    except Exception as error:
+        raise ForwardError(str(error), kind=type(error).__name__, origin=_where(error)) from error
+
+
+def _where(error: BaseException) -> str:
+    """file:line of the user's innermost frame in a traceback."""
+    found, tb = "", error.__traceback__
+    while tb is not None:
+        path = tb.tb_frame.f_code.co_filename
+        if not path.startswith((_TORCH, _HERE)):
+            found = f"{os.path.basename(path)}:{tb.tb_lineno}"
+        tb = tb.tb_next
+    return found

@@ -1,0 +1,189 @@
+"""The C++ backend: generated kernels for the machine's vector unit.
+
+Duty: cells to kernels on the CPU. Comes in: a cell, its weights, launches; goes out: rows written into the arenas, and
+the positions of rows with invalid data. A launch is one call into the runtime library, which holds the threads; cells
+that a tile program cannot express run on the eager backend.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from cellc.cells import Cell
+from cellc.kernels import cpp_build
+from cellc.kernels.cpp_expr import C_TYPES
+from cellc.kernels.cpp_printer import CppSource, Want, print_cpp
+from cellc.kernels.eager import EagerBackend
+from cellc.kernels.tile import schedule, unsupported
+from cellc.launch import Kernel, Launch, Ragged
+from cellc.ops import RowType
+
+INT32 = np.dtype(np.int32)
+_open_backends = 0
+_open_lock = threading.Lock()
+
+
+@lru_cache
+def _runtime() -> ctypes.CDLL:
+    """The library that holds threads and products, one a process."""
+    library = cpp_build.load((cpp_build.HERE / "runtime.cpp").read_text(), "runtime")
+    library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.cellc_launch.restype = ctypes.c_int64
+    library.cellc_packed_count.argtypes = [ctypes.c_int64] * 3
+    library.cellc_packed_count.restype = library.cellc_num_workers.restype = ctypes.c_int64
+    for pack in (library.cellc_pack_f32, library.cellc_pack_f64):
+        pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+        pack.restype = None
+    library.cellc_alloc.argtypes, library.cellc_alloc.restype = [ctypes.c_int64], ctypes.c_void_p
+    library.cellc_free.argtypes, library.cellc_free.restype = [ctypes.c_void_p], None
+    library.cellc_stop.restype = None
+    return library
+
+
+def shutdown() -> None:
+    """Join all worker threads; they start again at the next launch that wants them."""
+    if _runtime.cache_info().currsize:
+        _runtime().cellc_stop()
+
+
+def num_workers() -> int:
+    """Threads that live, beside those that call."""
+    return int(_runtime().cellc_num_workers()) if _runtime.cache_info().currsize else 0
+
+
+class CppBackend:
+    """Compiles cells; raises BackendError where no C++ compiler is found. The last to close ends the threads."""
+
+    name = "cpp"
+
+    def __init__(self) -> None:
+        global _open_backends
+        _runtime()
+        self._open = True
+        with _open_lock:
+            _open_backends += 1
+
+    def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> Kernel:
+        if unsupported(cell, C_TYPES):
+            return EagerBackend().kernel(cell, params)
+        return CppKernel(cell, [params[p.name] for p in cell.params])
+
+    def close(self) -> None:
+        global _open_backends
+        with _open_lock:
+            if not self._open:
+                return
+            self._open = False
+            _open_backends -= 1
+            if _open_backends == 0:
+                shutdown()
+
+
+@lru_cache(maxsize=4096)
+def _printed(cell: Cell) -> CppSource:
+    return print_cpp(schedule(cell))
+
+
+class CppKernel:
+    """One compiled cell with its weights."""
+
+    def __init__(self, cell: Cell, params: Sequence[torch.Tensor]) -> None:
+        printed = _printed(cell)
+        self.cell, self.source = cell, printed.text
+        self._marks_bad = printed.marks_bad
+        self._library = cpp_build.load(printed.text, cell.name)
+        self._entry = ctypes.addressof(ctypes.c_char.in_dll(self._library, "cellc_kernel"))
+        self._run = _runtime().cellc_launch
+        self._weights = _Weights(params, printed.wants)
+        self._types = tuple(dict.fromkeys([*(i.type for i in cell.inputs), *cell.output_types]))
+        self._of_input = [self._types.index(i.type) for i in cell.inputs]
+        self._of_output = [self._types.index(t) for t in cell.output_types]
+        self._struct = ctypes.c_int64 * (5 + 3 * (len(cell.inputs) + len(cell.outputs)))
+        self._cores = num_cores()
+
+    def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
+        steps = np.ascontiguousarray(launch.steps, INT32)
+        num_rows = int(steps[-1])
+        if num_rows == 0:
+            return ()
+        bad = np.zeros(num_rows, np.uint8) if self._marks_bad else None
+        threads = min(torch.get_num_threads(), self._cores)
+        fields = [
+            len(steps) - 1,
+            _address(steps),
+            threads,
+            0 if bad is None else _address(bad),
+            self._weights.address,
+        ]
+        bases = [arenas[t].data_ptr() for t in self._types]
+        kept = [steps]  # arrays made here, which must live until the call is over
+        for table, t in zip(launch.inputs, self._of_input, strict=True):
+            offsets = 0
+            if isinstance(table, Ragged):
+                kept.append(np.ascontiguousarray(table.offsets, INT32))
+                offsets, table = _address(kept[-1]), table.slots
+            table = np.ascontiguousarray(table, INT32)
+            kept.append(table)
+            fields += (bases[t], _address(table), offsets)
+        table = np.ascontiguousarray(launch.outputs, INT32)
+        first, row = _address(table), 4 * table.shape[1]
+        for i, t in enumerate(self._of_output):
+            fields += (bases[t], first + i * row, 0)
+        if self._run(self._entry, self._struct(*fields)) and bad is not None:
+            return [int(r) for r in np.flatnonzero(bad)]
+        return ()
+
+
+def num_cores() -> int:
+    """Processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _address(
+    array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]
+    | np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
+) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address
+
+
+class _Weights:
+    """Parameters as a kernel wants them, and the array of their addresses."""
+
+    def __init__(self, params: Sequence[torch.Tensor], wants: Sequence[Want]) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.packed: list[_Packed] = []
+        addresses = []
+        for want in wants:
+            tensor = params[want.param].detach().contiguous()
+            if want.packed:
+                self.packed.append(_Packed(tensor))
+                addresses.append(self.packed[-1].address)
+            else:
+                self.tensors.append(tensor)
+                addresses.append(tensor.data_ptr())
+        self._array = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
+        self.address = ctypes.addressof(self._array)
+
+
+class _Packed:
+    """A matrix in panels of columns, in memory of the runtime library."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        library, (k, n), item = _runtime(), weight.shape, weight.element_size()
+        memory = library.cellc_alloc(library.cellc_packed_count(k, n, item) * item)
+        if not memory:
+            raise MemoryError(f"no memory for a packed weight of {k} x {n}")
+        weakref.finalize(self, library.cellc_free, memory).atexit = False
+        self.address: int = memory
+        pack = library.cellc_pack_f32 if item == 4 else library.cellc_pack_f64
+        pack(weight.data_ptr(), k, n, memory)

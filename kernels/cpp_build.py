@@ -1,0 +1,154 @@
+"""Compile C++ and keep the results on disk.
+
+Duty: from source text to a loaded library. Comes in: C++ text; goes out: a `ctypes.CDLL`. The cache is keyed by
+everything that the machine code depends on: text, headers, compiler, flags, processor. Each file ends with a digest
+of itself, so that a damaged one is rebuilt; it is written under another name and renamed, so that processes may build
+the same at once. Where the folder cannot be written, a temporary one serves, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+
+from cellc.errors import BackendError
+
+HERE = Path(__file__).resolve().parent
+FLAGS = "-O3 -std=c++17 -shared -fPIC -pthread -fwrapv -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+DIGEST = 32
+_loaded: dict[str, ctypes.CDLL] = {}
+_lock = threading.Lock()
+
+
+def find_compiler() -> str | None:
+    """Path of $CXX, else of g++ or clang++ or c++; None where there is none."""
+    for name in (os.environ.get("CXX"), "g++", "clang++", "c++"):
+        found = shutil.which(name) if name else None
+        if found:
+            return found
+    return None
+
+
+def require_compiler() -> str:
+    compiler = find_compiler()
+    if compiler is None:
+        raise BackendError(
+            "no C++ compiler was found; install g++ or clang++, or name one in the variable CXX",
+            backend="cpp",
+        )
+    return compiler
+
+
+def load(source: str, name: str) -> ctypes.CDLL:
+    """The library of `source`, from memory, from disk, or compiled now; `name` begins its file's name."""
+    compiler = require_compiler()
+    key = _key(source, compiler)
+    with _lock:
+        if key not in _loaded:
+            _loaded[key] = _from_disk(source, f"{name}-{key[:32]}", compiler)
+        return _loaded[key]
+
+
+def flags() -> list[str]:
+    """What the compiler is called with on this machine."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return [*FLAGS, "-march=native", "-mprefer-vector-width=512"]
+    return [*FLAGS, "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-O3"]
+
+
+def _key(source: str, compiler: str) -> str:
+    parts = [source, (HERE / "runtime.h").read_text(), *flags(), _version(compiler), _processor()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+@lru_cache
+def _version(compiler: str) -> str:
+    return subprocess.run(
+        [compiler, "--version"], capture_output=True, text=True, check=False
+    ).stdout
+
+
+@lru_cache
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    wanted = ("model name", "cpu family", "model\t", "stepping", "flags", "features", "cpu part")
+    return "\n".join(dict.fromkeys(line for line in lines if line.lower().startswith(wanted)))
+
+
+def cache_dir() -> Path:
+    """$CELLC_CACHE, else ~/.cache/cellc."""
+    return Path(os.environ.get("CELLC_CACHE") or Path.home() / ".cache" / "cellc")
+
+
+@lru_cache
+def _temporary_dir() -> Path:
+    path = Path(tempfile.mkdtemp(prefix="cellc-"))
+    atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def _from_disk(source: str, name: str, compiler: str) -> ctypes.CDLL:
+    path = cache_dir() / f"{name}.so"
+    if _intact(path):
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            pass  # not for this machine after all: build it again
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _build(source, path, compiler)
+    except OSError as error:
+        _warn_unwritable(str(path.parent), str(error))
+        path = _temporary_dir() / path.name
+        _build(source, path, compiler)
+    return ctypes.CDLL(str(path))
+
+
+@lru_cache
+def _warn_unwritable(folder: str, error: str) -> None:
+    warnings.warn(
+        f"cellc cannot keep compiled kernels in {folder} ({error}); they are compiled again in every process. "
+        "Set CELLC_CACHE to a folder that can be written",
+        stacklevel=4,
+    )
+
+
+def _intact(path: Path) -> bool:
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    return len(data) > DIGEST and hashlib.sha256(data[:-DIGEST]).digest() == data[-DIGEST:]
+
+
+def _build(source: str, path: Path, compiler: str) -> None:
+    """Compile to `path`; raises OSError where that folder cannot hold it, BackendError where g++ fails."""
+    with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
+        text, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        text.write_text(source)
+        command = [compiler, *flags(), f"-I{HERE}", str(text), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            if "No space left" in done.stderr:
+                raise OSError("no space left on device")
+            raise BackendError(
+                f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\nuse backend='eager', and please report it",
+                backend="cpp",
+            )
+        data = library.read_bytes()
+        library.write_bytes(data + hashlib.sha256(data).digest())
+        os.replace(library, path)

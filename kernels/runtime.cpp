@@ -1,0 +1,387 @@
+// The library that drives kernels: one thread pool a process, packed products, launches.
+//
+// Duty: compiled once a machine. In: a kernel's stages and a launch (runtime.h); out: rows in the arenas. Many rows of a
+// step are cut into tiles, each run through all stages by one thread while it is in cache; few rows are run by all
+// threads together, a share of the columns each. There is a barrier between steps, and none inside a tile.
+#include "runtime.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+using namespace cellc;
+
+namespace {
+
+// ---- Products
+
+template <class T> struct Vector;
+template <> struct Vector<float> {
+    typedef float type __attribute__((vector_size(VBYTES), aligned(4), may_alias));
+};
+template <> struct Vector<double> {
+    typedef double type __attribute__((vector_size(VBYTES), aligned(8), may_alias));
+};
+
+template <class T> struct Block {  // rows of one panel: where they begin, where partial sums are kept, where results go
+    const T *const *a;
+    const T *b, *bias;
+    T *partial;
+    T *const *c;
+    int64_t begin, end, column, valid;
+    bool first, last;
+};
+
+// M rows by W vectors of columns: acc[m][w] = sum over k, in ascending order
+template <class T, int M, int W> __attribute__((noinline)) void micro(const Block<T> &t) {
+    typedef typename Vector<T>::type V;
+    constexpr int64_t L = VBYTES / sizeof(T);
+    V acc[M][W];
+    const T *a[M];
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        a[m] = t.a[m];
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) {
+            const T *from = t.first ? t.bias : t.partial + m * W * L;
+            acc[m][w] = from ? *reinterpret_cast<const V *>(from + w * L) : V{};
+        }
+    }
+    const T *b = t.b;
+    for (int64_t k = t.begin; k < t.end; ++k, b += W * L) {
+        V x[W];
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) {
+            x[w] = *reinterpret_cast<const V *>(b + w * L);
+            if (M <= 4) __builtin_prefetch(b + w * L + 2048 / sizeof(T) * 2);
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+            for (int w = 0; w < W; ++w) acc[m][w] += a[m][k] * x[w];
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        T line[W * L];
+        T *to = !t.last ? t.partial + m * W * L : t.valid == W * L ? t.c[m] + t.column : line;
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) *reinterpret_cast<V *>(to + w * L) = acc[m][w];
+        if (to == line) memcpy(t.c[m] + t.column, line, t.valid * sizeof(T));
+    }
+}
+
+template <class T, int W> void rows(const Block<T> &t, int64_t m) {
+    static void (*const table[])(const Block<T> &) = {micro<T, 1, W>, micro<T, 2, W>, micro<T, 3, W>, micro<T, 4, W>,
+#if defined(__AVX512F__) || defined(__AVX__) || defined(__aarch64__)
+                                                      micro<T, 5, W>, micro<T, 6, W>
+#endif
+    };
+    table[m - 1](t);
+}
+
+template <class T> void columns(const Block<T> &t, int64_t m, int64_t vectors) {
+    switch (vectors) {
+        case 1: return rows<T, 1>(t, m);
+        case 2: return rows<T, 2>(t, m);
+#if defined(__AVX512F__) || defined(__aarch64__)
+        case 3: return rows<T, 3>(t, m);
+        case 4: return rows<T, 4>(t, m);
+#endif
+    }
+}
+
+// m <= CHUNK rows; each panel is read from far away once, and from L2 for every block of rows
+template <class T>
+void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, int64_t k, int64_t n, int64_t begin, int64_t end) {
+    constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
+    alignas(64) T partial[CHUNK * N];
+    alignas(64) T tail_bias[N];
+    const int64_t blocks = (m + MR - 1) / MR;
+    for (int64_t p = begin; p < end; ++p) {
+        const int64_t valid = n - p * N < N ? n - p * N : N, vectors = (valid + L - 1) / L;
+        const T *from = bias ? bias + p * N : nullptr;
+        if (from && valid < N) {
+            memset(tail_bias, 0, sizeof tail_bias);
+            from = static_cast<const T *>(memcpy(tail_bias, from, valid * sizeof(T)));
+        }
+        for (int64_t k0 = 0; k0 < k; k0 += DEPTH) {
+            const int64_t k1 = k0 + DEPTH < k ? k0 + DEPTH : k;
+            for (int64_t i = 0; i < blocks; ++i) {
+                const int64_t r0 = m * i / blocks, r1 = m * (i + 1) / blocks;
+                columns<T>({a + r0, w + p * N * k + k0 * vectors * L, from, partial + r0 * vectors * L, c + r0, k0, k1, p * N,
+                            valid, k0 == 0, k1 == k},
+                           r1 - r0, vectors);
+            }
+        }
+    }
+}
+
+template <class T> void pack(const T *w, int64_t k, int64_t n, T *out) {
+    constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
+    for (int64_t j = 0; j < n; j += N) {
+        const int64_t valid = n - j < N ? n - j : N, width = (valid + L - 1) / L * L;
+        for (int64_t i = 0; i < k; ++i, out += width) {
+            memcpy(out, w + i * n + j, valid * sizeof(T));
+            memset(out + valid, 0, (width - valid) * sizeof(T));
+        }
+    }
+}
+
+const Runtime runtime = {gemm<float>, gemm<double>};
+
+// ---- Waiting
+
+inline void pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    asm volatile("yield");
+#endif
+}
+
+template <class Done> void spin(Done done) {
+    for (int i = 0; !done(); ++i) i < 2000 ? pause() : (void)sched_yield();
+}
+
+struct Barrier {
+    std::atomic<int64_t> arrived{0}, phase{0};
+    void wait(int64_t size) {
+        if (size == 1) return;
+        const int64_t now = phase.load(std::memory_order_relaxed);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+            arrived.store(0, std::memory_order_relaxed);
+            phase.store(now + 1, std::memory_order_release);
+        } else {
+            spin([&] { return phase.load(std::memory_order_acquire) != now; });
+        }
+    }
+};
+
+// ---- The pool
+
+typedef void (*Work)(void *, int64_t part, int64_t parts);
+
+struct Pool {
+    std::mutex busy, lock;
+    std::condition_variable wake;
+    std::atomic<uint64_t> job{0};  // number * 256 + size of the team; 0 as size: stop
+    std::atomic<int64_t> left{0}, asleep{0};
+    Work work = nullptr;
+    void *context = nullptr;
+    std::thread *threads[255] = {};
+    int64_t count = 0;
+
+    void loop(int64_t index, uint64_t seen) {
+        for (;;) {
+            for (int i = 0; i < 1500 && job.load(std::memory_order_acquire) == seen; ++i) pause();
+            if (job.load(std::memory_order_acquire) == seen) {
+                std::unique_lock<std::mutex> hold(lock);
+                asleep.fetch_add(1);
+                wake.wait(hold, [&] { return job.load() != seen; });
+                asleep.fetch_sub(1);
+            }
+            seen = job.load(std::memory_order_acquire);
+            const int64_t size = int64_t(seen & 255);
+            if (size == 0) return;
+            if (index >= size) continue;
+            work(context, index, size);
+            left.fetch_sub(1, std::memory_order_acq_rel);
+        }
+    }
+
+    void announce(int64_t size) {
+        job.store((job.load() / 256 + 1) * 256 + uint64_t(size));
+        if (asleep.load() == 0) return;
+        std::lock_guard<std::mutex> hold(lock);
+        wake.notify_all();
+    }
+
+    void run(int64_t size, Work what, void *with) {
+        std::unique_lock<std::mutex> mine(busy, std::defer_lock);
+        if (size > 255) size = 255;
+        if (size <= 1 || !mine.try_lock()) return what(with, 0, 1);
+        for (; count < size - 1; ++count) threads[count] = new std::thread(&Pool::loop, this, count + 1, job.load());
+        work = what, context = with;
+        left.store(size - 1);
+        announce(size);
+        what(with, 0, size);
+        spin([&] { return left.load(std::memory_order_acquire) == 0; });
+    }
+
+    void stop() {
+        std::lock_guard<std::mutex> mine(busy);
+        announce(0);
+        for (; count > 0; --count) {
+            threads[count - 1]->join();
+            delete threads[count - 1];
+        }
+    }
+};
+
+Pool *pool = new Pool;  // never destroyed: its threads may outlive main
+void forked() { pool = new Pool; }  // the child has none of the threads
+const int at_fork = pthread_atfork(nullptr, nullptr, forked);
+
+// ---- Launches
+
+struct Scratch {  // one a thread, kept
+    char *memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+    char *get(size_t bytes) {
+        if (bytes > size) {
+            free(memory);
+            memory = static_cast<char *>(aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
+            if (!memory) abort();
+            size = bytes;
+        }
+        return memory;
+    }
+};
+thread_local Scratch scratch, shared_scratch;
+
+struct Job {
+    const Kernel *kernel;
+    const Launch *launch;
+    int64_t threads;
+    char *shared;  // scratch of a tile that all threads work on
+    Barrier barrier;
+    std::atomic<int64_t> next{0};
+};
+
+inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+int64_t buffer_bytes(const Kernel &k) {
+    int64_t total = 0;
+    for (int64_t b = 0; b < k.num_buffers; ++b) total += padded(k.row_bytes[k.num_inputs + k.num_outputs + b]);
+    return total;
+}
+
+// Row addresses of a tile: of arenas by slot, of buffers in `buffers`
+struct Pointers {
+    const Kernel &kernel;
+    const Launch &launch;
+    char **rows;
+    char ***at;
+    Pointers(const Kernel &k, const Launch &l, char *memory) : kernel(k), launch(l) {
+        at = reinterpret_cast<char ***>(memory);
+        rows = reinterpret_cast<char **>(memory) + count(k);
+    }
+    static int64_t count(const Kernel &k) { return k.num_inputs + k.num_outputs + k.num_buffers; }
+    static int64_t bytes(const Kernel &k) { return padded(count(k) * (1 + k.max_tile) * int64_t(sizeof(char *))); }
+
+    Tile tile(int64_t first, int64_t n, char *buffers) const {
+        const int64_t operands = kernel.num_inputs + kernel.num_outputs;
+        for (int64_t x = 0; x < count(kernel); ++x) {
+            char **to = at[x] = rows + x * kernel.max_tile;
+            const int64_t bytes = kernel.row_bytes[x];
+            if (x >= operands) {
+                for (int64_t r = 0; r < n; ++r, buffers += padded(bytes)) to[r] = buffers;
+            } else if (bytes) {
+                const Operand &o = launch.operands()[x];
+                for (int64_t r = 0; r < n; ++r) to[r] = o.base + bytes * o.slots[first + r];
+            }
+        }
+        uint8_t *bad = launch.bad ? launch.bad + first : nullptr;
+        return {n, first, at, launch.params, launch.operands(), bad, &runtime};
+    }
+};
+
+// Rows to a tile of a step of `n`: as many as may share scratch, a like number of tiles for every thread
+int64_t tile_rows(const Kernel &k, int64_t n, int64_t threads) {
+    const int64_t rounds = (n + k.max_tile * threads - 1) / (k.max_tile * threads);
+    return (n + rounds * threads - 1) / (rounds * threads);
+}
+
+void run_tiles(Job &job, int64_t parts) {
+    const Kernel &k = *job.kernel;
+    const Launch &l = *job.launch;
+    char *memory = scratch.get(Pointers::bytes(k) + buffer_bytes(k) * k.max_tile);
+    const Pointers pointers(k, l, memory);
+    int64_t ticket = job.next.fetch_add(1), base = 0;  // tiles are numbered through all steps
+    for (int64_t s = 0; s < l.num_steps; ++s) {
+        const int64_t begin = l.steps[s], n = l.steps[s + 1] - begin;
+        const int64_t size = n ? tile_rows(k, n, parts) : 1, tiles = (n + size - 1) / size;
+        for (; ticket < base + tiles; ticket = job.next.fetch_add(1)) {
+            const int64_t first = (ticket - base) * size;
+            const Tile tile = pointers.tile(begin + first, first + size < n ? size : n - first, memory + Pointers::bytes(k));
+            for (int64_t i = 0; i < k.num_stages; ++i) k.stages[i](tile, 0, 1);
+        }
+        base += tiles;
+        if (s + 1 < l.num_steps) job.barrier.wait(parts);
+    }
+}
+
+void run_together(Job &job, int64_t part, int64_t parts) {
+    const Kernel &k = *job.kernel;
+    const Launch &l = *job.launch;
+    const Pointers pointers(k, l, scratch.get(Pointers::bytes(k)));
+    for (int64_t s = 0; s < l.num_steps; ++s) {
+        for (int64_t first = l.steps[s]; first < l.steps[s + 1]; first += k.max_tile) {
+            const int64_t n = l.steps[s + 1] - first;
+            const Tile tile = pointers.tile(first, n < k.max_tile ? n : k.max_tile, job.shared);
+            for (int64_t i = 0; i < k.num_stages; ++i) {
+                k.stages[i](tile, part, parts);
+                job.barrier.wait(parts);
+            }
+        }
+    }
+}
+
+void work(void *context, int64_t part, int64_t parts) {
+    Job &job = *static_cast<Job *>(context);
+    if (job.shared && parts > 1)
+        run_together(job, part, parts);
+    else
+        run_tiles(job, parts);
+}
+
+// Threads are worth their barriers (about 1 us a step) and waking them (10 us a launch) or not
+int64_t threads_for(const Kernel &k, const Launch &l, int64_t rows) {
+    const double row_ns = k.row_ns * double(rows), read_ns = k.weight_bytes / 25. * double(l.num_steps);
+    const double ns = row_ns > read_ns ? row_ns : read_ns;
+    return ns < 15000. || ns < 3000. * double(l.num_steps) ? 1 : l.threads;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Whether any row is bad
+int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
+    const int64_t rows = launch->steps[launch->num_steps];
+    Job job;
+    job.kernel = kernel, job.launch = launch;
+    job.threads = threads_for(*kernel, *launch, rows);
+    const bool few = rows < 8 * job.threads * launch->num_steps && job.threads > 1;
+    job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
+    pool->run(job.threads, work, &job);
+    return launch->bad && memchr(launch->bad, 1, size_t(rows));
+}
+
+int64_t cellc_packed_count(int64_t k, int64_t n, int64_t item) {
+    const int64_t lanes = VBYTES / item;
+    return (n + lanes - 1) / lanes * lanes * k;
+}
+void cellc_pack_f32(const float *w, int64_t k, int64_t n, float *out) { pack(w, k, n, out); }
+void cellc_pack_f64(const double *w, int64_t k, int64_t n, double *out) { pack(w, k, n, out); }
+void cellc_stop() { pool->stop(); }
+int64_t cellc_num_workers() { return pool->count; }
+int64_t cellc_panel_bytes() { return NV * VBYTES; }
+
+void *cellc_alloc(int64_t bytes) {
+    const size_t page = bytes >= (1 << 20) ? (1 << 21) : 4096, size = (size_t(bytes) + page - 1) / page * page;
+    void *memory = aligned_alloc(page, size ? size : page);
+#ifdef MADV_HUGEPAGE
+    if (memory && page > 4096) madvise(memory, size, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+void cellc_free(void *memory) { free(memory); }
+}

@@ -1,0 +1,323 @@
+"""Tile programs: what a cell does to one row, as stages over explicit buffers.
+
+Duty: the data that `cellc.kernels.tile.schedule` makes of a cell and that the C++ and the Triton printers read.
+Every stage reads and writes contiguous rows: cell inputs, parameters, scratch buffers (one row a call) and cell
+outputs. Inside a stage, a value lives at a point of an iteration space; an element is addressed by an `Index`, affine
+in the coordinates of that space. Stages are in execution order; within one, points are independent of each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from cellc.cells import Cell
+from cellc.ops import RowType, Shape
+
+
+@dataclass(frozen=True, order=True)
+class Ref:
+    """A contiguous row in memory: input, parameter, scratch buffer or output `index`."""
+
+    kind: Literal["input", "param", "buffer", "output"]
+    index: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """An element offset: const + sum of coefs[d] * coordinate d of the iteration space."""
+
+    const: int
+    coefs: tuple[int, ...]
+
+    def __add__(self, other: Index) -> Index:
+        coefs = tuple(a + b for a, b in zip(self.coefs, other.coefs, strict=True))
+        return Index(self.const + other.const, coefs)
+
+    def __mul__(self, factor: int) -> Index:
+        return Index(self.const * factor, tuple(c * factor for c in self.coefs))
+
+    def shift(self, const: int) -> Index:
+        return Index(self.const + const, self.coefs)
+
+    def text(self, names: Sequence[str]) -> str:
+        terms = [
+            f"{c} * {n}" if c != 1 else n for c, n in zip(self.coefs, names, strict=False) if c
+        ]
+        return " + ".join(terms + [str(self.const)] * (self.const != 0 or not terms))
+
+
+@dataclass(frozen=True)
+class Instr:
+    """One value at a point. `op`: load (ref[index]), const (value), gather (ref[args[0] * scale + index], args[0] an
+
+    integer that must lie in [0, limit)), or an operation of `ops.POINTWISE` on args, which are positions in the body.
+    `source` is the cell operation it comes from, or -1.
+    """
+
+    op: str
+    dtype: str
+    args: tuple[int, ...] = ()
+    ref: Ref | None = None
+    index: Index | None = None
+    value: bool | int | float = 0
+    limit: int = 0
+    scale: int = 0
+    source: int = -1
+
+
+Body: TypeAlias = tuple[Instr, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Store: ref[index] = value (a position in the body)."""
+
+    ref: Ref
+    index: Index
+    value: int
+
+
+@dataclass(frozen=True)
+class View:
+    """A strided view of one row: element (i, j, ..) is ref[offset + i * strides[0] + j * strides[1] + ..]."""
+
+    ref: Ref
+    offset: int
+    shape: Shape
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Map:
+    """Every target at every point of `space`; adjacent dimensions are merged where all indices allow it."""
+
+    space: Shape
+    body: Body
+    targets: tuple[Target, ...]
+
+    def reads(self) -> Iterator[tuple[Ref, Index]]:
+        return _reads(self.body)
+
+    def column_offsets(self, ref: Ref) -> tuple[int, ...] | None:
+        """Constant offsets o of all reads of `ref`, if each is ref[o + flat coordinate]; else None."""
+        flat = tuple(math.prod(self.space[d + 1 :]) for d in range(len(self.space)))
+        offsets = set()
+        for other, index in self.reads():
+            if other == ref:
+                if index.coefs != flat:
+                    return None
+                offsets.add(index.const)
+        return tuple(sorted(offsets))
+
+
+@dataclass(frozen=True)
+class Product:
+    """out[i, :] = x[i, :] @ weight (+ bias): x is [M, K] with unit stride in K, weight a parameter [K, N], bias [N]."""
+
+    x: View
+    weight: int
+    bias: int | None
+    out: Ref
+    dtype: str
+    num_columns: int
+    source: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.x.shape[0]
+
+    @property
+    def depth(self) -> int:
+        return self.x.shape[1]
+
+
+@dataclass(frozen=True)
+class MatMul:
+    """out[.., m, n] = sum over k of a[.., m, k] * b[.., k, n]; out is contiguous, a and b have the batch dimensions of out."""
+
+    a: View
+    b: View
+    out: Ref
+    dtype: str
+    shape: Shape
+    source: int
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """out[flat kept coordinate] = op over the last dimensions (from `num_kept` on) of `value` over `space`.
+
+    `dtype` is the result's. The arg- operations give the first flat position among the reduced dimensions.
+    """
+
+    op: str
+    space: Shape
+    num_kept: int
+    body: Body
+    value: int
+    out: Ref
+    dtype: str
+    source: int
+
+    def reads(self) -> Iterator[tuple[Ref, Index]]:
+        return _reads(self.body)
+
+
+@dataclass(frozen=True)
+class RaggedReduce:
+    """out = op (sum, mean, ..) over the vector of rows of ragged input `input`; amax and amin of none are a bad row."""
+
+    op: str
+    input: int
+    size: int
+    out: Ref
+    dtype: str
+    source: int
+
+
+Stage: TypeAlias = Map | Product | MatMul | Reduce | RaggedReduce
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Scratch for one row."""
+
+    name: str
+    type: RowType
+
+
+@dataclass(frozen=True)
+class TileProgram:
+    """The stages of one cell, in order."""
+
+    cell: Cell
+    buffers: tuple[Buffer, ...]
+    output_names: tuple[str, ...]
+    stages: tuple[Stage, ...]
+
+    def type_of(self, ref: Ref) -> RowType:
+        if ref.kind == "buffer":
+            return self.buffers[ref.index].type
+        if ref.kind == "output":
+            return self.cell.output_types[ref.index]
+        return (self.cell.inputs if ref.kind == "input" else self.cell.params)[ref.index].type
+
+    def name_of(self, ref: Ref) -> str:
+        if ref.kind == "output":
+            return self.output_names[ref.index]
+        if ref.kind == "buffer":
+            return self.buffers[ref.index].name
+        if ref.kind == "param":
+            return f"@{self.cell.params[ref.index].name}"
+        return self.cell.inputs[ref.index].name
+
+    def producer(self, ref: Ref) -> int | None:
+        """Position of the last stage that writes `ref`; None for inputs and parameters."""
+        last = [i for i, stage in enumerate(self.stages) if ref in written(stage)]
+        return last[-1] if last else None
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def written(stage: Stage) -> tuple[Ref, ...]:
+    """The rows that a stage writes, without repetition."""
+    if isinstance(stage, Map):
+        return tuple(dict.fromkeys(t.ref for t in stage.targets))
+    return (stage.out,)
+
+
+def read(stage: Stage) -> tuple[Ref, ...]:
+    """The rows, weights included, that a stage reads, without repetition."""
+    if isinstance(stage, Product):
+        params = [stage.weight] if stage.bias is None else [stage.weight, stage.bias]
+        return (stage.x.ref, *(Ref("param", p) for p in params))
+    if isinstance(stage, MatMul):
+        return tuple(dict.fromkeys((stage.a.ref, stage.b.ref)))
+    if isinstance(stage, RaggedReduce):
+        return (Ref("input", stage.input),)
+    return tuple(dict.fromkeys(ref for ref, _ in stage.reads()))
+
+
+def _reads(body: Body) -> Iterator[tuple[Ref, Index]]:
+    for instr in body:
+        if instr.ref is not None and instr.index is not None:
+            yield instr.ref, instr.index
+
+
+COORDINATES = "ijklmnpq"
+
+
+def _text(program: TileProgram) -> str:
+    cell, name = program.cell, program.name_of
+    inputs = ", ".join(f"{i.name}: {'*' * i.ragged}{i.type}" for i in cell.inputs)
+    outputs = ", ".join(
+        f"{n}: {t}" for n, t in zip(program.output_names, cell.output_types, strict=True)
+    )
+    lines = [f"tile {cell.name}({inputs}) -> ({outputs}):"]
+    lines += [f"    buffer {b.name}: {b.type}" for b in program.buffers]
+    for stage in program.stages:
+        lines += ["    " + line for line in _stage_lines(program, stage)]
+        origin = "" if isinstance(stage, Map) else cell.ops[stage.source].origin
+        lines[-1] += f"  # {origin}" * bool(origin)
+    assert name is not None
+    return "\n".join(lines) + "\n"
+
+
+def _stage_lines(program: TileProgram, stage: Stage) -> list[str]:
+    name = program.name_of
+    if isinstance(stage, Product):
+        bias = "" if stage.bias is None else f" + {name(Ref('param', stage.bias))}"
+        size = f"[{stage.num_rows}, {stage.num_columns}]"
+        return [
+            f"product {name(stage.out)}{size} = {_view(name, stage.x)} @ {name(Ref('param', stage.weight))}{bias}"
+        ]
+    if isinstance(stage, MatMul):
+        shape = list(stage.shape)
+        return [
+            f"matmul {name(stage.out)}{shape} = {_view(name, stage.a)} @ {_view(name, stage.b)}"
+        ]
+    if isinstance(stage, RaggedReduce):
+        return [
+            f"ragged {name(stage.out)}[i < {stage.size}] = {stage.op} of {name(Ref('input', stage.input))}[.., i]"
+        ]
+    dims = [f"{c} < {size}" for c, size in zip(COORDINATES, stage.space, strict=False)]
+    if isinstance(stage, Map):
+        stores = [
+            f"    {name(t.ref)}[{t.index.text(COORDINATES)}] = v{t.value}" for t in stage.targets
+        ]
+        return [f"map {', '.join(dims)}:", *_body_lines(program, stage.body), *stores]
+    head = f"reduce {', '.join(dims[: stage.num_kept])} over {', '.join(dims[stage.num_kept :])}:"
+    flat = Index(
+        0, tuple(math.prod(stage.space[d + 1 : stage.num_kept]) for d in range(stage.num_kept))
+    )
+    store = f"    {name(stage.out)}[{flat.text(COORDINATES)}] = {stage.op}(v{stage.value})"
+    return [head, *_body_lines(program, stage.body), store]
+
+
+def _view(name: Callable[[Ref], str], view: View) -> str:
+    offset = f" + {view.offset}" if view.offset else ""
+    return f"{name(view.ref)}{offset}{list(view.shape)}:{list(view.strides)}"
+
+
+def _body_lines(program: TileProgram, body: Body) -> list[str]:
+    lines = []
+    for i, instr in enumerate(body):
+        args = [f"v{a}" for a in instr.args]
+        if instr.op == "const":
+            text = repr(instr.value)
+        elif instr.op in POINTS:
+            assert instr.ref is not None and instr.index is not None
+            row = f"{instr.scale} * {args[0]} + " if instr.op == "gather" else ""
+            text = f"{program.name_of(instr.ref)}[{row}{instr.index.text(COORDINATES)}]"
+        else:
+            text = f"{instr.op}({', '.join(args)})"
+        origin = program.cell.ops[instr.source].origin if instr.source >= 0 else ""
+        lines.append(f"    v{i}: {instr.dtype} = {text}" + f"  # {origin}" * bool(origin))
+    return lines
+
+
+POINTS = ("load", "gather")

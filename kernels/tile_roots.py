@@ -1,0 +1,141 @@
+"""Which operations of a cell get memory, and which cells tile programs cannot express.
+
+Duty: the choices that `cellc.kernels.tile` starts from. Comes in: a cell; goes out: the set of operations whose
+results are materialised, or the reason why the cell must run on the eager backend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from cellc import ops
+from cellc.cells import Cell, CellOp, Operand
+
+MAX_DEPTH = 48  # lazy operations nested in one value
+MAX_COPIES = 24  # size of a cheap value that is computed again in every stage that reads it
+STAGES = frozenset({"linear", "matmul", "cat"}) | ops.REDUCE | ops.RAGGED
+INLINE = ops.POINTWISE | ops.VIEWS | {"embedding"}
+
+
+def unsupported(cell: Cell, dtypes: Collection[str] | None = None) -> str | None:
+    """Why a tile program cannot express `cell`, or None; `dtypes` are those that the caller can print."""
+    for type_ in [
+        *(i.type for i in cell.inputs),
+        *(p.type for p in cell.params),
+        *(t for o in cell.ops for t in o.types),
+    ]:
+        if type_.dtype.startswith("c") or (dtypes is not None and type_.dtype not in dtypes):
+            return f"dtype {type_.dtype}"
+        if 0 in type_.shape:
+            return f"an empty row {type_}"
+    for op in cell.ops:
+        reason = _unsupported_op(cell, op)
+        if reason:
+            return reason
+    ragged = any(o.kind == "input" and cell.inputs[o.index].ragged for o in cell.outputs)
+    return "a ragged input that is an output" if ragged else None
+
+
+def _unsupported_op(cell: Cell, op: CellOp) -> str | None:
+    if op.op not in STAGES | INLINE or len(op.types) != 1:
+        return f"operation {op.op}"
+    for x in op.operands:
+        ragged = x.kind == "input" and cell.inputs[x.index].ragged
+        if ragged != (op.op in ops.RAGGED):
+            return f"operation {op.op} on {'' if ragged else 'what is not '}a ragged input"
+        if x.kind == "scalar" and op.op not in ops.POINTWISE:
+            return f"operation {op.op} on a scalar"
+    if op.op in ("linear", "matmul"):
+        return _unsupported_product(cell, op)
+    return None
+
+
+def _unsupported_product(cell: Cell, op: CellOp) -> str | None:
+    if op.type.dtype not in ops.FLOAT_DTYPES:
+        return f"operation {op.op} in {op.type.dtype}"
+    if op.op == "linear" and len(op.operands) > 2:
+        weight, bias = op.operands[1:]
+        if (weight.kind, bias.kind) != ("param", "param") or cell.shape_of(bias) != op.type.shape[
+            -1:
+        ]:
+            return "a bias that is a row"
+    return None
+
+
+def choose_roots(cell: Cell) -> frozenset[int]:
+    """Operations whose results get memory, as far as that can be told before indices are known."""
+    roots = {o.index for o in cell.outputs if o.kind == "op"}
+    for i, op in enumerate(cell.ops):
+        if op.op in STAGES:
+            roots.add(i)
+        if op.op in ("linear", "matmul"):
+            products = [x.index for x in op.operands if x.kind == "op"]
+            roots |= {x for x in products if cell.ops[x].op not in ops.VIEWS}
+    roots |= _deep(cell, roots)
+    return frozenset(roots | _shared(cell, roots))
+
+
+def _deep(cell: Cell, roots: Collection[int]) -> set[int]:
+    """Cut long chains of lazy operations."""
+    depths: list[int] = []
+    cut = set()
+    for i, op in enumerate(cell.ops):
+        depth = 0 if i in roots else 1 + max((depths[x] for x in _operands(op)), default=0)
+        if depth == MAX_DEPTH:
+            cut.add(i)
+            depth = 0
+        depths.append(depth)
+    return cut
+
+
+def _operands(op: CellOp) -> list[int]:
+    return [x.index for x in op.operands if x.kind == "op"]
+
+
+def _levels(cell: Cell) -> list[int]:
+    """How many stages that are no maps precede each operation: maps of one shape and level can be one stage."""
+    levels: list[int] = []
+    for op in cell.ops:
+        own = op.op in STAGES and op.op != "cat"
+        levels.append(own + max((levels[x] for x in _operands(op)), default=0))
+    return levels
+
+
+def _weights(cell: Cell, roots: Collection[int]) -> tuple[list[bool], list[int]]:
+    """For each operation, whether its lazy tree holds an expensive function, and the size of that tree."""
+    costly: list[bool] = []
+    sizes: list[int] = []
+    for op in cell.ops:
+        lazy = [x for x in _operands(op) if x not in roots]
+        costly.append(op.op in ops.TRANSCENDENTAL or any(costly[x] for x in lazy))
+        sizes.append(min(10**6, 1 + sum(sizes[x] for x in lazy)))
+    return costly, sizes
+
+
+def _shared(cell: Cell, roots: Collection[int]) -> set[int]:
+    """Lazy values that would be computed several times: in several stages, or again at points of a larger space."""
+    costly, sizes = _weights(cell, roots)
+    levels = _levels(cell)
+    readers: list[set[tuple[object, ...]]] = [set() for _ in cell.ops]
+    spaces = [1] * len(cell.ops)
+    shared = set()
+    for i in reversed(range(len(cell.ops))):
+        op, numel = cell.ops[i], cell.ops[i].type.numel
+        wider = 1 < numel < spaces[i] and costly[i]
+        again = len(readers[i]) > 1 and (costly[i] or sizes[i] > MAX_COPIES)
+        if i not in roots and op.op not in ops.VIEWS and (wider or again):
+            shared.add(i)
+        root = i in roots or i in shared
+        stage = ("map", op.type.shape, levels[i]) if op.op not in STAGES else (i,)
+        for x in _operands(op):
+            readers[x] |= {stage} if root else readers[i]
+            spaces[x] = max(spaces[x], _space(cell, op) if root else max(spaces[i], numel))
+    return shared
+
+
+def _space(cell: Cell, op: CellOp) -> int:
+    """Points at which a stage reads its lazy operands."""
+    operand: Operand = op.operands[0]
+    if op.op in ops.REDUCE and operand.kind != "scalar":
+        return cell.type_of(operand).numel
+    return 1 if op.op == "cat" else op.type.numel

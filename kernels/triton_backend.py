@@ -1,0 +1,243 @@
+"""The Triton backend: cells as generated kernels, on a GPU or in Triton's interpreter.
+
+Duty: load the module that `triton_printer` wrote and launch its kernels. Comes in: a cell, its
+weights, launches; goes out: rows in the arenas, positions of bad rows. A launch uploads its index
+tables once, then runs its steps as successive grids over them. With TRITON_INTERPRET=1 (set before
+Triton is imported) everything runs on CPU tensors, slowly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+
+from cellc import env, log
+from cellc.cells import Cell
+from cellc.errors import BackendError, UnsupportedError, UsageError
+from cellc.kernels.eager import DTYPES
+from cellc.kernels.tile import schedule, unsupported
+from cellc.kernels.tile_ir import Ref, TileProgram
+from cellc.kernels.triton_body import TYPES, identifier
+from cellc.kernels.triton_printer import Printed, print_program
+from cellc.kernels.triton_tiles import PrintedKernel
+from cellc.launch import Index, Launch, Ragged
+from cellc.ops import RowType
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """`precision`: of f32 products, one of ieee, tf32, tf32x3 (tl.dot's input_precision)."""
+
+    precision: Literal["ieee", "tf32", "tf32x3"] = "ieee"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            names = ", ".join(PRECISIONS)
+            raise UsageError(f"precision {self.precision!r} is not known; there are {names}")
+
+
+class TritonBackend:
+    """Makes Triton kernels for one device; raises BackendError where they cannot run."""
+
+    name = "triton"
+
+    def __init__(
+        self, device: torch.device | str | None = None, options: TritonOptions | None = None
+    ) -> None:
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.options = options or TritonOptions()
+        self.interpreted = interpreting()
+        if self.device.type == "cpu" and not self.interpreted:
+            raise BackendError(
+                "no GPU; choose backend='cpp' or 'eager', or set TRITON_INTERPRET=1 before Triton "
+                "is imported to run its interpreter",
+                backend="triton",
+            )
+
+    def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> TritonKernel:
+        """Raises UnsupportedError for a cell that has no Triton kernel."""
+        program, printed = print_cell(cell, self.options)
+        log.dump(f"triton-{cell.name}", printed.source, ".py")
+        return TritonKernel(program, printed, [params[p.name] for p in cell.params], self)
+
+
+def interpreting() -> bool:
+    """Whether Triton was told to interpret kernels."""
+    try:
+        import triton
+    except ImportError as error:
+        raise BackendError(
+            "Triton is not installed: pip install triton", backend="triton"
+        ) from error
+    return bool(triton.knobs.runtime.interpret)
+
+
+def print_cell(cell: Cell, options: TritonOptions | None = None) -> tuple[TileProgram, Printed]:
+    """The tile program and the Triton module of a cell; raises UnsupportedError."""
+    reason = unsupported(cell, TYPES)
+    if reason:
+        remedy = "run this cell on the eager backend"
+        raise UnsupportedError(what=f"triton: cell {cell.name}: {reason}", remedy=remedy)
+    program = schedule(cell)
+    return program, print_program(program, (options or TritonOptions()).precision)
+
+
+def load(name: str, source: str) -> ModuleType:
+    """Import generated text from a file that stays, since Triton reads a kernel's source there."""
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    name = f"cellc_{identifier(name) or 'cell'}_{digest}"
+    spec = importlib.util.spec_from_file_location(name, _written(f"{name}.py", source))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _written(name: str, source: str) -> Path:
+    """The file in the cache, or in a temporary folder where the cache cannot be written."""
+    for folder in (env.cache() / "triton", Path(tempfile.gettempdir()) / f"cellc-{os.getuid()}"):
+        path = folder / name
+        try:
+            if path.exists() and path.read_text() == source:
+                return path
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
+                file.write(source)
+            os.replace(file.name, path)
+        except OSError:
+            continue
+        return path
+    raise BackendError(
+        f"cannot write {name} to {env.cache()}; set CELLC_CACHE to a folder that can be written",
+        backend="triton",
+    )
+
+
+class TritonKernel:
+    """A compiled cell. Scratch rows are kept between launches and grow with the largest one."""
+
+    def __init__(
+        self,
+        program: TileProgram,
+        printed: Printed,
+        params: Sequence[torch.Tensor],
+        backend: TritonBackend,
+    ) -> None:
+        self.program, self.source, self.kernels = program, printed.source, printed.kernels
+        self.params, self.device, self.interpreted = params, backend.device, backend.interpreted
+        module = load(program.cell.name, printed.source)
+        self.functions: list[Any] = [getattr(module, k.name) for k in printed.kernels]
+        self.scratch: list[torch.Tensor] = []
+        self.reports = any(k.reports for k in printed.kernels)
+
+    def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
+        if launch.num_rows == 0:
+            return []
+        self._grow(int(np.diff(launch.steps).max()))
+        tables, bases = self._upload(launch)
+        bad = torch.zeros(launch.num_rows if self.reports else 0, dtype=torch.int32)
+        bad = bad.to(self.device)
+        calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
+        with np.errstate(all="ignore"):  # the interpreter's arithmetic is numpy's
+            for start, stop in zip(launch.steps[:-1], launch.steps[1:], strict=True):
+                if stop > start:
+                    self._step(calls, bases, int(start), int(stop - start), launch.num_rows)
+        return BadRows(bad) if self.reports else []
+
+    def _step(
+        self,
+        calls: Sequence[Sequence[torch.Tensor]],
+        bases: Mapping[Ref, tuple[int, int]],
+        start: int,
+        num_rows: int,
+        num_total: int,
+    ) -> None:
+        """One grid after another over the rows of one step."""
+        for kernel, function, pointers in zip(self.kernels, self.functions, calls, strict=True):
+            ragged = [base for ref in kernel.ragged for base in bases[ref]]
+            scalars = [start, num_rows, num_total, *ragged]
+            options = {} if self.interpreted else {"num_warps": kernel.num_warps}
+            grid = kernel.grid(num_rows)
+            function[grid](*pointers, *scalars, **kernel.constants, **options)
+
+    def _arguments(
+        self,
+        kernel: PrintedKernel,
+        arenas: Mapping[RowType, torch.Tensor],
+        tables: torch.Tensor,
+        bad: torch.Tensor,
+    ) -> list[torch.Tensor]:
+        pointers = [self._memory(ref, arenas) for ref in kernel.refs]
+        return [tables, *pointers, *([bad] if kernel.reports else [])]
+
+    def _memory(self, ref: Ref, arenas: Mapping[RowType, torch.Tensor]) -> torch.Tensor:
+        if ref.kind == "param":
+            return self.params[ref.index]
+        if ref.kind == "buffer":
+            return self.scratch[ref.index]
+        return arenas[self.program.type_of(ref)]
+
+    def _upload(self, launch: Launch) -> tuple[torch.Tensor, dict[Ref, tuple[int, int]]]:
+        """All index tables in one tensor, and where the offsets and slots of ragged inputs start."""
+        parts: list[Index] = []
+        ragged: list[tuple[Ref, Ragged]] = []
+        for i, table in enumerate(launch.inputs):
+            if isinstance(table, Ragged):
+                ragged.append((Ref("input", i), table))
+                parts.append(np.zeros(launch.num_rows, np.int32))
+            else:
+                parts.append(table)
+        parts += list(launch.outputs)
+        bases, size = {}, launch.num_rows * len(parts)
+        for ref, table in ragged:
+            bases[ref] = (size, size + len(table.offsets))
+            parts += [table.offsets, table.slots]
+            size += len(table.offsets) + len(table.slots)
+        flat = np.concatenate(parts).astype(np.int32, copy=False)
+        return torch.from_numpy(flat).to(self.device, non_blocking=True), bases
+
+    def _grow(self, num_rows: int) -> None:
+        if self.scratch and len(self.scratch[0]) >= num_rows:
+            return
+        self.scratch = [
+            torch.empty((num_rows, b.type.numel), dtype=DTYPES[b.type.dtype], device=self.device)
+            for b in self.program.buffers
+        ]
+
+
+class BadRows(Sequence[int]):
+    """Positions of bad rows, read from the device when first looked at."""
+
+    def __init__(self, flags: torch.Tensor) -> None:
+        self._flags: torch.Tensor | None = flags
+        self._rows: list[int] = []
+
+    def rows(self) -> list[int]:
+        if self._flags is not None:
+            self._rows, self._flags = self._flags.nonzero().flatten().tolist(), None
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.rows())
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rows())
+
+    @overload
+    def __getitem__(self, i: int) -> int: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[int]: ...
+    def __getitem__(self, i: int | slice) -> int | list[int]:
+        return self.rows()[i]

@@ -1,0 +1,37 @@
+"""`import cellc` is light: what only some users need is loaded when they need it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(entry for entry in (str(ROOT), os.environ.get("PYTHONPATH")) if entry)
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
+    return subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("module", ["triton", "networkx", "rich", "matplotlib", "onnxruntime"])
+def test_import_leaves_out(module: str) -> None:
+    code = (
+        "import sys, torch; before = set(sys.modules); import cellc;"
+        f"print({module!r} in set(sys.modules) - before)"
+    )
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "False"
+
+
+def test_import_checks_the_environment() -> None:
+    done = run("import cellc", CELLC_LOG="plan")
+    assert done.returncode != 0
+    assert "CELLC_LOG" in done.stderr and "CELLC_LOGS" in done.stderr
