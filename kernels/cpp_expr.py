@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from cellc import ops
-from cellc.kernels.tile import Instr
+from cellc.kernels.tile import POINTS, Instr
 
 C_TYPES = {
     "f32": "float", "f64": "double", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t",
@@ -43,15 +43,12 @@ def stored(dtype: str) -> str:
     return "uint8_t" if dtype == "bool" else C_TYPES[dtype]
 
 
-def expression(x: Instr, dtypes: Sequence[str], name: str, at: str, body: Sequence[Instr]) -> str:
-    """Instruction `x`; `dtypes` are its arguments', name[at] the element it loads."""
+def expression(x: Instr, dtypes: Sequence[str], element: str, body: Sequence[Instr]) -> str:
+    """Instruction `x` of `body`; `dtypes` are its arguments', `element` is what it loads."""
     if x.op == "const":
         return literal(x.value, x.dtype)
-    if x.op == "load":
-        return f"{name}[{at}]" + " != 0" * (x.dtype == "bool")
-    if x.op == "gather":
-        row = f"cellc::checked(v{x.args[0]}, {x.limit}, &t.bad[r])"
-        return f"{name}[{row} * {x.scale} + {at}]" + " != 0" * (x.dtype == "bool")
+    if x.op in POINTS:
+        return element + " != 0" * (x.dtype == "bool")
     args = [f"v{a}" for a in x.args]
     if x.op == "cast":
         return _cast(args[0], dtypes[0], x.dtype)

@@ -135,7 +135,7 @@ class _Printer:
             name = re.sub(r"\W", "_", self.program.name_of(ref).lstrip("@"))
             taken = set(self.names.values())
             bad = (
-                name in KEYWORDS or name.isupper() or re.fullmatch(r"[a-z]?\d*|[ivr]\d+|[tr]", name)
+                name in KEYWORDS or name.isupper() or re.fullmatch(r"\d.*|([iv]|row)\d+|[tr]", name)
             )
             name = f"{name}_" if bad else name
             self.names[ref] = next(
@@ -184,7 +184,7 @@ class _Printer:
         flat = Index(0, tuple(math.prod(s.shape[d + 1 :]) for d in range(len(batch))))
         names = [f"i{d}" for d in range(len(batch))]
         a, b, c = (
-            f"{self._name(ref)} + {_index(at, names)}"
+            f"{self._name(ref)} + {at.text(names)}"
             for ref, at in zip((s.a.ref, s.b.ref, s.out), (*steps, flat), strict=True)
         )
         strides = [", ".join(map(str, v.strides[-2:])) for v in (s.a, s.b)]
@@ -208,7 +208,7 @@ class _Printer:
         space = s.space or (1,)
         levels = self._body(s.body, len(space))
         for target in s.targets:
-            at = _index(target.index, [f"i{d}" for d in range(len(space))])
+            at = target.index.text([f"i{d}" for d in range(len(space))])
             levels[-1].append(f"{self._name(target.ref)}[{at}] = v{target.value};")
         loops = _loops(space, levels, ("share.points.begin", "share.points.end"))
         rows = [ref for ref in dict.fromkeys(ref for ref, _ in s.reads())]
@@ -222,15 +222,21 @@ class _Printer:
         depths: list[int] = []
         levels: list[list[str]] = [[] for _ in range(rank + 1)]
         names = [f"i{d}" for d in range(rank)]
+        checked: dict[tuple[int, int, int], str] = {}
         for i, x in enumerate(body):
             own = [d + 1 for d, c in enumerate(x.index.coefs) if c] if x.index else []
             depths.append(max([0, *own, *(depths[a] for a in x.args)]))
-            source = self.cell.ops[x.source].origin if x.source >= 0 else ""
-            name, at = (
-                (self._name(x.ref), _index(x.index, names)) if x.ref and x.index else ("", "")
-            )
-            text = expression(x, [body[a].dtype for a in x.args], name, at, body)
-            comment = f"  // {source}" * bool(source)
+            place = x.index.text(names) if x.index else ""
+            if x.op == "gather":
+                row = checked.setdefault((x.args[0], x.limit, x.scale), f"row{i}")
+                place = f"{row} + {place}"
+                if row == f"row{i}":
+                    check = f"cellc::checked(v{x.args[0]}, {x.limit}, &t.bad[r]) * {x.scale}"
+                    levels[depths[x.args[0]]].append(f"const int64_t {row} = {check};")
+            element = f"{self._name(x.ref)}[{place}]" if x.ref else ""
+            text = expression(x, [body[a].dtype for a in x.args], element, body)
+            origin = self.cell.ops[x.source].origin if x.source >= 0 else ""
+            comment = f"  // {origin}" * bool(origin)
             levels[depths[-1]].append(f"const {C_TYPES[x.dtype]} v{i} = {text};{comment}")
         return levels
 
@@ -247,37 +253,28 @@ class _Printer:
         rank, kept = len(s.space), s.num_kept
         arg = s.op.startswith("arg")
         ctype = stored(s.body[s.value].dtype if arg else s.dtype)
-        op = _OPS["a" + s.op[3:] if arg else s.op]
+        op = _OPS[s.op.replace("arg", "a")]
         levels = self._body(s.body, rank)
         last, n = f"i{rank - 1}", s.space[-1]
-        levels[-1].append(f"values[{last} - block] = {op}::from<{ctype}>(v{s.value});")
-        inner = [
-            *levels[-2],
+        levels[rank].append(f"values[{last} - block] = {op}::from<{ctype}>(v{s.value});")
+        blocks = [
             f"for (int64_t block = 0; block < {n}; block += VALUES) {{",
             f"    const int64_t count = {n} - block < VALUES ? {n} - block : VALUES;",
-            *_indented(_loops((n,), [[], levels[-1]], ("block", "block + count"))),
+            *_indented(_loops((n,), [[], levels[rank]], ("block", "block + count"), rank - 1)),
             "    lanes.add(values, count);",
             "}",
         ]
-        body = _loops(
-            s.space[kept:-1],
-            [[] if d == 0 else x for d, x in enumerate(levels[kept:-2])] + [inner],
-            first=kept,
-        )
+        inside = [[], *levels[kept + 1 : rank]]
+        inside[-1] = [*inside[-1], *blocks]
+        middle = _loops(s.space[kept:-1], inside, None, kept, pragma=False)
         flat = Index(0, tuple(math.prod(s.space[d + 1 : kept]) for d in range(kept)))
-        at = _index(flat, [f"i{d}" for d in range(kept)])
+        at = flat.text([f"i{d}" for d in range(kept)])
         result = "lanes.at" if arg else "lanes.result()"
         if s.op == "mean":
             result += f" / {stored(s.dtype)}({math.prod(s.space[kept:])})"
         kind = f"{'Arg' if arg else 'Lanes'}<{op}, {ctype}>"
-        point = [
-            f"{kind} lanes;",
-            f"{ctype} values[VALUES];",
-            *body,
-            f"{self._name(s.out)}[{at}] = {result};",
-        ]
-        if kept < rank - 1:
-            point = [*levels[kept], *point]
+        lanes = [f"{kind} lanes;", f"{ctype} values[VALUES];"]
+        point = [*levels[kept], *lanes, *middle, f"{self._name(s.out)}[{at}] = {result};"]
         return _loops(s.space[:kept], [*levels[:kept], point], pragma=False)
 
     def _by_columns(self, s: Reduce) -> list[str]:
@@ -294,7 +291,7 @@ class _Printer:
         levels[-1].append(f"acc[{last}] = {op}::join<{ctype}>(acc[{last}], {value});")
         each = f"for (int64_t {last} = 0; {last} < {n}; ++{last})"
         begin = [
-            f"{ctype} *__restrict acc = {self._name(s.out)} + {_index(flat, names)};",
+            f"{ctype} *__restrict acc = {self._name(s.out)} + {flat.text(names)};",
             f"{each} acc[{last}] = {op}::first<{ctype}>();",
         ]
         inner = _loops(space[kept - 1 :], [[], *levels[kept:]], first=kept - 1)
@@ -313,7 +310,6 @@ _OPS = {
     "any": "Any",
     "all": "All",
 }
-_OPS |= {"amax": "Amax", "amin": "Amin"}
 
 
 def _columns_first(s: Reduce) -> bool:
@@ -353,10 +349,6 @@ def _cost_ns(stage: Stage) -> float:
     return math.prod(stage.space) * each
 
 
-def _index(index: Index, names: Sequence[str]) -> str:
-    return index.text(names)
-
-
 def _indented(lines: Sequence[str]) -> list[str]:
     return [f"    {line}" for line in lines]
 
@@ -384,8 +376,6 @@ def _loops(
         return list(levels[0])
     i = f"i{first}"
     begin, end = bounds or ("0", str(space[0]))
-    if bounds and "block" in begin:
-        i = f"i{first}"
     inner = _loops(space[1:], levels[1:], None, first + 1, pragma)
     head = ["#pragma GCC ivdep"] if pragma and len(space) == 1 else []
     return [

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -139,7 +140,9 @@ class TritonKernel:
         self.params, self.device, self.interpreted = params, backend.device, backend.interpreted
         module = load(program.cell.name, printed.source)
         self.functions: list[Any] = [getattr(module, k.name) for k in printed.kernels]
-        self.scratch: list[torch.Tensor] = []
+        self.used = {r.index for k in printed.kernels for r in k.refs if r.kind == "buffer"}
+        self.scratch: dict[int, torch.Tensor] = {}
+        self.scratch_rows = 0
         self.reports = any(k.reports for k in printed.kernels)
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
@@ -150,7 +153,7 @@ class TritonKernel:
         bad = torch.zeros(launch.num_rows if self.reports else 0, dtype=torch.int32)
         bad = bad.to(self.device)
         calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
-        with np.errstate(all="ignore"):  # the interpreter's arithmetic is numpy's
+        with np.errstate(all="ignore"), _current(self.device):  # the interpreter is numpy
             for start, stop in zip(launch.steps[:-1], launch.steps[1:], strict=True):
                 if stop > start:
                     self._step(calls, bases, int(start), int(stop - start), launch.num_rows)
@@ -190,7 +193,7 @@ class TritonKernel:
         return arenas[self.program.type_of(ref)]
 
     def _upload(self, launch: Launch) -> tuple[torch.Tensor, dict[Ref, tuple[int, int]]]:
-        """All index tables in one tensor, and where the offsets and slots of ragged inputs start."""
+        """All index tables in one tensor, and where the parts of ragged inputs start."""
         parts: list[Index] = []
         ragged: list[tuple[Ref, Ragged]] = []
         for i, table in enumerate(launch.inputs):
@@ -209,12 +212,18 @@ class TritonKernel:
         return torch.from_numpy(flat).to(self.device, non_blocking=True), bases
 
     def _grow(self, num_rows: int) -> None:
-        if self.scratch and len(self.scratch[0]) >= num_rows:
+        if self.scratch_rows >= num_rows:
             return
-        self.scratch = [
-            torch.empty((num_rows, b.type.numel), dtype=DTYPES[b.type.dtype], device=self.device)
-            for b in self.program.buffers
-        ]
+        self.scratch_rows = num_rows
+        for i in self.used:
+            kind = self.program.buffers[i].type
+            shape = (num_rows, kind.numel)
+            self.scratch[i] = torch.empty(shape, dtype=DTYPES[kind.dtype], device=self.device)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class BadRows(Sequence[int]):

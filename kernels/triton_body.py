@@ -50,15 +50,16 @@ _INT = {
 _POWERS = {2: "{0} * {0}", 3: "{0} * {0} * {0}", 0.5: "tl.sqrt_rn({0})", -1: "1.0 / {0}"}
 
 HELPERS = frozenset(
-    "expm1 log1p tan atan tanh sigmoid trunc silu gelu gelu_tanh softplus maximum minimum floor_div "
-    "atan2 relu sign remainder round_even dot power floor_div_int power_int report".split()
+    "expm1 log1p tan atan tanh sigmoid trunc silu gelu gelu_tanh softplus maximum minimum "
+    "floor_div atan2 relu sign remainder round_even dot power floor_div_int power_int "
+    "report".split()
 )
 """Functions of `cellc.kernels.triton_math` that a module may import."""
 ROW_COORDINATES = tuple(f"i{d}" for d in range(16))
 COL_COORDINATES = tuple(f"j{d}" for d in range(16))
 RESERVED = frozenset(
     "tl triton tables bad_ptr start num_rows num_total row live unit cols inside k0 ks a w b BM BN "
-    "BK q m n j s best best_at acc lengths first more none slot value mul float".split()
+    "BK q m n j s best best_at acc lengths first longest more none slot value mul float".split()
 ).union(ROW_COORDINATES, COL_COORDINATES, (f"acc_{n}" for n in range(64)))
 """Names that the printers themselves use in a kernel."""
 

@@ -1,9 +1,9 @@
 """Triton text of maps, with the products that are computed in the same kernel.
 
 Duty: one program is a tile of rows and a tile of columns: it runs a loop over the depth of each
-product, one accumulator for each part of the product that the map reads (the four gates of a block
-of hidden units), then the map's values, then stores. Comes in: a `Map` and its `Product`s; goes out:
-lines in a `Kernel`. Products that the map only adds up share accumulators.
+product, one accumulator for each part of the product that the map reads (the four gates of a
+block of hidden units), then the map's values, then stores. Comes in: a `Map` and its `Product`s;
+goes out: lines in a `Kernel`. Products that the map only adds up share accumulators.
 """
 
 from __future__ import annotations

@@ -6,18 +6,18 @@ bf16 are widened by the printer); goes out: the same type. Imported by generated
 only, never before a kernel is made, since it imports Triton.
 """
 
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton
 import triton.language as tl
-
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def dot(a, b, acc, precision: tl.constexpr):
-    """The interpreter would multiply the bit patterns of bf16: there, widen first, which is exact."""
+    """The interpreter would multiply bf16 as bit patterns: widen there, which is exact."""
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, acc, input_precision=precision)
@@ -186,12 +186,13 @@ def power(x, y):
     """exp(y log|x|); for a negative x the exponent must be whole, and its parity gives the sign."""
     a = tl.abs(x)
     r = tl.exp(y * tl.log(tl.where(a == 0, 1.0, a)))
-    r = tl.where(a == 0, tl.where(y > 0, 0.0, float("inf")), r)
+    r = tl.where(a == 0, tl.where(y > 0, 0.0, float("inf")), tl.where(a == 1.0, 1.0, r))
     r = tl.where((a == float("inf")) & (y < 0), 0.0, r)
-    whole = tl.floor(y) == y
     odd = y - 2.0 * tl.floor(y * 0.5) == 1.0
-    r = tl.where(x < 0, tl.where(whole, tl.where(odd, -r, r), float("nan")), r)
-    return tl.where((y == 0) | (x == 1.0), 1.0, tl.where(y == 1.0, x, r))
+    r = tl.where((x < 0) & (tl.floor(y) != y), float("nan"), r)
+    r = tl.where(odd & negative(x), -r, r)
+    r = tl.where((x != x) | (y != y), x + y, tl.where(y == 1.0, x, r))
+    return tl.where((y == 0) | (x == 1.0), 1.0, r)
 
 
 @triton.jit

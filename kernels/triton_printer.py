@@ -1,9 +1,9 @@
 """Prints a tile program as a module of Triton kernels.
 
 Duty: text, and nothing that runs. Comes in: a `TileProgram`; goes out: `Printed`, the module's
-source and, for each kernel, its arguments, grid and tile sizes, from which `triton_backend` launches
-it and `triton_targets` compiles it. A product that one map alone reads, at constant offsets, is
-computed in that map's kernel: all gates of a block of hidden units in one program.
+source and, for each kernel, its arguments, grid and tile sizes, from which `triton_backend`
+launches it and `triton_targets` compiles it. A product that one map alone reads, at constant
+offsets, is computed in that map's kernel: all gates of a block of hidden units in one program.
 
 Tile sizes never depend on the number of rows, so that a row's result does not depend on its
 neighbours: every reduction runs in one order.

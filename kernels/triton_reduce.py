@@ -165,7 +165,8 @@ def print_ragged(kernel: Kernel, stage: RaggedReduce) -> PrintedKernel:
     kernel.add(f"lengths = tl.load(tables + {name}_offsets + start + row + 1) - first")
     kernel.add("lengths = tl.where(live, lengths, 0)")
     kernel.add(f"acc = tl.full((BM, BN), {start}, {acc})")
-    kernel.add("for j in range(0, tl.max(lengths)):", 1, kernel.origin(stage.source))
+    kernel.add("j, longest = 0, tl.max(lengths)")
+    kernel.add("while j < longest:", 1, kernel.origin(stage.source))  # 3.6 interprets no range here
     kernel.add("more = j < lengths", 2)
     slot = f"tl.load(tables + {name}_slots + first + j, mask=more, other=0)"
     kernel.add(f"slot = {slot}.to(tl.int64) * {stage.size}", 2)
@@ -173,6 +174,7 @@ def print_ragged(kernel: Kernel, stage: RaggedReduce) -> PrintedKernel:
     load = f"tl.load({pointer} + slot[:, None] + unit[None, :], mask={both}, other=0)"
     kernel.add(f"value = {load}" + f".to({register_type(stage.dtype)})" * (stage.op != "any"), 2)
     kernel.add(f"acc = tl.where({both}, {_combined(stage.op, real)}, acc)", 2)
+    kernel.add("j += 1", 2)
     if stage.op == "mean":
         kernel.add("acc = acc / lengths.to(tl.float32)[:, None]")
     elif stage.op in ("any", "all"):

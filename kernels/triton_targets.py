@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,9 +152,9 @@ def _assembler(arch: str) -> Path | None:
 
 def _amdgcn(text: str) -> tuple[int | None, int | None]:
     """Vector registers and spill bytes (4 a register and lane), from the kernel's metadata."""
-    find: Callable[[str], int | None] = lambda name: _number(re.search(rf"\.{name}:\s+(\d+)", text))
-    spills = find("vgpr_spill_count")
-    return find("vgpr_count"), None if spills is None else spills * 4
+    registers = _number(re.search(r"\.vgpr_count:\s+(\d+)", text))
+    spills = _number(re.search(r"\.vgpr_spill_count:\s+(\d+)", text))
+    return registers, None if spills is None else spills * 4
 
 
 def _number(match: re.Match[str] | None) -> int | None:

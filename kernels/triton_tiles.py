@@ -6,10 +6,10 @@ Comes in: the stages of a `TileProgram`; goes out: `PrintedKernel`, without its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cellc.kernels.tile_ir import Product, Ref, TileProgram
+from cellc.kernels.tile_ir import Ref
 
 MIN_DOT = 16  # the least size of each side of tl.dot
 TILE_ELEMENTS = 1024  # of a map without products, and of a reduction
@@ -56,5 +56,5 @@ def product_tile(size: int, num_accumulators: int, depth: int, item_bytes: int) 
     """Rows fixed at the tensor cores' 64 (f32: 32), columns by how many accumulators must fit."""
     rows = 64 if item_bytes == 2 else 32
     columns = padded(8192 // (rows * padded(num_accumulators)), MIN_DOT, 128)
-    deep = padded(depth, MIN_DOT, 128 // item_bytes)
+    deep = padded(depth, MIN_DOT, 64 if item_bytes == 2 else 16)
     return {"BM": rows, "BN": padded(size, MIN_DOT, columns), "BK": deep}

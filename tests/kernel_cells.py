@@ -369,6 +369,19 @@ class Run:
     def copy(self) -> Run:
         return Run(self.cell, self.launch, {k: v.clone() for k, v in self.arenas.items()})
 
+    def slots(self, i: int) -> Index:
+        """The slots of an input that is not ragged."""
+        table = self.launch.inputs[i]
+        assert not isinstance(table, Ragged)
+        return table
+
+    def input_rows(self) -> list[torch.Tensor]:
+        """What the launch reads, [N, *shape] an input."""
+        slots = [
+            torch.from_numpy(self.slots(i).astype(np.int64)) for i in range(len(self.cell.inputs))
+        ]
+        return [self.arenas[i.type][s] for i, s in zip(self.cell.inputs, slots, strict=True)]
+
     def outputs(self) -> list[torch.Tensor]:
         """What the launch wrote, [N, *shape] an output, in row order."""
         pairs = zip(self.launch.outputs, self.cell.output_types, strict=True)
@@ -444,11 +457,10 @@ def check(
     keep = np.setdiff1d(np.arange(run.launch.num_rows), np.asarray(expected, np.int64))
     for i, (a, b) in enumerate(zip(got.outputs(), want.outputs(), strict=True)):
         exact, half = not a.dtype.is_floating_point, a.dtype in (torch.bfloat16, torch.float16)
-        limits = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": rtol, "atol": atol}
-        if half:  # kernels keep f32 between operations, the reference rounds each
-            limits = {"rtol": 2e-2, "atol": 2e-2}
+        # kernels keep f32 between operations on half types, the reference rounds each
+        relative, absolute = (0.0, 0.0) if exact else (2e-2, 2e-2) if half else (rtol, atol)
         torch.testing.assert_close(
-            a[keep], b[keep], **limits, equal_nan=True,
+            a[keep], b[keep], rtol=relative, atol=absolute, equal_nan=True,
             msg=partial("{}, output {}: {}".format, run.cell.name, i),
         )  # fmt: skip
     for kind, arena in got.arenas.items():
@@ -459,4 +471,7 @@ def check(
             np.arange(len(arena)), np.concatenate([*written, np.zeros(0, np.int32)])
         )
         at = torch.from_numpy(rest)
-        assert torch.equal(arena[at], run.arenas[kind][at]), f"{kind}: a row was overwritten"
+        torch.testing.assert_close(
+            arena[at], run.arenas[kind][at], rtol=0, atol=0, equal_nan=True,
+            msg=partial("{}: a row was overwritten: {}".format, kind),
+        )  # fmt: skip

@@ -5,19 +5,20 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import kernel_cells as kc
 import numpy as np
 import pytest
 import torch
 
-import kernel_cells as kc
 from cellc import ops
+from cellc.cells import Cell
 from cellc.kernels.eager import DTYPES, FUNCTIONS, EagerBackend
 from cellc.launch import Launch, Ragged
 
 BACKEND = EagerBackend()
 
 
-def run(cell: kc.Cell, made: kc.Run, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+def run(cell: Cell, made: kc.Run, params: dict[str, torch.Tensor]) -> list[torch.Tensor]:
     assert list(BACKEND.kernel(cell, params)(made.launch, made.arenas)) == []
     return made.outputs()
 
@@ -27,10 +28,7 @@ def test_lstm_is_torchs_over_a_chain() -> None:
     params = kc.random_params(cell)
     made = kc.make_run(cell, B, K, feed={0: 1, 1: 2})
     (h, c), torchs = run(cell, made, params), torch.nn.LSTMCell(5, 8)
-    xs, hs, cs = (
-        made.arenas[i.type][t.astype(np.int64)]
-        for i, t in zip(cell.inputs, made.launch.inputs, strict=True)
-    )
+    xs, hs, cs = made.input_rows()
     with torch.no_grad():
         torchs.weight_ih.copy_(params["wx"].t())
         torchs.weight_hh.copy_(params["wh"].t())
@@ -47,7 +45,7 @@ def test_softmax_head() -> None:
     cell = kc.softmax_head(8, 19)
     params, made = kc.random_params(cell), kc.make_run(cell, 6)
     p, logp, best = run(cell, made, params)
-    rows = made.arenas[cell.inputs[0].type][made.launch.inputs[0].astype(np.int64)]
+    (rows,) = made.input_rows()
     scores = rows @ params["w"] + params["b"]
     torch.testing.assert_close(p, scores.softmax(1))
     torch.testing.assert_close(logp, scores.log_softmax(1))
@@ -72,7 +70,7 @@ def test_fallback() -> None:
     cell = kc.fallback_cell(6)
     made = kc.make_run(cell, 3)
     scaled, values, where, pair = run(cell, made, {})
-    x, y = (made.arenas[cell.inputs[0].type][t.astype(np.int64)] for t in made.launch.inputs)
+    x, y = made.input_rows()
     torch.testing.assert_close(scaled, x.cumsum(1) * y)
     assert torch.equal(values, x.cumsum(1).sort(1, descending=True).values)
     assert torch.equal(where, x.cumsum(1).argsort(1, descending=True))
@@ -84,8 +82,8 @@ def test_bad_index_is_reported_and_spoils_no_other_row() -> None:
     kernel, made = BACKEND.kernel(cell, kc.random_params(cell)), kc.make_run(cell, 5, K=2)
     good = made.copy()
     kernel(good.launch, good.arenas)
-    tokens = made.arenas[cell.inputs[0].type]
-    tokens[made.launch.inputs[0][2]], tokens[made.launch.inputs[0][8]] = -1, 11
+    tokens, slots = made.arenas[cell.inputs[0].type], made.slots(0)
+    tokens[int(slots[2])], tokens[int(slots[8])] = -1, 11
     assert list(kernel(made.launch, made.arenas)) == [2, 8]
     rest = [i for i in range(10) if i not in (2, 8)]
     assert torch.equal(made.outputs()[0][rest], good.outputs()[0][rest])
@@ -119,16 +117,13 @@ def test_source_reads_as_python() -> None:
     assert "linear(x, @wx, @b)" in text and "# cells.py:1" in text
 
 
-def test_bias_of_a_scalar_row_broadcasts() -> None:
+def test_rows_of_lower_rank_broadcast() -> None:
     b = kc.Builder()
     m, s = b.input("m", 2, 3), b.input("s", 3)
     cell = b.cell("broadcast", b("add", m, s))
     made = kc.make_run(cell, 4)
     (out,) = run(cell, made, {})
-    x, y = (
-        made.arenas[i.type][t.astype(np.int64)]
-        for i, t in zip(cell.inputs, made.launch.inputs, strict=True)
-    )
+    x, y = made.input_rows()
     torch.testing.assert_close(out, x + y[:, None])
 
 

@@ -1,0 +1,511 @@
+"""Compiled models: what `cellc.compile` returns.
+
+Duty: the public face: bind and check a request, plan it, hand it to the engine. The main path is three files: this one,
+`cellc.compiler` (how a request never seen becomes a plan) and `cellc.engine` (how plans run).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import os
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, fields
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from cellc.cells import Cell
+from cellc.compiler import Compiler, Entry, Stage, evaluating, modules_of, named_tensors
+from cellc.engine import Engine, Ticket
+from cellc.errors import BackendError, CellcError, ClosedError, RequestError, UnsupportedError
+from cellc.launch import Backend, Kernel
+from cellc.passes import PassOptions
+from cellc.scheduler import Policy
+
+if TYPE_CHECKING:
+    import networkx
+
+BackendName = Literal["auto", "triton", "cpp", "eager"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `cellc.compile`.
+
+    fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns folding off.
+    policy: `cellular` or `fifo` (see `cellc.scheduler`).
+    memory_limit: bytes of all arenas; past it requests wait.
+    tf32: f32 products on a GPU may use tf32.
+    """
+
+    fold_bytes: int = 256 << 20
+    policy: Policy = "cellular"
+    memory_limit: int = 8 << 30
+    tf32: bool = False
+
+
+@dataclass(frozen=True)
+class CellView:
+    """A cell as users see it."""
+
+    name: str
+    parameters: tuple[str, ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    ops: tuple[str, ...]
+    recurrent: bool
+    flops_per_row: int
+    bytes_per_row: int
+    kernels: Mapping[str, Kernel]
+    cell: Cell
+
+
+class _Cells(Mapping[str, CellView]):
+    """Cells by name, made as they are looked at."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self._compiler = compiler
+
+    def __getitem__(self, name: str) -> CellView:
+        for number, cell in self._compiler.by_number.items():
+            if cell.name == name:
+                return self._view(number)
+        raise KeyError(name)
+
+    def _view(self, number: int) -> CellView:
+        compiler = self._compiler
+        cell = compiler.cells.get(compiler.by_number[number].key, compiler.by_number[number])
+        kernels = {}
+        if number in compiler.kernels:
+            kernels[getattr(compiler.kernels[number], "backend", compiler.backend.name)] = compiler.kernels[number]
+        return CellView(
+            cell.name,
+            tuple(p.name for p in cell.params),
+            tuple(f"{i.name}: {'ragged ' if i.ragged else ''}{i.type}" for i in cell.inputs),
+            tuple(map(str, cell.output_types)),
+            tuple(op.op for op in cell.ops),
+            cell.recurrent,
+            cell.flops_per_row,
+            cell.bytes_per_row,
+            kernels,
+            cell,
+        )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter([cell.name for cell in self._compiler.by_number.values()])
+
+    def __len__(self) -> int:
+        return len(self._compiler.by_number)
+
+
+class Compiled:
+    """A model whose cells are batched across requests. Made by `cellc.compile`; safe to use from many threads."""
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        backend: Backend,
+        device: torch.device,
+        options: Options,
+        *,
+        batch_dim: int | None,
+        max_batch: int | None,
+        max_queue: int | None,
+        dtype: torch.dtype | None,
+        source: Any,
+    ) -> None:
+        self._compiler = Compiler(model, backend, device, PassOptions(options.fold_bytes))
+        self._engine = Engine(
+            self._compiler,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            policy=options.policy,
+            memory_limit=options.memory_limit,
+        )
+        self._batch_dim = batch_dim
+        self._batch_outputs: dict[Any, list[int | None]] = {}
+        self._dtype, self._device, self._source = dtype, device, source
+        self._pid = os.getpid()
+        self._finalizer = weakref.finalize(self, _close_backend, backend)
+
+    # -- requests -------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """One request; equals `model(*args, **kwargs)` in eval mode.
+
+        With `batch_dim`, a call is as many requests as its tensors have there, results stacked again.
+        Raises CellcError, or what the request itself raises.
+        """
+        if self._batch_dim is not None:
+            return self._batched(args, kwargs)
+        return self._one(args, kwargs)
+
+    def _one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        ticket = self._ticket(args, kwargs)
+        self._engine.enqueue([ticket])
+        self._engine.run([ticket])
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def map(self, requests: Iterable[Any]) -> list[Any]:
+        """Many requests at once, in order. A tuple is positional arguments, a dict keywords, anything else one argument.
+
+        Raises the first error, after all requests have ended.
+        """
+        calls = [_as_call(r) for r in requests]
+        if self._batch_dim is not None:
+            return [self._batched(args, kwargs) for args, kwargs in calls]
+        tickets = self._tickets(calls)
+        self._engine.enqueue(tickets)
+        try:
+            self._engine.run(tickets)
+        except BaseException:
+            self._engine.cancel(tickets)
+            raise
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise ticket.error
+        return [t.result for t in tickets]
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """One request without waiting: a `concurrent.futures.Future`."""
+        ticket = self._ticket(args, kwargs)
+        ticket.future = Future()
+        self._engine.enqueue([ticket])
+        self._engine.start()
+        return ticket.future
+
+    async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
+        """One request in asyncio."""
+        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+
+    def warmup(self, *args: Any, **kwargs: Any) -> Compiled:
+        """Trace, plan and make kernels for an example request ahead of the first; runs it once."""
+        self(*args, **kwargs)
+        return self
+
+    def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        entry, tensors = self._planned(args, kwargs)
+        return Ticket(entry, tensors)
+
+    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[torch.Tensor]]:
+        self._check_open()
+        arguments = self._compiler.arguments
+        args, kwargs = arguments.bind(args, kwargs)
+        if self._dtype is not None:
+            args, kwargs = self._cast((args, kwargs))
+        tensors, rest, tree = arguments.flatten(args, kwargs)
+        structure = arguments.structure(tensors, rest, tree)
+        return self._compiler.entry(structure, args, kwargs), tensors
+
+    def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
+        """Plan the extremes of new sizes first: sizes between them need no tracing."""
+        if len(calls) > 8:
+            self._plan_extremes(calls)
+        return [self._ticket(args, kwargs) for args, kwargs in calls]
+
+    def _plan_extremes(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
+        arguments = self._compiler.arguments
+        families: dict[Any, dict[tuple[int, ...], tuple[Any, Any, Any]]] = {}
+        for call in calls:
+            args, kwargs = arguments.bind(*call)
+            if self._dtype is not None:
+                args, kwargs = self._cast((args, kwargs))
+            structure = arguments.structure(*arguments.flatten(args, kwargs))
+            if not self._compiler.known(structure):
+                families.setdefault(structure.family, {})[structure.sizes] = (structure, args, kwargs)
+        for members in families.values():
+            if len(members) > 4:
+                order = sorted(members, key=lambda s: (sum(s), s))
+                picks = [order[0], order[-1], order[len(order) // 2], order[1]]
+                for sizes in dict.fromkeys(picks):
+                    self._compiler.entry(*members[sizes])
+
+    def _cast(self, call: Any) -> Any:
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                return leaf.to(self._dtype)
+            return leaf
+
+        return pytree.tree_map(cast, call)
+
+    # -- batches --------------------------------------------------------------------------------------------
+
+    def _batched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        dim = self._batch_dim
+        assert dim is not None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor) and t.dim() > dim]
+        sizes = {t.shape[dim] for t in tensors}
+        if len(sizes) != 1:
+            raise RequestError(
+                argument=", ".join(self._compiler.arguments.names), got=f"sizes {sorted(sizes)} in dimension {dim}",
+                expected="one batch size in all tensors (batch_dim)",
+            )  # fmt: skip
+        (size,) = sizes
+        if size == 0:
+            raise RequestError(argument="batch", got="size 0", expected="at least one request")
+
+        def piece(i: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            cut = [
+                t.narrow(dim, i, 1) if isinstance(t, torch.Tensor) and t.dim() > dim else t for t in leaves
+            ]
+            call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(cut, spec)
+            return call
+
+        tickets = self._tickets([piece(i) for i in range(size)])
+        self._engine.enqueue(tickets)
+        self._engine.run(tickets)
+        for ticket in tickets:
+            if ticket.error is not None:
+                raise ticket.error
+        return self._stack([t.result for t in tickets], leaves, spec)
+
+    def _stack(self, results: list[Any], leaves: list[Any], spec: Any) -> Any:
+        flat = [pytree.tree_flatten(r) for r in results]
+        dims = self._output_dims(leaves, spec, len(flat[0][0]))
+        out = []
+        for k, dim in enumerate(dims):
+            pieces = [f[0][k] for f in flat]
+            joined = isinstance(pieces[0], torch.Tensor) and dim is not None
+            out.append(torch.cat(pieces, dim) if joined else pieces[0])
+        return pytree.tree_unflatten(out, flat[0][1])
+
+    def _output_dims(self, leaves: list[Any], spec: Any, count: int) -> list[int | None]:
+        """Which dimension of each result is the batch: the one that doubles when the batch does."""
+        dim = self._batch_dim
+        assert dim is not None
+        key = (str(spec), tuple((t.dim(), t.dtype) if isinstance(t, torch.Tensor) else None for t in leaves))
+        if key not in self._batch_outputs:
+            shapes = [self._shapes(leaves, spec, dim, size) for size in (2, 3)]
+            found: list[int | None] = []
+            for two, three in zip(*shapes, strict=True):
+                grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+                found.append(grown[0] if grown else None)
+            self._batch_outputs[key] = found
+        return self._batch_outputs[key]
+
+    def _shapes(self, leaves: list[Any], spec: Any, dim: int, size: int) -> list[tuple[int, ...]]:
+        """Result shapes for a batch of `size`, from a trace on shapes alone."""
+        wide = [
+            t.narrow(dim, 0, 1).expand(*t.shape[:dim], size, *t.shape[dim + 1 :]).contiguous()
+            if isinstance(t, torch.Tensor) and t.dim() > dim
+            else t
+            for t in leaves
+        ]
+        args, kwargs = pytree.tree_unflatten(wide, spec)
+        args, kwargs = self._compiler.arguments.bind(args, kwargs)
+        return self._compiler.output_shapes(args, kwargs)
+
+    # -- what it is made of ---------------------------------------------------------------------------------
+
+    @property
+    def cells(self) -> Mapping[str, CellView]:
+        """The cells found so far, by name."""
+        return _Cells(self._compiler)
+
+    @property
+    def graph(self) -> networkx.MultiDiGraph:
+        """The networkx dataflow graph of the last traced request."""
+        if self._compiler.graph is None:
+            raise CellcError("nothing was traced yet; call the compiled model or warmup() first")
+        return self._compiler.graph.nx
+
+    @property
+    def stages(self) -> list[Stage]:
+        """Every stage of the last traced request, printable."""
+        return list(self._compiler.stages)
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since compile: launches, rows, mean_batch (rows a step), plans, queue, latency in ms."""
+        counters = self._engine.counters
+        latencies = np.array(counters.latencies) * 1e3
+        quantile = (lambda q: float(np.quantile(latencies, q))) if len(latencies) else (lambda q: 0.0)
+        plans = self._compiler.counts
+        return {
+            "launches": counters.launches,
+            "rows": counters.rows,
+            "steps": counters.steps,
+            "mean_batch": counters.rows / max(counters.steps, 1),
+            "kernel_seconds": counters.seconds,
+            "requests": counters.requests,
+            "failed": counters.failed,
+            "waiting": self._engine.num_waiting,
+            "running": self._engine.num_running,
+            **plans,
+            "arena_bytes": self._engine.arena_bytes,
+            "latency_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
+        }
+
+    def refresh(self) -> None:
+        """The model's weights changed: use the new ones from the next request on. Cells and plans are kept."""
+        self._check_open()
+        if self._source is not self._compiler.model:
+            with torch.no_grad():
+                for name, tensor in named_tensors(self._source).items():
+                    named_tensors(self._compiler.model)[name].copy_(tensor)
+        self._engine.refresh()
+
+    # -- end ------------------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._engine.closed:
+            raise ClosedError(what="this compiled model")
+        if os.getpid() != self._pid:
+            raise UnsupportedError(
+                what="a compiled model in a forked process", remedy="call cellc.compile in the child process"
+            )
+
+    def close(self) -> None:
+        """Finish what is queued, free everything, leave no thread behind. Calling it again does nothing."""
+        if not self._engine.closed:
+            self._engine.close()
+            self._compiler.kernels.clear()
+            self._finalizer()
+
+    def __enter__(self) -> Compiled:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _close_backend(backend: Backend) -> None:
+    close = getattr(backend, "close", None)
+    if close is not None:
+        close()
+
+
+def _as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(request, tuple):
+        return request, {}
+    if isinstance(request, dict):
+        return (), request
+    return (request,), {}
+
+
+# -- cellc.compile -------------------------------------------------------------------------------------------
+
+
+def compile(
+    model: nn.Module | Callable[..., Any],
+    *,
+    backend: BackendName = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_dim: int | None = None,
+    carry: Mapping[str, str] | None = None,
+    max_batch: int | None = None,
+    max_queue: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a model: its cells are found, fused, and batched across all requests in flight.
+
+    model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until the first request.
+    backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
+    device, dtype: where and in what the cells compute; by default the model's own. Others copy the weights.
+    batch_dim: a call whose tensors have B in that dimension is B requests.
+    max_batch: most rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
+    options: see `Options`.
+
+    >>> import torch, cellc
+    >>> model = torch.nn.GRU(4, 8)
+    >>> compiled = cellc.compile(model, backend="eager")
+    >>> y, h = compiled(torch.randn(5, 1, 4))
+    >>> y.shape, h.shape
+    (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]))
+    >>> compiled.close()
+    """
+    if not callable(model):
+        raise UnsupportedError(what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function")
+    if carry is not None:
+        raise UnsupportedError(what="carry (sessions)", remedy="pass the state as an argument and return it")
+    chosen = _options(options)
+    source = model
+    place = _device(model, device)
+    if dtype is not None or _moves(model, place):
+        model = _copied(model, dtype, place)
+    return Compiled(
+        model,
+        make_backend(backend, place, chosen),
+        place,
+        chosen,
+        batch_dim=batch_dim,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        dtype=dtype,
+        source=source,
+    )
+
+
+def _options(options: Mapping[str, Any] | None) -> Options:
+    known = {f.name for f in fields(Options)}
+    unknown = set(options or {}) - known
+    if unknown:
+        raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
+    return Options(**(options or {}))
+
+
+def _device(model: Any, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    first = next(iter(named_tensors(model).values()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _moves(model: Any, device: torch.device) -> bool:
+    return any(t.device.type != device.type for t in named_tensors(model).values())
+
+
+def _copied(model: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            what="dtype or device for a function", remedy="convert its modules yourself: module.to(...)"
+        )
+    return copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+_warned: set[str] = set()
+
+
+def make_backend(name: BackendName, device: torch.device, options: Options) -> Backend:
+    """A backend by name; "auto" takes what the device and the machine offer."""
+    if name == "auto":
+        if device.type == "cuda":
+            return make_backend("triton", device, options)
+        try:
+            return make_backend("cpp", device, options)
+        except BackendError as error:
+            if "cpp" not in _warned:
+                _warned.add("cpp")
+                warnings.warn(f"cellc runs its slow eager backend: {error}", stacklevel=3)
+            return make_backend("eager", device, options)
+    if name == "eager":
+        from cellc.kernels.eager import EagerBackend
+
+        return EagerBackend()
+    if name == "cpp":
+        from cellc.kernels.cpp import CppBackend
+
+        if device.type != "cpu":
+            raise BackendError("runs on CPUs; pass device='cpu' or backend='triton'", backend="cpp")
+        return CppBackend()
+    if name == "triton":
+        from cellc.kernels.triton_backend import TritonBackend
+
+        return TritonBackend(device, {"input_precision": "tf32" if options.tf32 else "ieee"})
+    raise UnsupportedError(what=f"backend {name!r}", remedy="use auto, triton, cpp or eager")
+
+
+__all__ = ["CellView", "Compiled", "Options", "compile", "evaluating", "modules_of"]

@@ -1,0 +1,389 @@
+"""The compiler: from a request never seen to a plan, and from a cell to a kernel.
+
+Duty: keep, for one model, everything that is learned from traced requests: roles, cells, plans by structure, families of
+structures. Comes in from `cellc.compiled`: requests; goes out: plans and kernels, to `cellc.engine`.
+
+The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), `extract`, `passes`, `plan`; each leaves a
+printable stage.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from cellc import env, log, passes, verify
+from cellc.calls import CallGraph
+from cellc.cells import Cell
+from cellc.errors import CellcError, ForwardError, RequestError
+from cellc.extract import Roles, extract
+from cellc.family import Family, same_graph
+from cellc.frontends.lower import lower
+from cellc.frontends.tracer import Trace, trace
+from cellc.graph import Graph
+from cellc.launch import Backend, Kernel
+from cellc.params import Params
+from cellc.plan import Plan, Tables, make_plan, record_length
+from cellc.printer import print_cell, print_graph
+from cellc.request import Arguments, Structure, describe
+
+MAX_PLANS = 4096
+_CHANNELS = {"graph": "graph", "rows": "graph", "extract": "cells", "passes": "cells", "plan": "plan"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A planned structure: the plan, and how its outputs become the forward's return value."""
+
+    plan: Plan
+    returned: tuple[tuple[str, Any], ...]  # ("t", output number) or ("v", value), one a leaf
+    spec: Any  # torch pytree of the return value, None for one bare tensor
+    names: tuple[str, ...]  # of the tensor leaves
+    version: int
+
+    def rebuild(self, tensors: list[torch.Tensor]) -> Any:
+        if self.spec is None:
+            return tensors[0]
+        leaves = [tensors[v] if kind == "t" else v for kind, v in self.returned]
+        return pytree.tree_unflatten(leaves, self.spec)
+
+
+@dataclass
+class Stage:
+    """One step of the last traced request, as text."""
+
+    name: str
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass
+class _FamilyState:
+    family: Family = field(default_factory=Family)
+    entry: Entry | None = None
+    shaped: bool = True  # do all members return the same pytree and Python values?
+
+
+class Compiler:
+    """Everything cellc knows about one model."""
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[..., Any],
+        backend: Backend,
+        device: torch.device,
+        options: passes.PassOptions,
+    ) -> None:
+        self.model, self.backend, self.device = model, backend, device
+        self.forward = model.forward if isinstance(model, nn.Module) else model
+        self.arguments = Arguments(self.forward)
+        self.params = Params(named_tensors(model), device)
+        self.tables = Tables()
+        self.cells: dict[str, Cell] = {}  # by key
+        self.kernels: dict[int, Kernel] = {}  # by cell number
+        self.by_number: dict[int, Cell] = {}
+        self.priority: dict[int, int] = {}
+        self.record_lengths: dict[int, int] = {}
+        self.graph: Graph | None = None
+        self.calls: CallGraph | None = None
+        self.stages: list[Stage] = []
+        self.counts = {"plan_hits": 0, "plans_traced": 0, "plans_derived": 0}
+        self.reads_weights = False
+        self._options = options
+        self._roles = Roles()
+        self._data_points: set[Hashable] = set()
+        self._rewritten: dict[str, Cell] = {}
+        self._plans: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._families: dict[Hashable, _FamilyState] = {}
+        self._good: tuple[torch.Tensor, ...] | None = None
+        self._lock = threading.RLock()
+
+    # -- plans ----------------------------------------------------------------------------------------------
+
+    def entry(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+        """The planned structure of a request: cached, derived from its family, or traced now."""
+        entry = self._plans.get(structure.key)
+        if entry is not None:
+            self.counts["plan_hits"] += 1
+            return entry
+        with self._lock:
+            entry = self._plans.get(structure.key)
+            if entry is None:
+                entry = self._derived(structure) or self._traced(structure, args, kwargs)
+                self._plans[structure.key] = entry
+                if len(self._plans) > MAX_PLANS:
+                    self._plans.popitem(last=False)
+            return entry
+
+    def known(self, structure: Structure) -> bool:
+        return structure.key in self._plans
+
+    def _derived(self, structure: Structure) -> Entry | None:
+        state = self._families.get(structure.family)
+        if state is None or state.entry is None or not state.shaped:
+            return None
+        graph = state.family.predict(structure.sizes, structure.shapes)
+        if graph is None:
+            return None
+        self.counts["plans_derived"] += 1
+        return replace(state.entry, plan=self._plan(graph))
+
+    def _traced(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
+        names = self.arguments.leaf_names(args, kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensor_names = tuple(n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor))
+        traced = self._trace(args, kwargs, names)
+        self.params.base.update(traced.captured)
+        self.reads_weights = self.reads_weights or traced.reads_weights
+        before = self._roles.version
+        graph = self._extract(traced.graph)
+        if self._roles.version != before and self._plans:
+            self._forget()
+        self.calls, self.graph = graph, traced.graph
+        self.counts["plans_traced"] += 1
+        self._good = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        kept, spec = traced.outputs
+        bare = spec == pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else spec.is_leaf()
+        one = bare and bool(kept) and kept[0][0] == "t"
+        plan = self._plan(graph)
+        self._stage("plan", plan)
+        entry = Entry(plan, tuple(kept), None if one else spec, tensor_names, self._roles.version)
+        self._learn(structure, graph, entry)
+        return entry
+
+    def _forget(self) -> None:
+        """A trace changed what is known of roles: earlier plans may use other cells, so make them again."""
+        log.info("plan", "roles changed: plans are made again when next asked for")
+        self._plans.clear()
+        self._families.clear()
+
+    def _learn(self, structure: Structure, graph: CallGraph, entry: Entry) -> None:
+        state = self._families.setdefault(structure.family, _FamilyState())
+        state.family.learn(structure.sizes, graph)
+        if state.entry is not None:
+            same = state.entry.returned == entry.returned and state.entry.spec == entry.spec
+            state.shaped = state.shaped and same
+        state.entry = entry
+
+    def check_family(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Is the derived call graph of a structure the one that tracing gives? For tests and `cellc.check`."""
+        state = self._families.get(structure.family)
+        derived = state.family.predict(structure.sizes, structure.shapes) if state else None
+        if derived is None:
+            return False
+        names = self.arguments.leaf_names(args, kwargs)
+        return same_graph(derived, self._extract(self._trace(args, kwargs, names).graph))
+
+    def _plan(self, graph: CallGraph) -> Plan:
+        plan = make_plan(graph, self.tables)
+        for group in graph.groups:
+            number = self.tables.cell(group.cell)
+            self.by_number.setdefault(number, self.cells.get(group.cell.key, group.cell))
+            self.record_lengths[number] = record_length(group.cell)
+        for cell, depth in zip(plan.cells, plan.priority, strict=True):
+            self.priority[cell] = max(self.priority.get(cell, 0), depth)
+        return plan
+
+    # -- stages ---------------------------------------------------------------------------------------------
+
+    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Trace:
+        modules = module_names(self.model)
+        try:
+            with evaluating(self.model):
+                return trace(self.forward, self.params.base, modules, args, kwargs, names)
+        except ForwardError as error:
+            raise self._blame(error, args, kwargs, names) from error
+
+    def output_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
+        """Shapes of the returned leaves (() where one is no tensor), from a trace on shapes alone."""
+        traced = self._trace(args, kwargs, self.arguments.leaf_names(args, kwargs))
+        kept, _ = traced.outputs
+        graph = traced.graph
+        values = [graph.outputs[v] if kind == "t" else None for kind, v in kept]
+        return [graph.node(v[0]).outputs[v[1]][0] if v is not None else () for v in values]
+
+    def _blame(
+        self, error: ForwardError, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+    ) -> CellcError:
+        """Say which argument is wrong, where one visibly is: empty, or unlike those of requests that worked."""
+        leaves = pytree.tree_leaves((args, kwargs))
+        tensors = [(n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor)]
+        reason = str(error).splitlines()[0]
+        for k, (name, tensor) in enumerate(tensors):
+            good = self._good[k] if self._good is not None and k < len(self._good) else None
+            expected = ""
+            if good is not None and good.dtype != tensor.dtype:
+                expected = f"dtype {describe(good).split('[')[0]}, as in requests that worked"
+            elif good is not None and good.dim() != tensor.dim():
+                expected = f"{good.dim()} dimensions, as in requests that worked"
+            elif tensor.numel() == 0:
+                expected = "at least one element"
+            if expected:
+                return RequestError(
+                    argument=name, got=describe(tensor), expected=f"{expected} ({reason})", origin=error.origin
+                )
+        if self._good is None or not tensors:
+            got = ", ".join(f"{n}: {describe(t)}" for n, t in tensors)
+            return ForwardError(f"{reason} (called with {got})", kind="on this request", origin=error.origin)
+        return RequestError(
+            argument=", ".join(n for n, _ in tensors),
+            got=", ".join(describe(t) for _, t in tensors),
+            expected=f"sizes that the forward accepts ({reason})",
+            origin=error.origin,
+        )
+
+    def _extract(self, graph: Graph) -> CallGraph:
+        self.stages = []
+        self._stage("graph", lambda: print_graph(graph))
+        if env.verify():
+            verify.verify_graph(graph)
+        rows = lower(graph, self.params, self._data_points)
+        self._stage("rows", rows)
+        calls = extract(rows, self._roles)
+        self._check_cells(calls)
+        self._stage("extract", lambda: _print_calls(calls))
+        passes.run(calls, self.params, self._options, self._rewritten)
+        self._check_cells(calls)
+        self._name(calls)
+        self._stage("passes", lambda: _print_calls(calls))
+        return calls
+
+    def _check_cells(self, calls: CallGraph) -> None:
+        if env.verify():
+            for group in calls.groups:
+                verify.verify_cell(group.cell)
+
+    def _name(self, calls: CallGraph) -> None:
+        for group in calls.groups:
+            key = group.cell.key
+            if key not in self.cells:
+                taken = {c.name for c in self.cells.values()}
+                name = base = passes.suggest_name(group.cell, list(self.params.base))
+                count = 1
+                while name in taken:
+                    count += 1
+                    name = f"{base}_{count}"
+                self.cells[key] = group.cell.named(name)
+            elif group.cell.recurrent and not self.cells[key].recurrent:
+                self.cells[key] = replace(self.cells[key], recurrent=True)
+            group.cell = self.cells[key]
+
+    def _stage(self, name: str, text: Any) -> None:
+        stage = _LazyStage(name, text)
+        self.stages.append(stage)
+        channel = _CHANNELS[name]
+        if log.enabled(channel) or env.dump() is not None:
+            log.info(channel, str(stage))
+            log.dump(name, str(stage))
+
+    # -- kernels --------------------------------------------------------------------------------------------
+
+    def kernel(self, number: int) -> Kernel:
+        """The kernel of a cell, made on first use."""
+        kernel = self.kernels.get(number)
+        if kernel is None:
+            with self._lock:
+                if number not in self.kernels:
+                    cell = self.by_number[number]
+                    self.kernels[number] = self.backend.kernel(cell, self.params)
+                    if log.enabled("kernel"):
+                        log.info("kernel", self.kernels[number].source)
+                    log.dump(f"kernel_{cell.name}", self.kernels[number].source)
+                kernel = self.kernels[number]
+        return kernel
+
+    def refresh(self) -> None:
+        """The weights changed: take them again, keep cells; kernels repack."""
+        with self._lock:
+            for name, tensor in named_tensors(self.model).items():
+                self.params.base[name] = tensor
+            self.params.refresh()
+            self.kernels.clear()
+            if self.reads_weights:
+                self._forget()
+
+
+class _LazyStage(Stage):
+    """A stage whose text is made when it is first read."""
+
+    def __init__(self, name: str, source: Any) -> None:
+        self.name = name
+        self._source = source
+
+    @property
+    def text(self) -> str:  # type: ignore[override]
+        return str(self._source() if callable(self._source) else self._source)
+
+
+def _print_calls(calls: CallGraph) -> str:
+    return "\n".join([str(calls), *(print_cell(group.cell) for group in calls.groups)])
+
+
+# -- the model -----------------------------------------------------------------------------------------------
+
+
+def modules_of(model: Any) -> dict[str, nn.Module]:
+    """Modules that a model is made of: itself, or those that a function's closure or globals name."""
+    if isinstance(model, nn.Module):
+        return {"": model}
+    owner = getattr(model, "__self__", None)
+    if isinstance(owner, nn.Module):
+        return {"": owner}
+    function = getattr(model, "__wrapped__", model)
+    found: dict[str, nn.Module] = {}
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return found
+    cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
+    for name, cell in cells:
+        if isinstance(cell.cell_contents, nn.Module):
+            found[name] = cell.cell_contents
+    for name in code.co_names:
+        value = function.__globals__.get(name)
+        if isinstance(value, nn.Module):
+            found[name] = value
+    return found
+
+
+def named_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Parameters and buffers by qualified name."""
+    out: dict[str, torch.Tensor] = {}
+    for prefix, module in modules_of(model).items():
+        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            out[f"{prefix}.{name}" if prefix else name] = tensor
+    return out
+
+
+def module_names(model: Any) -> dict[int, str]:
+    return {
+        id(module): f"{prefix}.{name}" if prefix else name
+        for prefix, root in modules_of(model).items()
+        for name, module in root.named_modules()
+    }
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Modules in eval mode inside, as they were afterwards."""
+    training = [m for root in modules_of(model).values() for m in root.modules() if m.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def fold_options(options: Mapping[str, Any]) -> passes.PassOptions:
+    return passes.PassOptions(**{k: v for k, v in options.items() if k == "fold_bytes"})

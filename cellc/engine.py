@@ -1,0 +1,408 @@
+"""The engine: requests in, results out, cells batched across all that are in flight.
+
+Duty: own the arenas and the scheduler of one compiled model and run the loop. `step` is the architecture: admit, schedule,
+launch, complete, deliver. Comes in: tickets (a request with its plan); goes out: their results.
+
+Threads: a blocking call on an idle engine runs the loop in its own thread, so that a lone request pays for no hand-over;
+where the loop runs already, it waits its turn. Requests that nobody blocks on are run by a background thread, which
+exists only while there are such requests and sleeps when it has nothing to do.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, InvalidStateError
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from cellc import log
+from cellc.compiler import Compiler, Entry
+from cellc.errors import ClosedError, Overloaded, RequestError
+from cellc.launch import Launch, Ragged
+from cellc.plan import ragged_range
+from cellc.scheduler import Batch, Policy, Scheduler
+from cellc.state import Arenas
+
+MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
+ALONE, SHARED = 4e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request on its way."""
+
+    entry: Entry
+    tensors: Sequence[torch.Tensor]
+    future: Future[Any] | None = None
+    arrived: float = 0.0
+    done: bool = False
+    result: Any = None
+    error: BaseException | None = None
+    number: int = -1
+    bases: Any = None
+
+
+@dataclass
+class _Counters:
+    launches: int = 0
+    rows: int = 0
+    steps: int = 0
+    requests: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8192))
+
+
+class Engine:
+    """See the module."""
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        *,
+        max_batch: int | None,
+        max_queue: int | None,
+        policy: Policy,
+        memory_limit: int,
+    ) -> None:
+        self.compiler = compiler
+        self.counters = _Counters()
+        self._scheduler = Scheduler(max_batch=max_batch or 512, policy=policy)
+        self._scheduler.record_lengths = compiler.record_lengths
+        self._scheduler.priority = compiler.priority
+        self._arenas = Arenas(compiler.tables, compiler.params, compiler.device, memory_limit)
+        self._max_queue = max_queue
+        self._inbox: deque[Ticket] = deque()
+        self._live: dict[int, Ticket] = {}
+        self._numbers: list[int] = []
+        self._next_number = 0
+        self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
+        self._loop = threading.Lock()  # held by whoever runs the loop
+        self._turn = threading.Condition()  # guards the inbox; told when the loop is free or results are there
+        self._waiting = 0
+        self._background: threading.Thread | None = None
+        self._closing = False
+
+    # -- what callers use -----------------------------------------------------------------------------------
+
+    def enqueue(self, tickets: Sequence[Ticket]) -> None:
+        """Queue requests; raises Overloaded past `max_queue`, ClosedError after close."""
+        now = time.perf_counter()
+        with self._turn:
+            if self._closing:
+                raise ClosedError(what="this compiled model")
+            if self._max_queue is not None and len(self._inbox) + len(tickets) > self._max_queue:
+                raise Overloaded(waiting=len(self._inbox), limit=self._max_queue)
+            for ticket in tickets:
+                ticket.arrived = now
+            self._inbox.extend(tickets)
+
+    def run(self, tickets: Sequence[Ticket]) -> None:
+        """Block until these queued requests are done, running the loop here if nobody does."""
+        while not all(t.done for t in tickets):
+            if self._loop.acquire(blocking=False):
+                try:
+                    self._drive(tickets)
+                finally:
+                    self._loop.release()
+                    self._hand_over()
+            else:
+                with self._turn:
+                    self._waiting += 1
+                    try:
+                        if self._loop.locked() and not all(t.done for t in tickets):
+                            self._turn.wait(0.05)
+                    finally:
+                        self._waiting -= 1
+
+    def _drive(self, tickets: Sequence[Ticket]) -> None:
+        position, total = 0, len(tickets)
+        while True:
+            while position < total and tickets[position].done:
+                position += 1
+            if position == total:
+                return
+            self.step()
+
+    def cancel(self, tickets: Sequence[Ticket]) -> None:
+        """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
+        with self._loop:
+            gone = {id(t) for t in tickets}
+            with self._turn:
+                self._inbox = deque(t for t in self._inbox if id(t) not in gone)
+            for ticket in tickets:
+                if not ticket.done and ticket.number in self._live:
+                    del self._live[ticket.number]
+                    self._scheduler.cancel(ticket.number)
+                    self._retire(ticket)
+                ticket.done = True
+
+    def start(self) -> None:
+        """Make sure that queued requests are run though nobody blocks on them."""
+        with self._turn:
+            if self._background is None or not self._background.is_alive():
+                self._background = threading.Thread(
+                    target=self._serve, name="cellc-engine", daemon=True
+                )
+                self._background.start()
+            self._turn.notify_all()
+
+    def close(self) -> None:
+        """Finish what was queued, then leave nothing behind."""
+        with self._turn:
+            self._closing = True
+            self._turn.notify_all()
+        with self._loop:
+            while self._inbox or self._live:
+                self.step()
+        background = self._background
+        if background is not None and background is not threading.current_thread():
+            background.join()
+        self._background = None
+
+    def refresh(self) -> None:
+        """The weights changed: requests in flight end with the old ones, later ones see the new."""
+        with self._loop:
+            while self._inbox or self._live:
+                self.step()
+            self.compiler.refresh()
+            self._arenas.refresh()
+
+    @property
+    def closed(self) -> bool:
+        return self._closing
+
+    @property
+    def arena_bytes(self) -> int:
+        return self._arenas.nbytes
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._inbox)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._live)
+
+    # -- threads --------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """The background loop: runs while there is work, sleeps otherwise, ends with close."""
+        while True:
+            with self._turn:
+                while not (self._inbox or self._live) or self._loop.locked():
+                    if self._closing:
+                        return
+                    self._turn.wait()
+            if self._loop.acquire(blocking=False):
+                try:
+                    while self._inbox or self._live:
+                        self.step()
+                finally:
+                    self._loop.release()
+                    self._hand_over()
+
+    def _hand_over(self) -> None:
+        """The loop is free: wake whoever waits for it or for results."""
+        if self._waiting or self._background is not None:
+            with self._turn:
+                self._turn.notify_all()
+
+    # -- the loop -------------------------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One turn of the loop; the caller holds the loop."""
+        self._admit()
+        batch = self._schedule()
+        if batch is None:
+            return
+        failed = self._launch(batch)
+        finished = self._complete(batch, failed)
+        self._deliver(finished)
+
+    def _admit(self) -> None:
+        """Give waiting requests their regions and copy their data in; those of one plan together."""
+        if not self._inbox:
+            return
+        groups: dict[int, list[Ticket]] = {}
+        with self._turn:
+            while self._inbox and len(self._live) + sum(map(len, groups.values())) < MAX_LIVE:
+                ticket = self._inbox[0]
+                fits = self._arenas.prepare(ticket.entry.plan) and self._arenas.fits(ticket.entry.plan)
+                if not fits and (self._live or groups):
+                    break
+                self._inbox.popleft()
+                if ticket.future is None or ticket.future.set_running_or_notify_cancel():
+                    groups.setdefault(id(ticket.entry), []).append(ticket)
+                else:
+                    ticket.done = True
+        for tickets in groups.values():
+            self._admit_group(tickets)
+
+    def _admit_group(self, tickets: list[Ticket]) -> None:
+        entry = tickets[0].entry
+        plan = entry.plan
+        bases = self._arenas.allocate(plan, len(tickets))
+        good: list[int] = []
+        for i, ticket in enumerate(tickets):
+            error = self._copy_in(ticket, bases[i])
+            if error is None:
+                good.append(i)
+                ticket.bases = bases[i]
+                ticket.number = self._numbers.pop() if self._numbers else self._new_number()
+                self._live[ticket.number] = ticket
+            else:
+                self._arenas.free(plan, bases[i])
+                self._finish(ticket, error=error)
+        if not good:
+            return
+        if plan.num_calls:
+            self._scheduler.add(plan, [tickets[i].number for i in good], bases[good])
+        else:
+            self._deliver([tickets[i] for i in good], scheduled=False)
+
+    def _new_number(self) -> int:
+        self._next_number += 1
+        return self._next_number - 1
+
+    def _copy_in(self, ticket: Ticket, bases: Any) -> BaseException | None:
+        try:
+            for rows in ticket.entry.plan.data:
+                tensor = ticket.tensors[rows.leaf]
+                base = int(bases[rows.type])
+                self._arenas.write(rows, base, tensor)
+                wrong = self._arenas.invalid(rows, base)
+                if wrong is not None:
+                    return _out_of_range(rows.name, rows.bound, tensor, wrong)
+        except Exception as error:  # the request's own tensor cannot be read: it fails alone
+            return error
+        return None
+
+    def _schedule(self) -> Batch | None:
+        chosen = self._scheduler.peek()
+        if chosen is None:
+            return None
+        cell, rows = chosen
+        seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
+        budget = SHARED if self._background is not None or self._waiting else ALONE
+        return self._scheduler.next(max(1, int(budget / max(seconds, 1e-7))))
+
+    def _launch(self, batch: Batch) -> dict[int, BaseException]:
+        """Run a batch; returns the requests that failed, with why."""
+        kernel = self.compiler.kernel(batch.cell)
+        launch = self._tables(batch)
+        start = time.perf_counter()
+        try:
+            invalid = kernel(launch, self._arenas)
+        except Exception as error:
+            requests = self._scheduler.requests_of(batch.calls)
+            return dict.fromkeys(np.unique(requests).tolist(), error)
+        took = time.perf_counter() - start
+        self._measure(batch, took)
+        if log.enabled("schedule"):
+            name = self.compiler.by_number[batch.cell].name
+            log.info("schedule", f"{name}: {len(batch.calls)} rows in {launch.num_steps} steps, {took * 1e6:.0f} us")
+        if not len(invalid):
+            return {}
+        requests = self._scheduler.requests_of(batch.calls)
+        cell = self.compiler.by_number[batch.cell]
+        error = RequestError(
+            argument=cell.name, got="an index outside its table", expected="indices that the weights have",
+            origin=next((op.origin for op in cell.ops if op.op == "embedding"), None),
+        )  # fmt: skip
+        return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), error)
+
+    def _tables(self, batch: Batch) -> Launch:
+        cell = self.compiler.by_number[batch.cell]
+        table = batch.table
+        if not any(spec.ragged for spec in cell.inputs):
+            count = len(cell.inputs)
+            return Launch(batch.steps, [table[i] for i in range(count)], table[count:])
+        inputs: list[Any] = []
+        k = 0
+        for spec in cell.inputs:
+            if spec.ragged:
+                lengths = table[k + 1]
+                index = ragged_range(table[k].astype(np.int64), lengths.astype(np.int64))
+                offsets = np.zeros(len(lengths) + 1, np.int32)
+                np.cumsum(lengths, out=offsets[1:])
+                inputs.append(Ragged(offsets, self._scheduler.records[index]))
+                k += 2
+            else:
+                inputs.append(table[k])
+                k += 1
+        return Launch(batch.steps, inputs, table[k:])
+
+    def _measure(self, batch: Batch, took: float) -> None:
+        counters = self.counters
+        counters.launches += 1
+        counters.rows += len(batch.calls)
+        counters.steps += len(batch.steps) - 1
+        counters.seconds += took
+        key = (batch.cell, int(batch.steps[1]).bit_length())
+        known = self._seconds.get(key)
+        step = took / (len(batch.steps) - 1)
+        self._seconds[key] = step if known is None else min(step, 0.8 * known + 0.2 * step)
+
+    def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
+        for number, error in failed.items():
+            ticket = self._live.pop(number, None)
+            if ticket is not None:
+                self._scheduler.cancel(number)
+                self._retire(ticket)
+                self._finish(ticket, error=error)
+        return [self._live[n] for n in batch.finished if n in self._live]
+
+    def _deliver(self, tickets: Sequence[Ticket], *, scheduled: bool = True) -> None:
+        """Gather finished requests' outputs, free their rows, answer."""
+        for ticket in tickets:
+            entry, error, result = ticket.entry, None, None
+            try:
+                made = [
+                    self._arenas.read(rows, int(ticket.bases[rows.type])) for rows in entry.plan.outputs
+                ]
+                result = entry.rebuild(made)
+            except Exception as raised:
+                error = raised
+            del self._live[ticket.number]
+            if scheduled:
+                self._scheduler.release(ticket.number)
+            self._retire(ticket)
+            self._finish(ticket, result, error)
+        if tickets and self._waiting:
+            with self._turn:
+                self._turn.notify_all()
+
+    def _retire(self, ticket: Ticket) -> None:
+        self._arenas.free(ticket.entry.plan, ticket.bases)
+        self._numbers.append(ticket.number)
+
+    def _finish(self, ticket: Ticket, result: Any = None, error: BaseException | None = None) -> None:
+        ticket.result, ticket.error, ticket.done = result, error, True
+        ticket.tensors = ()
+        self.counters.requests += 1
+        self.counters.failed += error is not None
+        self.counters.latencies.append(time.perf_counter() - ticket.arrived)
+        if ticket.future is not None:
+            try:
+                if error is None:
+                    ticket.future.set_result(result)
+                else:
+                    ticket.future.set_exception(error)
+            except InvalidStateError:  # cancelled while it ran
+                pass
+
+
+def _out_of_range(name: str, bound: int | None, tensor: torch.Tensor, position: int) -> RequestError:
+    flat = tensor.detach().cpu().reshape(-1)
+    wrong = np.flatnonzero(((flat < 0) | (flat >= bound)).numpy())  # type: ignore[operator]
+    at = int(wrong[0]) if len(wrong) else position
+    return RequestError(
+        argument=name, got=f"{flat[at].item()} at position {at}", expected=f"indices in [0, {bound})"
+    )

@@ -1,0 +1,107 @@
+"""Regions: contiguous pieces of a growing array, given out and taken back.
+
+Duty: the allocator behind arenas and the scheduler's flat arrays. Sizes are rounded up to classes (at most a quarter is
+wasted), freed pieces wait in their class; when nothing is live, everything starts over. Pure Python and numpy.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+
+def size_class(size: int) -> int:
+    """Smallest of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, .. that holds `size`.
+
+    >>> [size_class(n) for n in (0, 1, 5, 9, 13, 33)]
+    [0, 1, 5, 10, 14, 40]
+    """
+    if size <= 4:
+        return size
+    step = 1 << max((size - 1).bit_length() - 3, 0)
+    return -(-size // step) * step
+
+
+class Regions:
+    """Gives out `[start, start + size)` pieces of `capacity` places; `grow(capacity)` is told when more are needed.
+
+    The first `reserved` places are never given out (constants live there).
+    """
+
+    def __init__(self, capacity: int, grow: Callable[[int], None], reserved: int = 0) -> None:
+        self.capacity, self.reserved = capacity, reserved
+        self._grow = grow
+        self._next = reserved
+        self._free: dict[int, list[int]] = defaultdict(list)
+        self.live = 0  # pieces
+
+    def allocate(self, size: int, count: int = 1) -> npt.NDArray[np.int64]:
+        """Starts of `count` pieces of `size` places."""
+        size = size_class(size)
+        if size == 0:
+            return np.zeros(count, np.int64)
+        self.live += count
+        free = self._free[size]
+        reused = min(len(free), count)
+        fresh = count - reused
+        starts = np.empty(count, np.int64)
+        if reused:
+            starts[:reused] = free[-reused:]
+            del free[-reused:]
+        if fresh:
+            if self._next + fresh * size > self.capacity:
+                self.capacity = max(2 * self.capacity, self._next + fresh * size)
+                self._grow(self.capacity)
+            starts[reused:] = self._next + size * np.arange(fresh)
+            self._next += fresh * size
+        return starts
+
+    def free(self, start: int, size: int) -> None:
+        size = size_class(size)
+        if size == 0:
+            return
+        self.live -= 1
+        self._free[size].append(start)
+        if self.live == 0:
+            self._next = self.reserved
+            self._free.clear()
+
+    def reserve(self, count: int) -> bool:
+        """Keep the first `count` places from now on; False while pieces that lie there are live."""
+        if count <= self.reserved:
+            return True
+        if self.live:
+            return False
+        self.reserved = self._next = count
+        if count > self.capacity:
+            self.capacity = max(2 * self.capacity, count)
+            self._grow(self.capacity)
+        return True
+
+    def fits(self, size: int, limit: int) -> bool:
+        """Could a piece of `size` be given out without growing past `limit` places?"""
+        size = size_class(size)
+        return bool(self._free.get(size)) or self._next + size <= max(limit, self.capacity)
+
+
+class Flat:
+    """A numpy array that grows, with pieces."""
+
+    def __init__(self, data: npt.NDArray[Any]) -> None:
+        self.data = data
+        self._regions = Regions(len(data), self._resize)
+
+    def _resize(self, capacity: int) -> None:
+        data = np.zeros((capacity, *self.data.shape[1:]), self.data.dtype)
+        data[: len(self.data)] = self.data
+        self.data = data
+
+    def allocate(self, size: int, count: int) -> npt.NDArray[np.int64]:
+        return self._regions.allocate(size, count)
+
+    def free(self, start: int, size: int) -> None:
+        self._regions.free(start, size)

@@ -1,0 +1,124 @@
+"""Requests: from a call's arguments to a structure key and tensor leaves.
+
+Duty: flatten a request, name its parts for error messages, and key its structure: requests of equal keys share a plan.
+Comes in from `cellc.compiled`; goes to `cellc.compiler`. Tensors of a request are its data; everything else about it
+(shapes, dtypes, the pytree, Python values) is structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from cellc.dtypes import DTYPE_NAMES
+from cellc.errors import RequestError
+
+_VALUES = (int, float, bool, str, bytes, complex, type(None))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What requests that share a plan have in common."""
+
+    key: Hashable  # exact
+    family: Hashable  # the same, without sizes
+    sizes: tuple[int, ...]  # every size of every tensor leaf
+    shapes: tuple[tuple[int, ...], ...]
+
+
+class Arguments:
+    """Binds and flattens calls of one forward."""
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        try:
+            self._signature: inspect.Signature | None = inspect.signature(forward)
+        except (TypeError, ValueError):
+            self._signature = None
+        kinds = [p.kind for p in self._signature.parameters.values()] if self._signature else []
+        self._plain = all(
+            k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for k in kinds
+        ) and bool(kinds)
+        self._num = len(kinds)
+        self.names = list(self._signature.parameters) if self._signature else []
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments as positional where the signature allows; raises RequestError where it does not fit."""
+        if not kwargs and self._plain and len(args) == self._num:
+            return args, {}
+        if self._signature is None:
+            return args, dict(kwargs)
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            names = ", ".join(self.names)
+            raise RequestError(
+                argument=_culprit(str(error), self.names), got=str(error), expected=f"a call of forward({names})"
+            ) from None
+        return bound.args, bound.kwargs
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[Any], Any]:
+        """(tensor leaves, all leaves with None in place of tensors, pytree)."""
+        if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
+            return list(args), [None] * len(args), len(args)
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return tensors, rest, (spec, tuple(isinstance(leaf, torch.Tensor) for leaf in leaves))
+
+    def structure(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Structure:
+        """Key of a flattened request; Python values are compared by type and value."""
+        shapes = tuple(tuple(t.shape) for t in tensors)
+        kinds = tuple((len(t.shape), t.dtype) for t in tensors)
+        values = tuple((type(v).__name__, v) for v in rest if v is not None)
+        for _, value in values:
+            if not isinstance(value, _VALUES):
+                try:
+                    hash(value)
+                except TypeError:
+                    raise RequestError(
+                        argument=self.path_of(rest, value), got=f"a {type(value).__name__}",
+                        expected="tensors, numbers, strings and tuples, lists or dicts of them",
+                    ) from None  # fmt: skip
+        family = (tree if isinstance(tree, int) else _hashable(tree), kinds, values)
+        return Structure((family, shapes), family, tuple(s for shape in shapes for s in shape), shapes)
+
+    def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+        """A name for every leaf: the argument, with its path inside (`state[0]`)."""
+        paths, _ = pytree.tree_flatten_with_path((args, kwargs))
+        names = []
+        for path, _ in paths:
+            number, *rest = path[1:]
+            if path[0] == pytree.SequenceKey(0):
+                index = number.idx
+                variadic = index >= len(self.names)
+                name = f"args[{index}]" if variadic else self.names[index]
+            else:
+                name = str(number.key)
+            names.append(name + pytree.keystr(tuple(rest)))
+        return names
+
+    def path_of(self, rest: Sequence[Any], value: Any) -> str:
+        return self.names[0] if self.names else "argument"
+
+
+def _hashable(tree: Any) -> Hashable:
+    spec, mask = tree
+    return (str(spec), mask)
+
+
+def _culprit(message: str, names: Sequence[str]) -> str:
+    """The argument that a binding error is about."""
+    quoted = message.split("'")
+    return quoted[1] if len(quoted) > 2 else ", ".join(names)
+
+
+def describe(tensor: torch.Tensor) -> str:
+    """`f32[3, 4]`."""
+    name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+    return f"{name}[{', '.join(map(str, tensor.shape))}]"
