@@ -14,7 +14,7 @@ from functools import cached_property
 from typing import Literal
 
 from cellc import ops
-from cellc.ops import RowType
+from cellc.ops import RowType, Shape
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Cell:
         assert operand.kind == "op", operand
         return self.ops[operand.index].types[operand.port]
 
-    def shape_of(self, operand: Operand) -> ops.Shape:
+    def shape_of(self, operand: Operand) -> Shape:
         return () if operand.kind == "scalar" else self.type_of(operand).shape
 
     @cached_property

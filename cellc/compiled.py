@@ -28,6 +28,7 @@ from cellc.engine import Engine, Ticket
 from cellc.errors import BackendError, CellcError, ClosedError, RequestError, UnsupportedError
 from cellc.launch import Backend, Kernel
 from cellc.passes import PassOptions
+from cellc.request import Structure
 from cellc.scheduler import Policy
 
 if TYPE_CHECKING:
@@ -194,41 +195,44 @@ class Compiled:
         return self
 
     def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
-        entry, tensors = self._planned(args, kwargs)
+        self._check_open()
+        bound = self._bind(args, kwargs)
+        arguments, compiler = self._compiler.arguments, self._compiler
+        tensors, rest, tree = arguments.flatten(*bound)
+        entry = compiler.cached(arguments.key(tensors, rest, tree))
+        if entry is None:
+            entry = compiler.entry(arguments.structure(tensors, rest, tree), *bound)
         return Ticket(entry, tensors)
 
-    def _planned(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[torch.Tensor]]:
-        self._check_open()
-        arguments = self._compiler.arguments
-        args, kwargs = arguments.bind(args, kwargs)
-        if self._dtype is not None:
-            args, kwargs = self._cast((args, kwargs))
-        tensors, rest, tree = arguments.flatten(args, kwargs)
-        structure = arguments.structure(tensors, rest, tree)
-        return self._compiler.entry(structure, args, kwargs), tensors
+    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = self._compiler.arguments.bind(args, kwargs)
+        return call if self._dtype is None else self._cast(call)
 
     def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
-        """Plan the extremes of new sizes first: sizes between them need no tracing."""
-        if len(calls) > 8:
-            self._plan_extremes(calls)
-        return [self._ticket(args, kwargs) for args, kwargs in calls]
-
-    def _plan_extremes(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> None:
-        arguments = self._compiler.arguments
-        families: dict[Any, dict[tuple[int, ...], tuple[Any, Any, Any]]] = {}
+        """Tickets in order; of sizes never seen, the extremes are planned first: those between need no tracing."""
+        self._check_open()
+        arguments, compiler = self._compiler.arguments, self._compiler
+        entries: dict[Any, Entry | None] = {}
+        found = []
+        new: dict[Any, dict[tuple[int, ...], tuple[Structure, Any]]] = {}
         for call in calls:
-            args, kwargs = arguments.bind(*call)
-            if self._dtype is not None:
-                args, kwargs = self._cast((args, kwargs))
-            structure = arguments.structure(*arguments.flatten(args, kwargs))
-            if not self._compiler.known(structure):
-                families.setdefault(structure.family, {})[structure.sizes] = (structure, args, kwargs)
-        for members in families.values():
-            if len(members) > 4:
-                order = sorted(members, key=lambda s: (sum(s), s))
-                picks = [order[0], order[-1], order[len(order) // 2], order[1]]
-                for sizes in dict.fromkeys(picks):
-                    self._compiler.entry(*members[sizes])
+            bound = self._bind(*call)
+            tensors, rest, tree = arguments.flatten(*bound)
+            key = arguments.key(tensors, rest, tree)
+            if key not in entries:
+                entries[key] = compiler.cached(key)
+                if entries[key] is None:
+                    structure = arguments.structure(tensors, rest, tree)
+                    new.setdefault(structure.family, {})[structure.sizes] = (structure, bound)
+            found.append((key, tensors))
+        for members in new.values():
+            for sizes in _extremes_first(list(members)):
+                structure, bound = members[sizes]
+                compiler.entry(structure, *bound)
+        for members in new.values():  # a later trace may have changed what an earlier plan is made of
+            for structure, bound in members.values():
+                entries[structure.key] = compiler.entry(structure, *bound)
+        return [Ticket(entries[key], tensors) for key, tensors in found]  # type: ignore[arg-type]
 
     def _cast(self, call: Any) -> Any:
         def cast(leaf: Any) -> Any:
@@ -393,6 +397,15 @@ def _as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(request, dict):
         return (), request
     return (request,), {}
+
+
+def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Order in which sizes are planned: smallest, largest, middle, next to smallest, then the rest."""
+    if len(sizes) <= 4:
+        return sizes
+    order = sorted(sizes, key=lambda s: (sum(s), s))
+    picks = [order[-1], order[0], order[len(order) // 2], order[1]]
+    return list(dict.fromkeys([*picks, *order]))
 
 
 # -- cellc.compile -------------------------------------------------------------------------------------------

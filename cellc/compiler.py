@@ -9,9 +9,11 @@ printable stage.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,12 +25,13 @@ from torch.utils import _pytree as pytree
 from cellc import env, log, passes, verify
 from cellc.calls import CallGraph
 from cellc.cells import Cell
-from cellc.errors import CellcError, ForwardError, RequestError
+from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
 from cellc.extract import Roles, extract
 from cellc.family import Family, same_graph
 from cellc.frontends.lower import lower
 from cellc.frontends.tracer import Trace, trace
 from cellc.graph import Graph
+from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
 from cellc.params import Params
 from cellc.plan import Plan, Tables, make_plan, record_length
@@ -112,10 +115,6 @@ class Compiler:
 
     def entry(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The planned structure of a request: cached, derived from its family, or traced now."""
-        entry = self._plans.get(structure.key)
-        if entry is not None:
-            self.counts["plan_hits"] += 1
-            return entry
         with self._lock:
             entry = self._plans.get(structure.key)
             if entry is None:
@@ -125,8 +124,12 @@ class Compiler:
                     self._plans.popitem(last=False)
             return entry
 
-    def known(self, structure: Structure) -> bool:
-        return structure.key in self._plans
+    def cached(self, key: Hashable) -> Entry | None:
+        """The entry of a structure key that was planned already."""
+        entry = self._plans.get(key)
+        if entry is not None:
+            self.counts["plan_hits"] += 1
+        return entry
 
     def _derived(self, structure: Structure) -> Entry | None:
         state = self._families.get(structure.family)
@@ -157,6 +160,7 @@ class Compiler:
         one = bare and bool(kept) and kept[0][0] == "t"
         plan = self._plan(graph)
         self._stage("plan", plan)
+        self.make_kernels(plan)
         entry = Entry(plan, tuple(kept), None if one else spec, tensor_names, self._roles.version)
         self._learn(structure, graph, entry)
         return entry
@@ -294,13 +298,29 @@ class Compiler:
         if kernel is None:
             with self._lock:
                 if number not in self.kernels:
-                    cell = self.by_number[number]
-                    self.kernels[number] = self.backend.kernel(cell, self.params)
-                    if log.enabled("kernel"):
-                        log.info("kernel", self.kernels[number].source)
-                    log.dump(f"kernel_{cell.name}", self.kernels[number].source)
+                    self.kernels[number] = self._make_kernel(self.by_number[number])
                 kernel = self.kernels[number]
         return kernel
+
+    def _make_kernel(self, cell: Cell) -> Kernel:
+        """From the backend, or from the eager one for a cell that it cannot generate."""
+        try:
+            kernel = self.backend.kernel(cell, self.params)
+        except UnsupportedError as error:
+            log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")
+            kernel = EagerBackend().kernel(cell, self.params)
+        if log.enabled("kernel"):
+            log.info("kernel", kernel.source)
+        log.dump(f"kernel_{cell.name}", kernel.source)
+        return kernel
+
+    def make_kernels(self, plan: Plan) -> None:
+        """Make all kernels of a plan at once: compilers run side by side."""
+        missing = [n for n in dict.fromkeys(plan.cells) if n not in self.kernels]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+                made = pool.map(lambda n: self._make_kernel(self.by_number[n]), missing)
+                self.kernels.update(zip(missing, made, strict=True))
 
     def refresh(self) -> None:
         """The weights changed: take them again, keep cells; kernels repack."""

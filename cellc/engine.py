@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellc import log
@@ -138,9 +139,8 @@ class Engine:
                 self._inbox = deque(t for t in self._inbox if id(t) not in gone)
             for ticket in tickets:
                 if not ticket.done and ticket.number in self._live:
-                    del self._live[ticket.number]
                     self._scheduler.cancel(ticket.number)
-                    self._retire(ticket)
+                    self._retire([ticket])
                 ticket.done = True
 
     def start(self) -> None:
@@ -232,57 +232,58 @@ class Engine:
             return
         groups: dict[int, list[Ticket]] = {}
         with self._turn:
-            while self._inbox and len(self._live) + sum(map(len, groups.values())) < MAX_LIVE:
+            room = MAX_LIVE - len(self._live)
+            while self._inbox and room > 0:
                 ticket = self._inbox[0]
-                fits = self._arenas.prepare(ticket.entry.plan) and self._arenas.fits(ticket.entry.plan)
-                if not fits and (self._live or groups):
+                key = id(ticket.entry)
+                if key not in groups and not self._fits(ticket.entry) and (self._live or groups):
                     break
                 self._inbox.popleft()
-                if ticket.future is None or ticket.future.set_running_or_notify_cancel():
-                    groups.setdefault(id(ticket.entry), []).append(ticket)
-                else:
+                if ticket.future is not None and not ticket.future.set_running_or_notify_cancel():
                     ticket.done = True
+                    continue
+                room -= 1
+                groups.setdefault(key, []).append(ticket)
         for tickets in groups.values():
             self._admit_group(tickets)
+
+    def _fits(self, entry: Entry) -> bool:
+        return self._arenas.prepare(entry.plan) and self._arenas.fits(entry.plan)
 
     def _admit_group(self, tickets: list[Ticket]) -> None:
         entry = tickets[0].entry
         plan = entry.plan
         bases = self._arenas.allocate(plan, len(tickets))
-        good: list[int] = []
-        for i, ticket in enumerate(tickets):
-            error = self._copy_in(ticket, bases[i])
-            if error is None:
-                good.append(i)
-                ticket.bases = bases[i]
-                ticket.number = self._numbers.pop() if self._numbers else self._new_number()
-                self._live[ticket.number] = ticket
-            else:
-                self._arenas.free(plan, bases[i])
-                self._finish(ticket, error=error)
-        if not good:
+        errors = self._copy_in(tickets, bases)
+        if errors:
+            self._arenas.free(plan, bases[sorted(errors)])
+            for i, error in errors.items():
+                self._finish(tickets[i], error=error)
+            good = [i for i in range(len(tickets)) if i not in errors]
+            tickets, bases = [tickets[i] for i in good], bases[good]
+        if not tickets:
             return
+        for ticket, base in zip(tickets, bases, strict=True):
+            ticket.bases = base
+            ticket.number = self._numbers.pop() if self._numbers else self._new_number()
+            self._live[ticket.number] = ticket
         if plan.num_calls:
-            self._scheduler.add(plan, [tickets[i].number for i in good], bases[good])
+            self._scheduler.add(plan, [t.number for t in tickets], bases)
         else:
-            self._deliver([tickets[i] for i in good], scheduled=False)
+            self._deliver(tickets, scheduled=False)
 
     def _new_number(self) -> int:
         self._next_number += 1
         return self._next_number - 1
 
-    def _copy_in(self, ticket: Ticket, bases: Any) -> BaseException | None:
-        try:
-            for rows in ticket.entry.plan.data:
-                tensor = ticket.tensors[rows.leaf]
-                base = int(bases[rows.type])
-                self._arenas.write(rows, base, tensor)
-                wrong = self._arenas.invalid(rows, base)
-                if wrong is not None:
-                    return _out_of_range(rows.name, rows.bound, tensor, wrong)
-        except Exception as error:  # the request's own tensor cannot be read: it fails alone
-            return error
-        return None
+    def _copy_in(self, tickets: list[Ticket], bases: npt.NDArray[np.int64]) -> dict[int, BaseException]:
+        """Copy requests' tensors into their regions; returns those that failed, by position."""
+        errors: dict[int, BaseException] = {}
+        for rows in tickets[0].entry.plan.data:
+            tensors = [t.tensors[rows.leaf] for t in tickets]
+            for i in self._arenas.write(rows, bases, tensors).tolist():
+                errors[i] = _out_of_range(rows.name, rows.bound, tensors[i])
+        return errors
 
     def _schedule(self) -> Batch | None:
         chosen = self._scheduler.peek()
@@ -352,36 +353,40 @@ class Engine:
 
     def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
         for number, error in failed.items():
-            ticket = self._live.pop(number, None)
+            ticket = self._live.get(number)
             if ticket is not None:
                 self._scheduler.cancel(number)
-                self._retire(ticket)
+                self._retire([ticket])
                 self._finish(ticket, error=error)
         return [self._live[n] for n in batch.finished if n in self._live]
 
     def _deliver(self, tickets: Sequence[Ticket], *, scheduled: bool = True) -> None:
         """Gather finished requests' outputs, free their rows, answer."""
+        if not tickets:
+            return
+        wanted = [(rows, int(t.bases[rows.type])) for t in tickets for rows in t.entry.plan.outputs]
+        made = self._arenas.read(wanted)
+        if scheduled:
+            self._scheduler.release([t.number for t in tickets])
+        self._retire(tickets)
+        at = 0
         for ticket in tickets:
-            entry, error, result = ticket.entry, None, None
-            try:
-                made = [
-                    self._arenas.read(rows, int(ticket.bases[rows.type])) for rows in entry.plan.outputs
-                ]
-                result = entry.rebuild(made)
-            except Exception as raised:
-                error = raised
-            del self._live[ticket.number]
-            if scheduled:
-                self._scheduler.release(ticket.number)
-            self._retire(ticket)
-            self._finish(ticket, result, error)
-        if tickets and self._waiting:
+            count = len(ticket.entry.plan.outputs)
+            self._finish(ticket, ticket.entry.rebuild(made[at : at + count]))
+            at += count
+        if self._waiting:
             with self._turn:
                 self._turn.notify_all()
 
-    def _retire(self, ticket: Ticket) -> None:
-        self._arenas.free(ticket.entry.plan, ticket.bases)
-        self._numbers.append(ticket.number)
+    def _retire(self, tickets: Sequence[Ticket]) -> None:
+        """Free the regions of requests that have ended."""
+        by_plan: dict[int, list[Ticket]] = {}
+        for ticket in tickets:
+            del self._live[ticket.number]
+            self._numbers.append(ticket.number)
+            by_plan.setdefault(id(ticket.entry), []).append(ticket)
+        for group in by_plan.values():
+            self._arenas.free(group[0].entry.plan, np.stack([t.bases for t in group]))
 
     def _finish(self, ticket: Ticket, result: Any = None, error: BaseException | None = None) -> None:
         ticket.result, ticket.error, ticket.done = result, error, True
@@ -399,10 +404,10 @@ class Engine:
                 pass
 
 
-def _out_of_range(name: str, bound: int | None, tensor: torch.Tensor, position: int) -> RequestError:
+def _out_of_range(name: str, bound: int | None, tensor: torch.Tensor) -> RequestError:
+    assert bound is not None
     flat = tensor.detach().cpu().reshape(-1)
-    wrong = np.flatnonzero(((flat < 0) | (flat >= bound)).numpy())  # type: ignore[operator]
-    at = int(wrong[0]) if len(wrong) else position
+    at = int(torch.nonzero((flat < 0) | (flat >= bound))[0])
     return RequestError(
         argument=name, got=f"{flat[at].item()} at position {at}", expected=f"indices in [0, {bound})"
     )

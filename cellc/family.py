@@ -62,7 +62,9 @@ class _Member:
         self.coefficients, self.varying = None, tuple(varying.tolist())
         if len(sizes) < basis.shape[1] + 1:
             return
-        numbers = np.stack([s.numbers for s in self.samples])
+        numbers = _filled(np.stack([s.numbers for s in self.samples]))
+        if numbers is None:
+            return
         solution, *_ = np.linalg.lstsq(basis, numbers, rcond=None)
         if np.abs(basis @ solution - numbers).max(initial=0) < 1e-6:
             self.coefficients = solution
@@ -90,6 +92,19 @@ class _Member:
         if np.abs(whole - numbers).max(initial=0) > 1e-4:
             return None
         return whole.astype(np.int64)
+
+
+def _filled(numbers: Floats) -> Floats | None:
+    """Steps of runs of one element are unknown (nan): they are what the other samples say, if those agree."""
+    unknown = np.isnan(numbers)
+    if not unknown.any():
+        return numbers
+    low = np.min(np.where(unknown, np.inf, numbers), 0)
+    high = np.max(np.where(unknown, -np.inf, numbers), 0)
+    known = np.where(np.isinf(low), 0, low)
+    if (low < high)[unknown.any(0)].any():
+        return None
+    return np.where(unknown, known, numbers)
 
 
 def _independent(basis: Floats, varying: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.int64]]:
@@ -168,13 +183,14 @@ def _describe(graph: CallGraph) -> tuple[_Form, Floats] | None:
         for o, made in enumerate(group.outputs):
             put(made, ("made", g, o), np.arange(len(made)))
     columns: list[tuple[Source, ...]] = []
-    numbers: list[int] = []
+    numbers: list[float] = []
     for values in _columns(graph):
         kinds, runs = _runs(values, source_of, index_of, sources)
         if len(runs) > MAX_RUNS:
             return None
         columns.append(kinds)
-        numbers += [x for run in runs for x in run]
+        for start, step, length in runs:
+            numbers += [start, step if length > 1 else np.nan, length]
     for output in graph.outputs:
         numbers += [*output.shape, *output.refs.shape]
     form = _Form(
@@ -353,5 +369,5 @@ def same_graph(a: CallGraph, b: CallGraph) -> bool:
         first is not None
         and second is not None
         and first[0] == second[0]
-        and np.array_equal(first[1], second[1])
+        and np.array_equal(first[1], second[1], equal_nan=True)
     )

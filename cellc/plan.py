@@ -51,7 +51,7 @@ class OutputRows:
     owned: I32  # 1 in the request's region, 0 a constant's own slot
     type: int
     positions: tuple[int, ...]
-    row_dims: tuple[bool, ...]
+    order: tuple[int, ...] | None  # permutation of (positions, row) to the tensor's dimensions
     contiguous: bool
 
 
@@ -371,10 +371,16 @@ class _Planner:
             owned = self.owned[values].astype(np.int32)
             contiguous = len(slots) > 0 and bool(owned.all() and (np.diff(slots) == 1).all())
             type = self.tables.type(output.type)
-            out.append(
-                OutputRows(slots, owned, type, output.refs.shape, output.row_dims, contiguous)
-            )
+            order = _order(output.row_dims)
+            out.append(OutputRows(slots, owned, type, output.refs.shape, order, contiguous))
         return tuple(out)
+
+
+def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
+    """Where each dimension of a tensor is in (positions, row); None where it is in place."""
+    position, row = iter(range(len(row_dims))), iter(range(len(row_dims) - sum(row_dims), len(row_dims)))
+    order = tuple(next(row) if r else next(position) for r in row_dims)
+    return None if order == tuple(range(len(order))) else order
 
 
 def record_length(cell: Cell) -> int:

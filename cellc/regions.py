@@ -7,13 +7,15 @@ wasted), freed pieces wait in their class; when nothing is live, everything star
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 
+@cache
 def size_class(size: int) -> int:
     """Smallest of 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, .. that holds `size`.
 
@@ -60,12 +62,13 @@ class Regions:
             self._next += fresh * size
         return starts
 
-    def free(self, start: int, size: int) -> None:
+    def free(self, starts: Sequence[int], size: int) -> None:
+        """Take back pieces of `size` places."""
         size = size_class(size)
         if size == 0:
             return
-        self.live -= 1
-        self._free[size].append(start)
+        self.live -= len(starts)
+        self._free[size].extend(starts)
         if self.live == 0:
             self._next = self.reserved
             self._free.clear()
@@ -103,5 +106,5 @@ class Flat:
     def allocate(self, size: int, count: int) -> npt.NDArray[np.int64]:
         return self._regions.allocate(size, count)
 
-    def free(self, start: int, size: int) -> None:
-        self._regions.free(start, size)
+    def free(self, starts: Sequence[int], size: int) -> None:
+        self._regions.free(starts, size)

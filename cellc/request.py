@@ -68,25 +68,38 @@ class Arguments:
             return list(args), [None] * len(args), len(args)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        for k, leaf in enumerate(leaves):
+            if not isinstance(leaf, (torch.Tensor, *_VALUES)):
+                self._check_hashable(k, leaf, args, kwargs)
         rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        return tensors, rest, (spec, tuple(isinstance(leaf, torch.Tensor) for leaf in leaves))
+        mask = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        return tensors, rest, (_spec_key(spec), mask)
+
+    def _check_hashable(self, k: int, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        try:
+            hash(leaf)
+        except TypeError:
+            raise RequestError(
+                argument=self.leaf_names(args, kwargs)[k],
+                got=f"a {type(leaf).__name__}",
+                expected="tensors, numbers, strings, and tuples, lists or dicts of them",
+            ) from None
+
+    def key(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Hashable:
+        """Exact key of a flattened request: requests of equal keys share a plan."""
+        if isinstance(tree, int):
+            return (tree, *[(t.shape, t.dtype) for t in tensors])
+        values = tuple((type(v), v) for v in rest if v is not None)
+        return (tree[0], tree[1], values, *[(t.shape, t.dtype) for t in tensors])
 
     def structure(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Structure:
-        """Key of a flattened request; Python values are compared by type and value."""
+        """The request's structure; Python values are compared by type and value."""
         shapes = tuple(tuple(t.shape) for t in tensors)
         kinds = tuple((len(t.shape), t.dtype) for t in tensors)
-        values = tuple((type(v).__name__, v) for v in rest if v is not None)
-        for _, value in values:
-            if not isinstance(value, _VALUES):
-                try:
-                    hash(value)
-                except TypeError:
-                    raise RequestError(
-                        argument=self.path_of(rest, value), got=f"a {type(value).__name__}",
-                        expected="tensors, numbers, strings and tuples, lists or dicts of them",
-                    ) from None  # fmt: skip
-        family = (tree if isinstance(tree, int) else _hashable(tree), kinds, values)
-        return Structure((family, shapes), family, tuple(s for shape in shapes for s in shape), shapes)
+        values = tuple((type(v), v) for v in rest if v is not None)
+        key = self.key(tensors, rest, tree)
+        family = (tree if isinstance(tree, int) else (tree[0], tree[1]), kinds, values)
+        return Structure(key, family, tuple(s for shape in shapes for s in shape), shapes)
 
     def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
         """A name for every leaf: the argument, with its path inside (`state[0]`)."""
@@ -103,13 +116,14 @@ class Arguments:
             names.append(name + pytree.keystr(tuple(rest)))
         return names
 
-    def path_of(self, rest: Sequence[Any], value: Any) -> str:
-        return self.names[0] if self.names else "argument"
 
-
-def _hashable(tree: Any) -> Hashable:
-    spec, mask = tree
-    return (str(spec), mask)
+def _spec_key(spec: Any) -> Hashable:
+    """A pytree's form as something that hashes."""
+    if spec.is_leaf():
+        return 0
+    context = spec.context if not isinstance(spec.context, list) else tuple(spec.context)
+    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
+    return (spec.type, context, tuple(map(_spec_key, children)))
 
 
 def _culprit(message: str, names: Sequence[str]) -> str:

@@ -120,8 +120,9 @@ class Scheduler:
         records = self._records.allocate(len(plan.records), m)
         successors = self._successors.allocate(len(plan.successors), m)
         self._reserve(max(requests))
-        for i, request in enumerate(requests):
-            self._requests[request] = (plan, int(calls[i]), int(records[i]), int(successors[i]))
+        held = zip(requests, calls.tolist(), records.tolist(), successors.tolist(), strict=True)
+        for request, *places in held:
+            self._requests[request] = (plan, *places)
         self._left[np.asarray(requests)] = n
         offset = np.zeros((m, 1, NUM_COLUMNS), np.int32)
         offset[:, 0, RECORD], offset[:, 0, SUCCESSOR] = records, successors
@@ -152,14 +153,19 @@ class Scheduler:
             queue.chunks = deque(c for c, _ in kept)
             queue.since = deque(t for _, t in kept)
             queue.size = sum(len(c) for c in queue.chunks)
-        self.release(request)
+        self.release([request])
 
-    def release(self, request: int) -> None:
-        """Free a finished request's places in the arrays."""
-        plan, calls, records, successors = self._requests.pop(request)
-        self._calls.free(calls, plan.num_calls)
-        self._records.free(records, len(plan.records))
-        self._successors.free(successors, len(plan.successors))
+    def release(self, requests: Sequence[int]) -> None:
+        """Free finished requests' places in the arrays."""
+        by_plan: dict[int, list[tuple[Plan, int, int, int]]] = {}
+        for request in requests:
+            held = self._requests.pop(request)
+            by_plan.setdefault(id(held[0]), []).append(held)
+        for group in by_plan.values():
+            plan = group[0][0]
+            self._calls.free([h[1] for h in group], plan.num_calls)
+            self._records.free([h[2] for h in group], len(plan.records))
+            self._successors.free([h[3] for h in group], len(plan.successors))
 
     # -- launches -------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
+SMALL_OUTPUT = 1 << 14
 
 
 class Arenas(Mapping[RowType, torch.Tensor]):
@@ -55,6 +56,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """Make arenas and constants for a plan; False while live rows lie where new constants must go."""
         for type in list(self._tables.types)[len(self._types) :]:
             self._open(type)
+        if len(self._tables.constants) == len(self._written):
+            return True
         for number, needed in self._tables.constant_counts.items():
             regions = self._regions[number]
             if needed > regions.reserved and not regions.reserve(size_class(2 * needed)):
@@ -127,68 +130,86 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         return bases
 
     def free(self, plan: Plan, bases: npt.NDArray[np.int64]) -> None:
+        """Free the regions of requests of one plan: `bases` [m, row types]."""
         for number, size in enumerate(plan.num_slots):
             if size:
-                self._regions[number].free(int(bases[number]), size)
+                self._regions[number].free(bases[:, number].tolist(), size)
 
     # -- copies ---------------------------------------------------------------------------------------------
 
-    def write(self, rows: DataRows, base: int, tensor: torch.Tensor) -> None:
-        """Copy a request's tensor into its region."""
-        start = base + rows.start
+    def write(
+        self, rows: DataRows, bases: npt.NDArray[np.int64], tensors: Sequence[torch.Tensor]
+    ) -> npt.NDArray[np.intp]:
+        """Copy one tensor of each of m requests into their regions.
+
+        Returns the positions (among the m) of requests that hold an index outside [0, bound).
+        """
         type = self._types[rows.type]
+        stacked = torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+        stacked = stacked.detach()
         if any(rows.row_dims) and not all(rows.row_dims):
-            order = [i for i, r in enumerate(rows.row_dims) if not r]
-            order += [i for i, r in enumerate(rows.row_dims) if r]
-            if order != list(range(len(order))):
-                tensor = tensor.permute(order)
+            order = [i + 1 for i, r in enumerate(rows.row_dims) if not r]
+            order += [i + 1 for i, r in enumerate(rows.row_dims) if r]
+            stacked = stacked.permute(0, *order)
+        flat = stacked.reshape(len(tensors) * rows.count, *type.shape)
+        starts = bases[:, rows.type] + rows.start
         view = self._views[rows.type]
-        if view is not None and not tensor.requires_grad:
-            view[start : start + rows.count] = tensor.numpy().reshape(rows.count, *type.shape)
+        if view is None or stacked.device.type != "cpu":
+            slots = torch.from_numpy((starts[:, None] + np.arange(rows.count)).reshape(-1))
+            self._tensors[type].index_copy_(0, slots.to(self._device), flat.to(self._device))
+        elif len(tensors) == 1:
+            view[int(starts[0]) : int(starts[0]) + rows.count] = flat.numpy()
         else:
-            flat = tensor.detach().reshape(rows.count, *type.shape)
-            self._tensors[type][start : start + rows.count] = flat
+            view[(starts[:, None] + np.arange(rows.count)).reshape(-1)] = flat.numpy()
+        return self._outside(rows, flat, len(tensors))
 
-    def invalid(self, rows: DataRows, base: int) -> int | None:
-        """First position of a written index outside [0, bound), or None."""
-        if rows.bound is None or rows.count == 0:
-            return None
-        start = base + rows.start
-        view = self._views[rows.type]
-        if view is None:
-            written = self._tensors[self._types[rows.type]][start : start + rows.count].cpu().numpy()
-        else:
-            written = view[start : start + rows.count]
-        flat = written.reshape(-1)
-        unsigned = flat.view(f"u{flat.dtype.itemsize}")
-        if unsigned.max() < rows.bound:
-            return None
-        return int(np.flatnonzero((flat < 0) | (flat >= rows.bound))[0])
+    def _outside(self, rows: DataRows, flat: torch.Tensor, count: int) -> npt.NDArray[np.intp]:
+        if rows.bound is None or flat.numel() == 0:
+            return np.zeros(0, np.intp)
+        values = flat.cpu().numpy().reshape(-1)
+        if values.view(f"u{values.dtype.itemsize}").max() < rows.bound:
+            return np.zeros(0, np.intp)
+        values = values.reshape(count, -1)
+        return np.flatnonzero(((values < 0) | (values >= rows.bound)).any(1))
 
-    def read(self, rows: OutputRows, base: int) -> torch.Tensor:
-        """A returned tensor, as a new tensor with its dimensions in the model's order."""
-        arena = self._tensors[self._types[rows.type]]
-        if rows.contiguous:
-            start = base + int(rows.slots[0])
-            flat = arena[start : start + len(rows.slots)].clone()
+    def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
+        """Returned tensors, each (its rows, the base of its region), with dimensions in the model's order.
+
+        Small ones of one row type are gathered together; a tensor of over SMALL_OUTPUT bytes has its own memory.
+        """
+        out: list[torch.Tensor | None] = [None] * len(wanted)
+        small: dict[int, list[int]] = {}
+        for i, (rows, base) in enumerate(wanted):
+            if len(wanted) > 1 and len(rows.slots) * self._types[rows.type].nbytes <= SMALL_OUTPUT:
+                small.setdefault(rows.type, []).append(i)
+            elif rows.contiguous:
+                start = base + int(rows.slots[0])
+                flat = self[self._types[rows.type]][start : start + len(rows.slots)]
+                out[i] = _arrange(flat.clone(), rows)
+            else:
+                (flat,) = self._gather(rows.type, [(rows, base)])
+                out[i] = _arrange(flat, rows)
+        for number, members in small.items():
+            gathered = self._gather(number, [wanted[i] for i in members])
+            for i, flat in zip(members, gathered, strict=True):
+                out[i] = _arrange(flat, wanted[i][0])
+        return out  # type: ignore[return-value]
+
+    def _gather(self, number: int, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
+        sizes = [len(rows.slots) for rows, _ in wanted]
+        if len(wanted) == 1:
+            slots = wanted[0][0].slots + wanted[0][0].owned * np.int64(wanted[0][1])
         else:
-            index = torch.from_numpy(rows.slots.astype(np.int64) + rows.owned * base)
-            flat = arena.index_select(0, index.to(self._device))
-        return _arrange(flat, rows)
+            owned = np.concatenate([rows.owned for rows, _ in wanted])
+            bases = np.repeat(np.array([base for _, base in wanted]), sizes)
+            slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
+        index = torch.from_numpy(slots).to(self._device)
+        return self._tensors[self._types[number]].index_select(0, index).split(sizes)
 
 
 def _arrange(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
     """[positions flattened, *row] in the order of the tensor's dimensions."""
-    shaped = flat.reshape(*rows.positions, *flat.shape[1:])
-    if not any(rows.row_dims) or all(rows.row_dims):
+    shaped = flat.view(*rows.positions, *flat.shape[1:])
+    if rows.order is None:
         return shaped
-    num_positions = len(rows.positions)
-    position, row = iter(range(num_positions)), iter(range(num_positions, shaped.dim()))
-    order = [next(row) if r else next(position) for r in rows.row_dims]
-    if order == sorted(order):
-        return shaped
-    return shaped.permute(order).contiguous()
-
-
-def types_of(tables: Tables) -> Sequence[RowType]:
-    return list(tables.types)
+    return shaped.permute(rows.order).contiguous()

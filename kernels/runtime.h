@@ -198,7 +198,7 @@ static inline float abs_(float x) { return __builtin_fabsf(x); }
 static inline double abs_(double x) { return __builtin_fabs(x); }
 template <class T> static inline T sign(T x) { return T((x > 0) - (x < 0)); }
 template <class T> static inline T relu(T x) { return x < 0 ? T(0) : x; }
-template <class T> static inline T silu(T x) { return x * sigmoid(x); }
+template <class T> static inline T silu(T x) { return x / (T(1) + exp_(-x)); }
 template <class T> static inline T softplus(T x) { return x > 20 ? x : log1p_(exp_(x)); }
 template <class T> static inline T gelu(T x) { return x * T(0.5) * (T(1) + erf_(x * T(0.70710678118654752440))); }
 template <class T> static inline T gelu_tanh(T x) {

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -39,14 +39,16 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """`precision`: of f32 products, one of ieee, tf32, tf32x3 (tl.dot's input_precision)."""
+    """`input_precision`: of f32 products, one of ieee, tf32, tf32x3 (tl.dot's input_precision)."""
 
-    precision: Literal["ieee", "tf32", "tf32x3"] = "ieee"
+    input_precision: str = "ieee"
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
+        if self.input_precision not in PRECISIONS:
             names = ", ".join(PRECISIONS)
-            raise UsageError(f"precision {self.precision!r} is not known; there are {names}")
+            raise UsageError(
+                f"input_precision {self.input_precision!r} is not known; there are {names}"
+            )
 
 
 class TritonBackend:
@@ -55,10 +57,13 @@ class TritonBackend:
     name = "triton"
 
     def __init__(
-        self, device: torch.device | str | None = None, options: TritonOptions | None = None
+        self,
+        device: torch.device | str | None = None,
+        options: TritonOptions | Mapping[str, str] | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self.options = options or TritonOptions()
+        given = options or {}
+        self.options = given if isinstance(given, TritonOptions) else TritonOptions(**given)
         self.interpreted = interpreting()
         if self.device.type == "cpu" and not self.interpreted:
             raise BackendError(
@@ -92,7 +97,7 @@ def print_cell(cell: Cell, options: TritonOptions | None = None) -> tuple[TilePr
         remedy = "run this cell on the eager backend"
         raise UnsupportedError(what=f"triton: cell {cell.name}: {reason}", remedy=remedy)
     program = schedule(cell)
-    return program, print_program(program, (options or TritonOptions()).precision)
+    return program, print_program(program, (options or TritonOptions()).input_precision)
 
 
 def load(name: str, source: str) -> ModuleType:

@@ -23,7 +23,7 @@ from cellc.errors import BackendError, UnsupportedError, UsageError
 from cellc.kernels import triton_math, triton_targets
 from cellc.kernels.eager import EagerBackend
 from cellc.kernels.tile import schedule
-from cellc.kernels.triton_backend import TritonBackend, TritonOptions, interpreting
+from cellc.kernels.triton_backend import TritonBackend, interpreting
 from cellc.kernels.triton_body import HELPERS, TYPES
 from cellc.kernels.triton_printer import print_program
 from cellc.launch import Launch, Ragged
@@ -198,7 +198,7 @@ def test_wrong_use() -> None:
     with pytest.raises(UnsupportedError, match="aten:cumsum"):
         TritonBackend("cpu").kernel(kc.fallback_cell(3), {})
     with pytest.raises(UsageError, match="tf32x3"):
-        TritonOptions(precision="fast")  # type: ignore[arg-type]
+        TritonBackend("cpu", {"input_precision": "fast"})
     with pytest.raises(UsageError, match="cuda:90"):
         triton_targets.compile_for(kc.lstm_cell(3, 5), "cuda:91")
     with pytest.raises(BackendError, match="TRITON_INTERPRET"):

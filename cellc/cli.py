@@ -1,0 +1,167 @@
+"""The command line: `cellc`, also `python -m cellc`.
+
+Duty: parse arguments, call the command, turn errors into a short message and an exit code: 0 good,
+1 a check failed, 2 wrong use, 130 interrupted. Commands are imported when they are called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from cellc.errors import BackendError, CellcError, UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BACKENDS = ("auto", "triton", "cpp", "eager")
+_EPILOG = """\
+examples:
+  cellc demo                                 the whole idea on real text, in about a minute
+  cellc inspect model.py:model               which cells a model has
+  cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
+
+exit codes: 0 good, 1 a check failed, 2 wrong use.
+"""
+_DEMO = """\
+Serve the sentences of Python's own documentation with an LSTM classifier, and compare with padded
+batching in PyTorch: find the cells, prove that results are equal, measure the throughput of many
+sentences at once, and the latency under Poisson load. Every number that is printed is measured here
+and now. Exits with 1 if any result differs from PyTorch's."""
+_INSPECT = """\
+Trace a model's example requests and print the cells that were found: weights, calls, operations,
+arithmetic and bytes of a row, kernels; how much of the arithmetic they cover; how a request of a
+new structure becomes cell calls, and what that costs."""
+_TARGET = """\
+TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
+arguments that returns one, or a function of tensors, which is then the model itself. Requests come
+from example_inputs() in that file: a list of requests (a tuple is positional arguments, a dict
+keywords, anything else one argument); or from --input file.py:name, a list or a function that
+returns one.
+"""
+_INSPECT_EPILOG = f"""{_TARGET}
+examples:
+  cellc inspect model.py:model
+  cellc inspect model.py:model --json
+  cellc inspect model.py:model --ir passes
+  cellc inspect model.py:model --code                    every kernel
+  cellc inspect model.py:model --code lstm --backend triton
+  cellc inspect model.py:model --graph cells.svg
+  cellc inspect package.module:build --input requests.py:requests
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as end:  # argparse has printed help or what is wrong
+        return int(end.code or 0)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UsageError, BackendError) as error:
+        return _fail(error, 2)
+    except CellcError as error:
+        return _fail(error, 1)
+
+
+def _fail(error: CellcError, code: int) -> int:
+    print(f"cellc: {error}", file=sys.stderr)
+    return code
+
+
+def _run(args: argparse.Namespace) -> int:
+    if args.command == "demo":
+        from cellc import demo
+
+        return demo.run(demo.config(args.seconds, args.output, quick=args.quick), _console())
+    from cellc import inspect
+
+    return inspect.run(args, _console())
+
+
+def _console() -> Console:
+    """Rich output; wide enough for a table where nobody looks at the width."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=140)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cellc",
+        description="Cellular batching for PyTorch models: batch cells, not requests.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="the main job, end to end on real text",
+        description=_DEMO,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    demo.add_argument(
+        "--seconds",
+        type=_positive,
+        metavar="S",
+        help="how long each server stands each load (default 2)",
+    )
+    demo.add_argument(
+        "--output",
+        default="cellc-demo.html",
+        metavar="FILE",
+        help="the report (default cellc-demo.html)",
+    )
+    demo.add_argument(
+        "--quick", action="store_true", help="a small model and few sentences, to see that it runs"
+    )
+
+
+def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="the cells of a model",
+        description=_INSPECT,
+        epilog=_INSPECT_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    inspect.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    inspect.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    inspect.add_argument(
+        "--backend", choices=BACKENDS, help="kernels of this backend (default auto)"
+    )
+    what = inspect.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+    what.add_argument("--ir", metavar="STAGE", help="print graph, rows, extract, passes or plan")
+    what.add_argument(
+        "--code", nargs="?", const="", metavar="CELL", help="print the kernels, or one cell's"
+    )
+    what.add_argument("--graph", metavar="FILE", help="draw the cells into a .svg, .dot or .html")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

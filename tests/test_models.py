@@ -1,0 +1,183 @@
+"""Every model of tests/models.py equals eager PyTorch, on every backend that runs here, in any order of lengths."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from models import LENGTHS, MODELS, H, I, LstmLoop, MatmulLstm, TwoCells, V
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import cellc
+from cellc.compiler import evaluating
+
+
+def call(model: Any, request: Any) -> Any:
+    with torch.no_grad(), evaluating(model):
+        if isinstance(request, dict):
+            return model(**request)
+        return model(*request) if isinstance(request, tuple) else model(request)
+
+
+def assert_same(got: Any, expected: Any) -> None:
+    """Same pytree, Python values, shapes and dtypes; tensors close."""
+    a, a_spec = pytree.tree_flatten(got)
+    b, b_spec = pytree.tree_flatten(expected)
+    assert a_spec == b_spec
+    for x, y in zip(a, b, strict=True):
+        if isinstance(y, Tensor):
+            assert isinstance(x, Tensor)
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+        else:
+            assert type(x) is type(y) and x == y
+
+
+def compiled_on(model: Any, backend: str, **options: Any) -> cellc.Compiled:
+    try:
+        return cellc.compile(model, backend=backend, **options)
+    except cellc.BackendError as error:
+        pytest.skip(str(error))
+
+
+def run(name: str, backend: str, lengths: Any, *, one_by_one: bool = False) -> None:
+    spec = MODELS[name]
+    model, requests = spec.model(), spec.requests(lengths)
+    with compiled_on(model, backend) as compiled:
+        if one_by_one:
+            results = [compiled.map([request])[0] for request in requests]
+        else:
+            results = compiled.map(requests)
+    for request, result in zip(requests, results, strict=True):
+        assert_same(result, call(model, request))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_equals_eager(name: str, backend: str) -> None:
+    run(name, backend, LENGTHS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_eager_interpreted(name: str) -> None:
+    run(name, "triton", (3, 1, 2))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_length_one_first(name: str) -> None:
+    """A request in which no recurrence shows comes first, the others one at a time."""
+    run(name, "eager", (1, *LENGTHS), one_by_one=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_random_orders(name: str) -> None:
+    order = random.Random(name)
+    for _ in range(2):
+        run(name, "eager", order.sample(range(1, 17), 16), one_by_one=True)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_plans_as_traced(name: str) -> None:
+    """Lengths that were never traced: the derived call graph is the one that tracing gives."""
+    spec = MODELS[name]
+    compiled = cellc.compile(spec.model(), backend="eager")
+    compiler = compiled._compiler
+    compiled.map(spec.requests([1, 16, 8, 2, 12]))
+    for request in spec.requests([3, 5, 6, 7, 9, 10, 11, 13, 14, 15]):
+        args = request if isinstance(request, tuple) else () if isinstance(request, dict) else (request,)
+        args, kwargs = compiler.arguments.bind(args, request if isinstance(request, dict) else {})
+        structure = compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs))
+        if compiler._derived(structure) is not None:
+            assert compiler.check_family(structure, args, kwargs)
+    compiled.close()
+
+
+class HandLstm(nn.Module):
+    """nn.LSTM written as loops: layers, directions, cells from a list."""
+
+    def __init__(self, layers: int, directions: int) -> None:
+        super().__init__()
+        self.directions = directions
+        self.cells = nn.ModuleList(
+            nn.LSTMCell(I if k < directions else H * directions, H) for k in range(layers * directions)
+        )
+
+    def direction(self, cell: nn.LSTMCell, x: Tensor, backwards: bool) -> Tensor:
+        h, c = torch.zeros(H), torch.zeros(H)
+        out: list[Any] = [None] * len(x)
+        for t in reversed(range(len(x))) if backwards else range(len(x)):
+            h, c = cell(x[t], (h, c))
+            out[t] = h
+        return torch.stack(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for k in range(0, len(self.cells), self.directions):
+            pair = self.cells[k : k + self.directions]
+            x = torch.cat([self.direction(cell, x, d == 1) for d, cell in enumerate(pair)], -1)
+        return x
+
+
+def groups_of(model: nn.Module, request: Tensor) -> list[Any]:
+    with cellc.compile(model, backend="eager") as compiled:
+        compiled(request)
+        assert compiled._compiler.calls is not None
+        return compiled._compiler.calls.groups
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("by_hand", [False, True])
+@pytest.mark.parametrize("length", [2, 7])
+def test_cells_of_lstm(layers: int, directions: int, by_hand: bool, length: int) -> None:
+    """One recurrent cell a layer and direction, called once a position, input projection outside."""
+    model = (
+        HandLstm(layers, directions)
+        if by_hand
+        else nn.LSTM(I, H, layers, bidirectional=directions == 2)
+    )
+    groups = groups_of(model.eval(), torch.randn(length, I))
+    recurrent = [g for g in groups if g.cell.recurrent]
+    assert [g.num_calls for g in recurrent] == [length] * (layers * directions)
+    for group in recurrent:
+        products = [op for op in group.cell.ops if op.op == "linear"]
+        assert [group.cell.shape_of(op.operands[1]) for op in products] == [(H, 4 * H)]
+    outside = [g for g in groups if not g.cell.recurrent and any(o.op == "linear" for o in g.cell.ops)]
+    assert sum(g.num_calls for g in outside) in (layers * length, layers * directions * length)
+
+
+@pytest.mark.parametrize("make", [LstmLoop, lambda: MatmulLstm("slice")])
+def test_cells_of_loops(make: Any) -> None:
+    groups = groups_of(make().eval(), torch.randn(6, I))
+    assert [g.num_calls for g in groups if g.cell.recurrent] == [6]
+    (cell,) = [g.cell for g in groups if g.cell.recurrent]
+    assert [cell.shape_of(o.operands[1]) for o in cell.ops if o.op == "linear"] == [(H, 4 * H)]
+
+
+def test_stacked_cells_stay_apart() -> None:
+    groups = groups_of(TwoCells().eval(), torch.randn(6, I))
+    assert [g.num_calls for g in groups if g.cell.recurrent] == [6, 6]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_batch_dim(backend: str) -> None:
+    """A call with B in dimension 0 is B requests, results stacked again."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb = nn.Embedding(V, I)
+            self.rnn = nn.LSTM(I, H, batch_first=True)
+
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            y, (h, c) = self.rnn(self.emb(x))
+            return {"y": y, "h": h, "c": c, "last": y[:, -1]}
+
+    model = Model().eval()
+    with compiled_on(model, backend, batch_dim=0) as compiled:
+        requests = [torch.randint(V, (b, n)) for b, n in [(3, 4), (1, 1), (5, 2), (2, 7), (3, 1)]]
+        for request in requests:
+            assert_same(compiled(request), call(model, request))
+        for request, result in zip(requests, compiled.map(requests), strict=True):
+            assert_same(result, call(model, request))
