@@ -24,8 +24,7 @@ examples:
   cellc inspect model.py:model               which cells a model has
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
 
-exit codes: 0 good, 1 a check failed, 2 wrong use.
-"""
+exit codes: 0 good, 1 a check failed, 2 wrong use."""
 _DEMO = """\
 Serve the sentences of Python's own documentation with an LSTM classifier, and compare with padded
 batching in PyTorch: find the cells, prove that results are equal, measure the throughput of many

@@ -305,7 +305,8 @@ class Compiler:
     def _make_kernel(self, cell: Cell) -> Kernel:
         """From the backend, or from the eager one for a cell that it cannot generate."""
         try:
-            kernel = self.backend.kernel(cell, self.params)
+            moves = cell.flops_per_row == 0 and not cell.params  # not worth a compiler's second
+            kernel = (EagerBackend() if moves else self.backend).kernel(cell, self.params)
         except UnsupportedError as error:
             log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")
             kernel = EagerBackend().kernel(cell, self.params)

@@ -13,12 +13,12 @@ where no recurrence shows, is cut like the others.
 
 from __future__ import annotations
 
+import importlib
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import networkx as nx
 import numpy as np
 
 from cellc import calls
@@ -27,7 +27,15 @@ from cellc.cells import Cell, CellInput, CellOp, Operand, Param
 from cellc.ops import RowType
 from cellc.rows import ParamRef, RaggedRefs, Refs, RowGraph, RowNode, ScalarRef
 
+if TYPE_CHECKING:
+    import networkx as nx
+
 Slot: TypeAlias = "tuple[int, int]"  # role, operand number
+
+
+def _networkx() -> Any:
+    """networkx, imported when the first model is traced: it would double the cost of `import cellc`."""
+    return importlib.import_module("networkx")
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Roles:
     """What all traces of a model have shown about its roles."""
 
     index: dict[Hashable, int] = field(default_factory=dict)
-    graph: nx.DiGraph = field(default_factory=nx.DiGraph)
+    graph: nx.DiGraph = field(default_factory=lambda: _networkx().DiGraph())
     unpaired: set[tuple[int, int]] = field(default_factory=set)
     escaping: set[tuple[int, int]] = field(default_factory=set)
     distinct: set[tuple[Slot, Slot]] = field(default_factory=set)
@@ -93,7 +101,7 @@ class Extraction:
     def run(self) -> CallGraph:
         self._lift_scalars()
         self._connect()
-        components = list(nx.strongly_connected_components(self.roles.graph))
+        components = list(_networkx().strongly_connected_components(self.roles.graph))
         recurrent = {
             role: i
             for i, component in enumerate(components)
@@ -337,7 +345,7 @@ class Extraction:
         self, nodes: dict[int, list[RowNode]], recurrent: dict[int, int]
     ) -> list[list[int]]:
         """Feed-forward roles joined along one-to-one edges, such that clusters cannot depend in a circle."""
-        graph, unpaired = self.roles.graph, self.roles.unpaired
+        graph, unpaired, nx = self.roles.graph, self.roles.unpaired, _networkx()
         condensed = nx.condensation(graph)
         level: dict[int, int] = {}
         order: list[int] = []

@@ -28,8 +28,6 @@ from cellc.errors import UsageError
 
 Model: TypeAlias = "nn.Module | Callable[..., Any]"
 
-a dict keywords, anything else one argument), or from --input file.py:name."""
-
 
 @dataclass(frozen=True)
 class Target:

@@ -286,7 +286,6 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "square": _square,
     "isinf": _isinf,
     "lerp": _lerp,
-    "rsub": lambda a, b, alpha=1: b - (a if alpha == 1 else a * alpha),
     "addcmul": lambda x, a, b, value=1: x + (a * b if value == 1 else a * b * value),
     "addcdiv": lambda x, a, b, value=1: x + (a / b if value == 1 else a / b * value),
     "masked_fill": _masked_fill,

@@ -38,7 +38,6 @@ class Dims:
         self._evidence = [0] * total
         for node in graph:
             self._visit(node)
-        self._found = [self._evidence[self._find(i)] for i in range(total)]
         self._merge_evidence()
 
     def row_dims(self, node: int, port: int = 0) -> tuple[bool, ...]:
@@ -133,7 +132,7 @@ def tensors(template: Any, operands: Sequence[Ref]) -> list[Ref]:
 
 
 POINTWISE_OPS = frozenset(
-    "neg exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal sign sgn floor ceil round "
+    "neg rsub exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal sign sgn floor ceil round "
     "trunc silu gelu logical_not bitwise_not isnan _to_copy clone add sub mul div pow maximum minimum fmod remainder "
     "floor_divide atan2 logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor eq ne lt le gt ge where "
     "clamp_min clamp_max".split()

@@ -289,6 +289,8 @@ def _finish(
     positions: Shape,
 ) -> Lowered:
     emit = lw.emitter.emit
+    if name == "rsub":  # b - alpha * a
+        name, made = "sub", made[::-1]
     if any(isinstance(m, np.ndarray) and m.size == 0 for m in made):
         row = tuple(s for s, r in zip(shape, row_dims, strict=True) if r)
         return Rows(np.zeros(positions, np.int64), row_dims, RowType(row, dtype), shape)

@@ -167,13 +167,15 @@ class Tracer(TorchDispatchMode):
                 origin=self.origin(),
             )
         if tensor.numel() <= SMALL_CONSTANT and tensor.device.type == "cpu" and not tensor.is_sparse:
-            flat = tensor.detach().reshape(-1).contiguous()
-            data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
+            with _off():
+                flat = tensor.detach().reshape(-1).contiguous()
+                data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
             name = f"const_{hashlib.sha256(repr((shape, dtype)).encode() + data).hexdigest()[:8]}"
         else:
             name = f"captured_{id(tensor):x}"
         if name not in self.captured:
-            self.captured[name] = tensor.detach()
+            with _off():
+                self.captured[name] = tensor.detach()
             self._constants[name] = self.graph.add_const(name, shape, dtype)
         return self._constants[name], 0
 

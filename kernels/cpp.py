@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellc.cells import Cell
@@ -35,7 +37,7 @@ _open_lock = threading.Lock()
 def _runtime() -> ctypes.CDLL:
     """The library that holds threads and products, one a process."""
     library = cpp_build.load((cpp_build.HERE / "runtime.cpp").read_text(), "runtime")
-    library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+    library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cellc_launch.restype = ctypes.c_int64
     library.cellc_packed_count.argtypes = [ctypes.c_int64] * 3
     library.cellc_packed_count.restype = library.cellc_num_workers.restype = ctypes.c_int64
@@ -106,7 +108,7 @@ class CppKernel:
         self._types = tuple(dict.fromkeys([*(i.type for i in cell.inputs), *cell.output_types]))
         self._of_input = [self._types.index(i.type) for i in cell.inputs]
         self._of_output = [self._types.index(t) for t in cell.output_types]
-        self._struct = ctypes.c_int64 * (5 + 3 * (len(cell.inputs) + len(cell.outputs)))
+        self._pack = struct.Struct(f"{5 + 3 * (len(cell.inputs) + len(cell.outputs))}q").pack
         self._cores = num_cores()
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
@@ -137,7 +139,7 @@ class CppKernel:
         first, row = _address(table), 4 * table.shape[1]
         for i, t in enumerate(self._of_output):
             fields += (bases[t], first + i * row, 0)
-        if self._run(self._entry, self._struct(*fields)) and bad is not None:
+        if self._run(self._entry, self._pack(*fields)) and bad is not None:
             return [int(r) for r in np.flatnonzero(bad)]
         return ()
 
@@ -148,12 +150,15 @@ def num_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _address(
-    array: np.ndarray[tuple[int, ...], np.dtype[np.int32]]
-    | np.ndarray[tuple[int, ...], np.dtype[np.uint8]],
-) -> int:
-    address: int = array.__array_interface__["data"][0]
-    return address
+def _address(array: npt.NDArray[np.int32] | npt.NDArray[np.uint8]) -> int:
+    """Where the data begins, by the fastest way that there is (0.2 us; `ctypes.data` takes 1)."""
+    try:
+        return ctypes.addressof(_BYTE.from_buffer(array))
+    except (TypeError, ValueError):  # read-only, or empty
+        return int(array.__array_interface__["data"][0])
+
+
+_BYTE = ctypes.c_char
 
 
 class _Weights:

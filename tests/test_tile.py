@@ -101,6 +101,8 @@ def test_a_product_reads_a_plain_view_where_it_lies() -> None:
     (stage,) = program.stages
     assert isinstance(stage, Product)
     assert (stage.x.offset, stage.x.shape, stage.x.strides) == (4, (3, 4), (8, 1))
+    b = kc.Builder()
+    x = b.input("x", 3, 8)
     turned = schedule(
         b.cell("turned", b("linear", b("permute", x, dims=(1, 0)), b.param("v", 3, 2)))
     )

@@ -1,0 +1,184 @@
+"""The demo's measurements: alternated rounds, a Poisson load generator, percentiles.
+
+Duty: time several pieces of work against each other on a machine that may be shared. Works
+alternate A B A B; what other programs took of the machine is read from /proc/stat where there is
+one, and the quietest rounds are kept. Comes in: callables; goes out: plain numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+QUIET = 0.08  # a round is quiet when other programs take less of the machine
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Round(Generic[T]):
+    """One result of each work, and what others took of the machine meanwhile (None: unknown)."""
+
+    results: tuple[T, ...]
+    others: float | None
+
+    @property
+    def quiet(self) -> bool:
+        return self.others is None or self.others < QUIET
+
+
+def alternate(
+    works: Sequence[Callable[[], T]], wanted: int, most: int, tick: Callable[[], None] = lambda: None
+) -> list[Round[T]]:
+    """The `wanted` quietest of up to `most` rounds; ends as soon as that many were quiet."""
+    rounds: list[Round[T]] = []
+    while len(rounds) < most and sum(r.quiet for r in rounds) < wanted:
+        before = _cpu_seconds()
+        results = tuple(work() for work in works)
+        rounds.append(Round(results, _share_of_others(before, _cpu_seconds())))
+        tick()
+    return sorted(rounds, key=lambda r: r.others or 0.0)[:wanted]
+
+
+def noise(rounds: Sequence[Round[T]]) -> float | None:
+    """The largest share of the machine that others took; None where it cannot be known."""
+    known = [r.others for r in rounds if r.others is not None]
+    return max(known, default=None)
+
+
+def repeat_for(work: Callable[[], object], seconds: float) -> Callable[[], float]:
+    """A work that returns seconds a run, over as many runs as take about `seconds`; warms it up."""
+    work()
+    start = time.perf_counter()
+    work()
+    once = time.perf_counter() - start
+    count = min(10_000, max(1, math.ceil(seconds / max(once, 1e-7))))
+
+    def timed() -> float:
+        start = time.perf_counter()
+        for _ in range(count):
+            work()
+        return (time.perf_counter() - start) / count
+
+    return timed
+
+
+def medians(rounds: Sequence[Round[float]]) -> list[float]:
+    """Of each work."""
+    return [statistics.median(times) for times in zip(*(r.results for r in rounds), strict=True)]
+
+
+# -- load ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Served:
+    """One run of a load: latencies in seconds from the scheduled arrival, and the results."""
+
+    latencies: npt.NDArray[np.float64]
+    results: Sequence[Tensor]
+    chosen: npt.NDArray[np.int64]  # which sentence each request was
+    drain: float  # seconds from the last arrival to the last result
+
+
+@dataclass(frozen=True)
+class Load:
+    """Poisson arrivals: request i is sentence `chosen[i]`, due `arrivals[i]` seconds after start."""
+
+    arrivals: npt.NDArray[np.float64]
+    chosen: npt.NDArray[np.int64]
+
+
+def make_load(rate: float, seconds: float, num_sentences: int, seed: int) -> Load:
+    """`rate` requests a second for about `seconds`, at least 8; the same for a seed."""
+    generator = np.random.default_rng(seed)
+    count = max(8, round(rate * seconds))
+    arrivals = np.cumsum(generator.exponential(1 / rate, count))
+    return Load(arrivals, generator.integers(0, num_sentences, count))
+
+
+def serve(
+    submit: Callable[[Tensor], Future[Tensor]], sentences: Sequence[Tensor], load: Load
+) -> Served:
+    """Send each request when it is due, whether or not earlier ones are done (open loop)."""
+    finished = np.zeros(len(load.arrivals))
+
+    def record(i: int, _: Future[Tensor]) -> None:
+        finished[i] = time.perf_counter()
+
+    futures: list[Future[Tensor]] = []
+    due = time.perf_counter() + 0.01 + load.arrivals
+    for i, (at, which) in enumerate(zip(due.tolist(), load.chosen.tolist(), strict=True)):
+        delay = at - time.perf_counter()
+        if delay > 0:
+            time.sleep(delay)
+        future = submit(sentences[which])
+        future.add_done_callback(partial(record, i))
+        futures.append(future)
+    wait(futures)
+    results = [future.result() for future in futures]
+    while not finished.all():  # wait() may return before the last callback ran
+        time.sleep(1e-3)
+    return Served(finished - due, results, load.chosen, float(finished.max() - due[-1]))
+
+
+def burst_rate(submit: Callable[[Tensor], Future[Tensor]], sentences: Sequence[Tensor]) -> float:
+    """Requests a second when all are there at once."""
+    start = time.perf_counter()
+    wait([submit(sentence) for sentence in sentences])
+    return len(sentences) / (time.perf_counter() - start)
+
+
+def percentiles(latencies: npt.NDArray[np.float64]) -> tuple[float, float, float]:
+    """p50, p90 and p99 in ms of latencies in seconds.
+
+    >>> percentiles(np.arange(101) / 1000)
+    (50.0, 90.0, 99.0)
+    """
+    p50, p90, p99 = (float(np.quantile(latencies, q)) * 1e3 for q in (0.5, 0.9, 0.99))
+    return p50, p90, p99
+
+
+# -- the machine -----------------------------------------------------------------------------------
+
+
+def _cpu_seconds() -> tuple[float, float, float] | None:
+    """(wall, busy seconds of all processors, CPU seconds of this process), or None."""
+    try:
+        with open("/proc/stat", encoding="ascii") as file:
+            fields = [int(x) for x in file.readline().split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # less idle, iowait
+    return time.perf_counter(), busy, time.process_time()
+
+
+def _share_of_others(
+    before: tuple[float, float, float] | None, after: tuple[float, float, float] | None
+) -> float | None:
+    if before is None or after is None or after[0] <= before[0]:
+        return None
+    wall, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - own) / (wall * (os.cpu_count() or 1)))
+
+
+def machine_name() -> str:
+    """The processor's name, as the system gives it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model na")]
+    except OSError:
+        names = []
+    import platform
+
+    return names[0] if names else platform.processor() or platform.machine()

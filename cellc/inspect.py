@@ -1,0 +1,182 @@
+"""`cellc inspect`: the cells of a model, for a person or as JSON.
+
+Duty: print what `cellc.survey` found, a stage of the compiler, the source of kernels, or draw the
+graph of cells. Comes in: parsed arguments; goes out: text on the console, an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from cellc import export, target
+from cellc.cells import Cell
+from cellc.compiled import BackendName, Compiled, compile
+from cellc.errors import UnsupportedError, UsageError
+from cellc.launch import Backend
+from cellc.survey import CellReport, Survey, cell_graph, short_ops, survey
+
+STAGES = ("graph", "rows", "extract", "passes", "plan")
+
+
+def run(args: argparse.Namespace, console: Console) -> int:
+    """The command; returns its exit code."""
+    if args.ir is not None and args.ir not in STAGES:
+        raise UsageError(f"there is no stage {args.ir!r}; there are {', '.join(STAGES)}")
+    loaded = target.load(args.target, args.input)
+    with compile(loaded.model, backend=_backend(args)) as compiled:
+        found = survey(compiled, loaded.requests)
+        if args.json:
+            console.out(json.dumps(found.as_json(), indent=2), highlight=False)
+        elif args.ir is not None:
+            stage = next(stage for stage in compiled.stages if stage.name == args.ir)
+            console.out(str(stage), highlight=False)
+        elif args.code is not None:
+            _print_code(compiled, found, args, console)
+        elif args.graph is not None:
+            export.write(cell_graph(found), args.graph)
+            console.out(f"wrote {args.graph}", highlight=False)
+        else:
+            _print_survey(found, args.target, console)
+    return 0
+
+
+def _backend(args: argparse.Namespace) -> BackendName:
+    """What to run requests on: nothing need be compiled to see the IR, or another backend's text."""
+    name: BackendName = args.backend or "auto"
+    if args.ir is not None or (args.code is not None and args.backend is not None):
+        return "eager"
+    return name
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _print_survey(found: Survey, text: str, console: Console) -> None:
+    console.print(cells_table(found, f"{found.model} ({text})"))
+    console.print(_summary(found), markup=False)
+    for line in _hints(found):
+        console.print(line, markup=False)
+
+
+def cells_table(found: Survey, title: str) -> Table:
+    """Every cell, calls being those of the largest request."""
+    table = Table(title=title, title_justify="left", show_lines=len(found.cells) < 9)
+    table.add_column("cell", overflow="fold")
+    table.add_column("recurrent")
+    table.add_column("calls", justify="right")
+    table.add_column("FLOPs a row", justify="right")
+    table.add_column("bytes a row", justify="right")
+    table.add_column("weights", overflow="fold")
+    table.add_column("operations", overflow="fold")
+    table.add_column("kernel")
+    for cell in found.cells:
+        table.add_row(*_row(cell, found.bytes_per_row[cell.name]))
+    return table
+
+
+def _row(cell: CellReport, num_bytes: int) -> Sequence[str]:
+    return (
+        cell.name,
+        "yes" if cell.recurrent else "no",
+        f"{cell.calls:,}",
+        f"{cell.flops_per_row:,}",
+        f"{num_bytes:,}",
+        "\n".join(cell.parameters) or "none",
+        short_ops(cell.ops),
+        ", ".join(cell.kernels),
+    )
+
+
+def _summary(found: Survey) -> str:
+    calls = sum(cell.calls for cell in found.cells)
+    return (
+        f"largest request: {found.nodes:,} nodes and {found.edges:,} edges traced, {calls:,} cell "
+        f"calls\ncoverage: {found.coverage:.1%} of its FLOPs are in generated cells with weights\n"
+        f"a new structure: {found.unfold.kind}, {found.unfold.us_per_cell:,.1f} us a cell call"
+    )
+
+
+def _hints(found: Survey) -> list[str]:
+    lines = [
+        f"left to torch: {', '.join(names)} in {cell}" for cell, names in found.leftovers.items()
+    ]
+    if found.unfold.kind != "closed form":
+        lines.append(
+            "each new structure is traced once, then kept; example requests of at least three "
+            "sizes show whether plans of other sizes follow from them"
+        )
+    return lines
+
+
+# -- kernels ---------------------------------------------------------------------------------------
+
+
+def _print_code(
+    compiled: Compiled, found: Survey, args: argparse.Namespace, console: Console
+) -> None:
+    source_of = _printer(compiled, args.backend)
+    for name in _chosen([cell.name for cell in found.cells], args.code):
+        source = source_of(compiled.cells[name].cell)
+        if args.code == "" and len(found.cells) > 1:
+            console.out(f"{'#' * 8} {name}", highlight=False)
+        console.out(source.rstrip("\n"), highlight=False)
+
+
+def _chosen(names: Sequence[str], wanted: str) -> Sequence[str]:
+    """All names; the one wanted; or those that hold it."""
+    if wanted in ("", *names):
+        return [wanted] if wanted else names
+    holding = [name for name in names if wanted in name]
+    if holding:
+        return holding
+    near = difflib.get_close_matches(wanted, names)
+    hint = f"did you mean {', '.join(near)}?" if near else f"there are {', '.join(names)}"
+    raise UsageError(f"there is no cell {wanted!r}; {hint}")
+
+
+def _printer(compiled: Compiled, backend: BackendName | None) -> Callable[[Cell], str]:
+    """Text of a cell's kernel, for a backend that need not run here."""
+    if backend == "triton":
+        return _triton_source
+    if backend == "cpp":
+        return _cpp_source
+    if backend == "eager":
+        return _eager_source
+    return lambda cell: _own_source(compiled, cell)
+
+
+def _own_source(compiled: Compiled, cell: Cell) -> str:
+    maker: Backend = compiled._compiler.backend
+    return maker.kernel(cell, compiled._compiler.params).source
+
+
+def _triton_source(cell: Cell) -> str:
+    from cellc.kernels.triton_backend import print_cell
+
+    try:
+        return print_cell(cell)[1].source
+    except UnsupportedError as error:
+        return f"# {error}\n{_eager_source(cell)}"
+
+
+def _cpp_source(cell: Cell) -> str:
+    from cellc.kernels.cpp_expr import C_TYPES
+    from cellc.kernels.cpp_printer import print_cpp
+    from cellc.kernels.tile import schedule, unsupported
+
+    reason = unsupported(cell, C_TYPES)
+    if reason:
+        return f"# no C++ for {reason}: this cell runs through torch\n{_eager_source(cell)}"
+    return print_cpp(schedule(cell)).text
+
+
+def _eager_source(cell: Cell) -> str:
+    from cellc.kernels.eager import source
+
+    return source(cell)

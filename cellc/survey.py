@@ -1,0 +1,242 @@
+"""Surveys: what is to be said of a model's cells, for `cellc inspect` and `cellc demo`.
+
+Duty: run example requests, trace the largest of them again, and read off cells, calls, coverage,
+the cost of a new structure, and the graph of cells. Comes in: a compiled model and requests; goes
+out: a `Survey`, plain data.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any, TypeVar
+
+from cellc import ops
+from cellc.calls import CallGraph
+from cellc.cells import Cell, CellOp
+from cellc.compiled import Compiled, _as_call
+from cellc.compiler import Compiler, Entry
+from cellc.export import CellBox, CellEdge, CellGraph
+from cellc.plan import CELL
+from cellc.request import Structure
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class CellReport:
+    """One cell; `calls` are those of the largest request."""
+
+    name: str
+    recurrent: bool
+    parameters: list[str]
+    calls: int
+    ops: list[str]
+    inputs: list[str]
+    outputs: list[str]
+    flops_per_row: int
+    kernels: list[str]  # backends
+
+
+@dataclass(frozen=True)
+class Unfold:
+    """How a request of a new structure becomes a plan, and what that took for the largest one."""
+
+    kind: str
+    us_per_cell: float
+
+
+@dataclass(frozen=True)
+class Survey:
+    """`nodes` and `edges` are those of the traced graph; `coverage` is a share of its FLOPs."""
+
+    model: str
+    nodes: int
+    edges: int
+    coverage: float
+    cells: list[CellReport]
+    unfold: Unfold
+    bytes_per_row: dict[str, int]
+    leftovers: dict[str, list[str]]  # operations that run through torch, by cell
+    graph: CallGraph
+
+    def as_json(self) -> dict[str, Any]:
+        """What `cellc inspect --json` prints."""
+        return {
+            "model": self.model,
+            "nodes": self.nodes,
+            "edges": self.edges,
+            "coverage": round(self.coverage, 4),
+            "cells": [asdict(cell) for cell in self.cells],
+            "unfold": {"kind": self.unfold.kind, "us_per_cell": round(self.unfold.us_per_cell, 2)},
+        }
+
+
+def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
+    """Run the requests, then trace the one with the most calls once more."""
+    compiled.map(requests)
+    compiler = compiled._compiler
+    plans = [compiler.entry(*_structure(compiler, request)).plan for request in requests]
+    largest = max(range(len(plans)), key=lambda i: plans[i].num_calls)
+    entry, unfold = _unfolded(compiled, requests[largest])
+    calls = Counter({compiler.by_number[int(n)].name: 0 for p in plans for n in p.calls[:, CELL]})
+    calls.update(compiler.by_number[int(n)].name for n in entry.plan.calls[:, CELL])
+    reports = list(_cell_reports(compiled, calls))
+    cells = {report.name: compiled.cells[report.name].cell for report in reports}
+    graph = compiled.graph
+    assert compiler.calls is not None
+    return Survey(
+        model_name(compiler.model),
+        graph.number_of_nodes(),
+        graph.number_of_edges(),
+        coverage([(cell, calls[name]) for name, cell in cells.items()]),
+        reports,
+        unfold,
+        {name: cell.bytes_per_row for name, cell in cells.items()},
+        {name: left for name, cell in cells.items() if (left := leftovers(cell))},
+        compiler.calls,
+    )
+
+
+def model_name(model: Any) -> str:
+    """`Tagger`, or the name of a function."""
+    return getattr(model, "__name__", type(model).__name__)
+
+
+def _cell_reports(compiled: Compiled, calls: Counter[str]) -> Iterator[CellReport]:
+    compiler = compiled._compiler
+    numbers = {cell.name: number for number, cell in compiler.by_number.items()}
+    for name, count in calls.items():
+        kernel = compiler.kernel(numbers[name])
+        view = compiled.cells[name]
+        yield CellReport(
+            name,
+            view.recurrent,
+            list(view.parameters),
+            count,
+            list(view.ops),
+            list(view.inputs),
+            list(view.outputs),
+            view.flops_per_row,
+            [type(kernel).__name__.removesuffix("Kernel").lower()],
+        )
+
+
+# -- the cost of a new structure -------------------------------------------------------------------
+
+
+def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
+    """Trace a request again, and derive its plan from its family where that can be done."""
+    compiler = compiled._compiler
+    structure, args, kwargs = _structure(compiler, request)
+    entry, seconds = _fastest(lambda: compiler._traced(structure, args, kwargs))
+    derived, derived_seconds = _fastest(lambda: compiler._derived(structure))
+    if derived is not None:
+        entry, seconds = derived, derived_seconds
+    kind = "operator-level tracing" if derived is None else "closed form"
+    return entry, Unfold(kind, seconds * 1e6 / max(1, entry.plan.num_calls))
+
+
+def _fastest(work: Callable[[], T]) -> tuple[T, float]:
+    """The result, and the least seconds of two runs: another program may have disturbed one."""
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        result = work()
+        times.append(time.perf_counter() - start)
+    return result, min(times)
+
+
+def _structure(compiler: Compiler, request: Any) -> tuple[Structure, tuple[Any, ...], Any]:
+    args, kwargs = compiler.arguments.bind(*_as_call(request))
+    return compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs)), args, kwargs
+
+
+# -- coverage --------------------------------------------------------------------------------------
+
+
+def coverage(calls: Sequence[tuple[Cell, int]]) -> float:
+    """Share of the FLOPs that lies in generated operations of cells with weights; 1 of nothing."""
+    total = covered = 0
+    for cell, count in calls:
+        for op in cell.ops:
+            cost = count * op_flops(cell, op)
+            total += cost
+            covered += cost if cell.params and not _left(op) else 0
+    return covered / total if total else 1.0
+
+
+def op_flops(cell: Cell, op: CellOp) -> int:
+    """FLOPs of one call of an operation; of a leftover, one for each element read or made."""
+    shapes = [cell.shape_of(operand) for operand in op.operands]
+    if not _left(op):
+        return ops.flops(op.op, shapes, op.type.shape)
+    return max(prod(shape) for shape in [*shapes, *(t.shape for t in op.types)])
+
+
+def leftovers(cell: Cell) -> list[str]:
+    """Operations that no kernel is generated for: they run through torch."""
+    return list(dict.fromkeys(op.op.removeprefix("aten:") for op in cell.ops if _left(op)))
+
+
+def _left(op: CellOp) -> bool:
+    return op.op.startswith("aten:")
+
+
+# -- the graph of cells ----------------------------------------------------------------------------
+
+
+def cell_graph(found: Survey) -> CellGraph:
+    """Cells of the largest request and what flows between them, to draw."""
+    boxes = [
+        CellBox(
+            cell.name,
+            cell.calls,
+            cell.recurrent,
+            tuple(cell.parameters),
+            cell.flops_per_row,
+            (short_ops(cell.ops), f"kernel: {', '.join(cell.kernels)}"),
+        )
+        for cell in found.cells
+        if cell.calls
+    ]
+    calls = sum(cell.calls for cell in found.cells)
+    title = f"{found.model}: {calls} calls of {len(boxes)} cell{'' if len(boxes) == 1 else 's'}"
+    return CellGraph(title, boxes, _edges(found.graph))
+
+
+def _edges(graph: CallGraph) -> list[CellEdge]:
+    """One edge for each pair of ends, labelled with the types that flow."""
+    made: dict[int, str] = {}
+    for data in graph.data:
+        made.update(dict.fromkeys(range(data.base, data.base + data.count), data.name))
+    for group in graph.groups:
+        for values in group.outputs:
+            made.update(dict.fromkeys(values.tolist(), group.cell.name))
+    labels: dict[tuple[str, str], dict[str, None]] = {}
+    for source, target, label in _flows(graph, made):
+        labels.setdefault((source, target), {})[label] = None
+    return [CellEdge(*ends, ", ".join(texts)) for ends, texts in labels.items()]
+
+
+def _flows(graph: CallGraph, made: dict[int, str]) -> Iterator[tuple[str, str, str]]:
+    for group in graph.groups:
+        for i, spec in enumerate(group.cell.inputs):
+            label = f"{'ragged ' if spec.ragged else ''}{spec.type}"
+            for source in dict.fromkeys(made.get(int(v)) for v in group.input_values(i)):
+                if source is not None:  # constants come from nowhere
+                    yield source, group.cell.name, label
+    for number, output in enumerate(graph.outputs):
+        name = "output" if len(graph.outputs) == 1 else f"output {number}"
+        for source in dict.fromkeys(made.get(int(v)) for v in output.refs.reshape(-1)):
+            if source is not None:
+                yield source, name, str(output.type)
+
+
+def short_ops(names: Sequence[str]) -> str:
+    """`linear, sigmoid x3, mul x2`, in order of first use."""
+    counts = Counter(names)
+    return ", ".join(name if n == 1 else f"{name} x{n}" for name, n in counts.items())
