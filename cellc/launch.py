@@ -6,9 +6,9 @@ the arenas. Rows of one step are independent of each other; a later step may rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +57,15 @@ class Kernel(Protocol):
     source: str
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]: ...
+
+
+@runtime_checkable
+class Bindable(Protocol):
+    """A kernel that can prepare a launch once and run it many times, while arenas stay where they are."""
+
+    def bind(
+        self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
+    ) -> Callable[[], Sequence[int]]: ...
 
 
 class Backend(Protocol):

@@ -36,6 +36,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self._types: list[RowType] = []
         self._regions: list[Regions] = []
         self._written: dict[tuple[RowType, Hashable], int] = {}
+        self.generation = 0  # moves when an arena grows: addresses taken before are stale
 
     def __getitem__(self, type: RowType) -> torch.Tensor:
         return self._tensors[type]
@@ -85,6 +86,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if old is not None:
             new[: len(old)] = old
         self._tensors[type] = new
+        self.generation += 1
         plain = self._device.type == "cpu" and type.dtype != "bf16"
         self._views[number] = new.numpy() if plain else None
 

@@ -1,8 +1,8 @@
 """The C++ backend: generated kernels for the machine's vector unit.
 
-Duty: cells to kernels on the CPU. Comes in: a cell, its weights, launches; goes out: rows written into the arenas, and
-the positions of rows with invalid data. A launch is one call into the runtime library, which holds the threads; cells
-that a tile program cannot express run on the eager backend.
+Duty: cells to kernels on the CPU. Comes in: a cell, its weights, launches; goes out: rows written
+into the arenas, and the positions of rows with invalid data. A launch is one call into the runtime
+library, which holds the threads; cells that a tile program cannot express run on the eager backend.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 import struct
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cellc.cells import Cell
@@ -62,7 +62,10 @@ def num_workers() -> int:
 
 
 class CppBackend:
-    """Compiles cells; raises BackendError where no C++ compiler is found. The last to close ends the threads."""
+    """Compiles cells, or raises BackendError where no C++ compiler is found.
+
+    The last one to close ends the threads.
+    """
 
     name = "cpp"
 
@@ -112,10 +115,16 @@ class CppKernel:
         self._cores = num_cores()
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
+        return self.bind(launch, arenas)()
+
+    def bind(
+        self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
+    ) -> Callable[[], Sequence[int]]:
+        """The launch as a call without arguments, good for as long as no arena grows."""
         steps = np.ascontiguousarray(launch.steps, INT32)
         num_rows = int(steps[-1])
         if num_rows == 0:
-            return ()
+            return tuple
         bad = np.zeros(num_rows, np.uint8) if self._marks_bad else None
         threads = min(torch.get_num_threads(), self._cores)
         fields = [
@@ -139,9 +148,18 @@ class CppKernel:
         first, row = _address(table), 4 * table.shape[1]
         for i, t in enumerate(self._of_output):
             fields += (bases[t], first + i * row, 0)
-        if self._run(self._entry, self._pack(*fields)) and bad is not None:
-            return [int(r) for r in np.flatnonzero(bad)]
-        return ()
+        kept.append(table)
+        packed = self._pack(*fields)
+
+        def run() -> Sequence[int]:
+            if self._run(self._entry, packed) and bad is not None:
+                wrong = [int(r) for r in np.flatnonzero(bad)]
+                bad[:] = 0
+                return wrong
+            return ()
+
+        run.kept = kept  # type: ignore[attr-defined]
+        return run
 
 
 def num_cores() -> int:
@@ -150,7 +168,7 @@ def num_cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def _address(array: npt.NDArray[np.int32] | npt.NDArray[np.uint8]) -> int:
+def _address(array: Any) -> int:
     """Where the data begins, by the fastest way that there is (0.2 us; `ctypes.data` takes 1)."""
     try:
         return ctypes.addressof(_BYTE.from_buffer(array))

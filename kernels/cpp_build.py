@@ -1,9 +1,10 @@
 """Compile C++ and keep the results on disk.
 
-Duty: from source text to a loaded library. Comes in: C++ text; goes out: a `ctypes.CDLL`. The cache is keyed by
-everything that the machine code depends on: text, headers, compiler, flags, processor. Each file ends with a digest
-of itself, so that a damaged one is rebuilt; it is written under another name and renamed, so that processes may build
-the same at once. Where the folder cannot be written, a temporary one serves, and a warning says so.
+Duty: from source text to a loaded library. Comes in: C++ text; goes out: a `ctypes.CDLL`. The cache
+is keyed by everything that the machine code depends on: text, headers, compiler, flags, processor.
+Each file ends with a digest of itself, so that a damaged one is rebuilt; it is written under
+another name and renamed, so that processes may build the same at once. Where the folder cannot be
+written, a temporary one serves, and a warning says so.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from pathlib import Path
 from cellc.errors import BackendError
 
 HERE = Path(__file__).resolve().parent
-FLAGS = "-O3 -std=c++17 -shared -fPIC -pthread -fwrapv -fno-math-errno -fno-trapping-math -ffp-contract=fast".split()
+FLAGS = (
+    "-O3 -std=c++17 -shared -fPIC -pthread -fwrapv -fno-math-errno -fno-trapping-math "
+    "-ffp-contract=fast"
+).split()
 DIGEST = 32
 _loaded: dict[str, ctypes.CDLL] = {}
 _lock = threading.Lock()
@@ -43,14 +47,14 @@ def require_compiler() -> str:
     compiler = find_compiler()
     if compiler is None:
         raise BackendError(
-            "no C++ compiler was found; install g++ or clang++, or name one in the variable CXX",
+            "no C++ compiler was found; install g++ or clang++, or name one in CXX",
             backend="cpp",
         )
     return compiler
 
 
 def load(source: str, name: str) -> ctypes.CDLL:
-    """The library of `source`, from memory, from disk, or compiled now; `name` begins its file's name."""
+    """The library of `source`: from memory, from disk, or compiled now as name-key.so."""
     compiler = require_compiler()
     key = _key(source, compiler)
     with _lock:
@@ -121,8 +125,8 @@ def _from_disk(source: str, name: str, compiler: str) -> ctypes.CDLL:
 @lru_cache
 def _warn_unwritable(folder: str, error: str) -> None:
     warnings.warn(
-        f"cellc cannot keep compiled kernels in {folder} ({error}); they are compiled again in every process. "
-        "Set CELLC_CACHE to a folder that can be written",
+        f"cellc cannot keep compiled kernels in {folder} ({error}); "
+        "every process compiles them again. Set CELLC_CACHE to a folder that can be written",
         stacklevel=4,
     )
 
@@ -136,7 +140,7 @@ def _intact(path: Path) -> bool:
 
 
 def _build(source: str, path: Path, compiler: str) -> None:
-    """Compile to `path`; raises OSError where that folder cannot hold it, BackendError where g++ fails."""
+    """Compile to `path`; OSError where that folder cannot hold it, BackendError where g++ fails."""
     with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as folder:
         text, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
         text.write_text(source)
@@ -146,7 +150,8 @@ def _build(source: str, path: Path, compiler: str) -> None:
             if "No space left" in done.stderr:
                 raise OSError("no space left on device")
             raise BackendError(
-                f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\nuse backend='eager', and please report it",
+                f"{' '.join(command)} failed:\n{done.stderr[-2000:]}\n"
+                "use backend='eager', and please report it",
                 backend="cpp",
             )
         data = library.read_bytes()

@@ -1,7 +1,8 @@
 """Print one instruction of a tile program as a C++ expression.
 
-Duty: the scalar semantics of every operation, as torch has it. Comes in: an instruction; goes out: an expression over
-v0, v1, .. with the functions of runtime.h, always qualified, so that no row of the cell can hide one.
+Duty: the scalar semantics of every operation, as torch has it. Comes in: an instruction; goes out:
+an expression over v0, v1, .. with the functions of runtime.h, always qualified, so that no row of
+the cell can hide one.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ from cellc import ops
 from cellc.kernels.tile import POINTS, Instr
 
 C_TYPES = {
-    "f32": "float", "f64": "double", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t", "i8": "int8_t", "u8": "uint8_t",
-    "bool": "bool",
+    "f32": "float", "f64": "double", "i64": "int64_t", "i32": "int32_t", "i16": "int16_t",
+    "i8": "int8_t", "u8": "uint8_t", "bool": "bool",
 }  # fmt: skip
 CALLS_LIBM = frozenset(
     "log log1p expm1 sin cos tan atan erf fmod remainder floor_div pow atan2 gelu softplus".split()
 )
 
 _INFIX = {
-    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
-    "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^",
+    "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=",
+    "gt": ">", "ge": ">=", "bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^",
 }  # fmt: skip
 _LOGICAL = {"logical_and": "&", "logical_or": "|", "logical_xor": "^"}
+_OURS = "sigmoid sign relu silu gelu gelu_tanh softplus maximum minimum floor_div"
+_NAMED_AS_IN_C = (
+    "exp log log1p expm1 sqrt sin cos tan atan tanh erf floor ceil round trunc abs "
+    "fmod remainder pow atan2"
+)
 _CALLS = {
-    **{name: f"{name}_" for name in "exp log log1p expm1 sqrt sin cos tan atan tanh erf floor ceil round trunc abs".split()},
-    **{name: name for name in "sigmoid sign relu silu gelu gelu_tanh softplus maximum minimum floor_div".split()},
-    "fmod": "fmod_", "remainder": "remainder_", "pow": "pow_", "atan2": "atan2_",
-}  # fmt: skip
+    **{name: name for name in _OURS.split()},
+    **{name: f"{name}_" for name in _NAMED_AS_IN_C.split()},
+}
 _POWERS = {
     2.0: "{0} * {0}", 3.0: "{0} * {0} * {0}", 1.0: "{0}", 0.5: "cellc::sqrt_({0})", -1.0: "1 / {0}",
     -0.5: "1 / cellc::sqrt_({0})", -2.0: "1 / ({0} * {0})",

@@ -1,10 +1,11 @@
 """Schedule a cell as a tile program: which values get memory, and which stages compute them.
 
-Duty: the one place that decides how a cell is executed, shared by the C++ and the Triton printers. Comes in: a
-`Cell`; goes out: a `TileProgram` (see `cellc.kernels.tile_ir`). Pointwise operations, views and embeddings are lazy:
-they are inlined, by index arithmetic, into the stage that needs them. Memory is given to outputs, products,
-reductions, concatenations, operands of products that are not plain views of memory, values that are expensive and
-needed by several stages, and values whose index arithmetic would not be affine.
+Duty: the one place that decides how a cell is executed, shared by the C++ and the Triton printers.
+Comes in: a `Cell`; goes out: a `TileProgram` (see `cellc.kernels.tile_ir`). Pointwise operations,
+views and embeddings are lazy: they are inlined, by index arithmetic, into the stage that needs
+them. Memory is given to outputs, products, reductions, concatenations, operands of products that
+are not plain views of memory, values that are expensive and needed by several stages, and values
+whose index arithmetic would not be affine.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ from cellc.kernels.tile_roots import choose_roots, unsupported
 from cellc.ops import Shape
 
 __all__ = [
-    "COORDINATES", "POINTS", "Body", "Buffer", "Index", "Instr", "Map", "MatMul", "Product", "RaggedReduce", "Reduce", "Ref",
-    "Stage", "Target", "TileProgram", "View", "read", "schedule", "unsupported", "written",
+    "COORDINATES", "POINTS", "Body", "Buffer", "Index", "Instr", "Map", "MatMul", "Product",
+    "RaggedReduce", "Reduce", "Ref", "Stage", "Target", "TileProgram", "View", "read", "schedule",
+    "unsupported", "written",
 ]  # fmt: skip
 
 
@@ -107,7 +109,7 @@ class _Map(_Body):
 
 @dataclass(frozen=True)
 class _Store:
-    """What a map target stores: the value of `operand`, or operation `compute` itself, at ref[index]."""
+    """What a map stores at ref[index]: `operand`, computed here (`compute`) or read."""
 
     ref: Ref
     index: Index
@@ -185,7 +187,7 @@ class _Scheduler:
         depth, strides = x.shape[-1], x.strides
         lead = [(n, s) for n, s in zip(x.shape[:-1], strides[:-1], strict=True) if n != 1]
         regular = all(s == t * n for (_, s), (n, t) in zip(lead, lead[1:], strict=False))
-        if not regular or (depth > 1 and strides[-1] != 1):
+        if not regular or (depth > 1 and strides[-1] != 1) or x.ref.kind == "param":
             raise _Materialize(op.operands[0].index)
         stride = lead[-1][1] if lead else depth
         x = View(x.ref, x.offset, (math.prod(x.shape[:-1]), depth), (stride, 1))

@@ -1,7 +1,8 @@
 """Index algebra of tile programs: where an element of a view comes from.
 
-Duty: affine index arithmetic for `cellc.kernels.tile`. Comes in: the index, one `Index` a dimension, at which a
-view's result is wanted; goes out: the index at which its operand is read, or None where that is not affine.
+Duty: affine index arithmetic for `cellc.kernels.tile`. Comes in: the index, one `Index` a
+dimension, at which a view's result is wanted; goes out: the index at which its operand is read, or
+None where that is not affine.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def _split(flat: Index, shape: Shape, space: Shape) -> tuple[Index, ...] | None:
 
 
 def merge_groups(space: Shape, dims: Sequence[int], indices: Sequence[Index]) -> list[list[int]]:
-    """Runs of consecutive dimensions that every index passes as one; dimensions of size 1 are dropped."""
+    """Runs of dimensions that every index passes as one; dimensions of size 1 are dropped."""
     groups: list[list[int]] = []
     for d in dims:
         if space[d] == 1:

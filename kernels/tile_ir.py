@@ -1,9 +1,10 @@
 """Tile programs: what a cell does to one row, as stages over explicit buffers.
 
-Duty: the data that `cellc.kernels.tile.schedule` makes of a cell and that the C++ and the Triton printers read.
-Every stage reads and writes contiguous rows: cell inputs, parameters, scratch buffers (one row a call) and cell
-outputs. Inside a stage, a value lives at a point of an iteration space; an element is addressed by an `Index`, affine
-in the coordinates of that space. Stages are in execution order; within one, points are independent of each other.
+Duty: the data that `cellc.kernels.tile.schedule` makes of a cell and that the C++ and the Triton
+printers read. Every stage reads and writes contiguous rows: cell inputs, parameters, scratch
+buffers (one row a call) and cell outputs. Inside a stage, a value lives at a point of an iteration
+space; an element is addressed by an `Index`, affine in the coordinates of that space. Stages are in
+execution order; within one, points are independent of each other.
 """
 
 from __future__ import annotations
@@ -51,10 +52,11 @@ class Index:
 
 @dataclass(frozen=True)
 class Instr:
-    """One value at a point. `op`: load (ref[index]), const (value), gather (ref[args[0] * scale + index], args[0] an
+    """One value at a point.
 
-    integer that must lie in [0, limit)), or an operation of `ops.POINTWISE` on args, which are positions in the body.
-    `source` is the cell operation it comes from, or -1.
+    `op` is load (ref[index]), const (value), gather (ref[args[0] * scale + index], where args[0] is
+    an integer that must lie in [0, limit)), or an operation of `ops.POINTWISE` on args, which are
+    positions in the body. `source` is the cell operation it comes from, or -1.
     """
 
     op: str
@@ -82,7 +84,7 @@ class Target:
 
 @dataclass(frozen=True)
 class View:
-    """A strided view of one row: element (i, j, ..) is ref[offset + i * strides[0] + j * strides[1] + ..]."""
+    """A strided view of one row: element (i, ..) is ref[offset + i * strides[0] + ..]."""
 
     ref: Ref
     offset: int
@@ -92,7 +94,7 @@ class View:
 
 @dataclass(frozen=True)
 class Map:
-    """Every target at every point of `space`; adjacent dimensions are merged where all indices allow it."""
+    """Every target at every point of `space`; dimensions are merged where all indices allow it."""
 
     space: Shape
     body: Body
@@ -102,7 +104,7 @@ class Map:
         return _reads(self.body)
 
     def column_offsets(self, ref: Ref) -> tuple[int, ...] | None:
-        """Constant offsets o of all reads of `ref`, if each is ref[o + flat coordinate]; else None."""
+        """Offsets o of all reads of `ref`, if each is ref[o + flat coordinate]; else None."""
         flat = tuple(math.prod(self.space[d + 1 :]) for d in range(len(self.space)))
         offsets = set()
         for other, index in self.reads():
@@ -115,7 +117,10 @@ class Map:
 
 @dataclass(frozen=True)
 class Product:
-    """out[i, :] = x[i, :] @ weight (+ bias): x is [M, K] with unit stride in K, weight a parameter [K, N], bias [N]."""
+    """out[i, :] = x[i, :] @ weight (+ bias).
+
+    x is [M, K] with unit stride in K, weight a parameter [K, N], bias one of [N].
+    """
 
     x: View
     weight: int
@@ -136,7 +141,10 @@ class Product:
 
 @dataclass(frozen=True)
 class MatMul:
-    """out[.., m, n] = sum over k of a[.., m, k] * b[.., k, n]; out is contiguous, a and b have the batch dimensions of out."""
+    """out[.., m, n] = sum over k of a[.., m, k] * b[.., k, n].
+
+    out is contiguous; a and b have its leading dimensions, with stride 0 where they are broadcast.
+    """
 
     a: View
     b: View
@@ -148,9 +156,9 @@ class MatMul:
 
 @dataclass(frozen=True)
 class Reduce:
-    """out[flat kept coordinate] = op over the last dimensions (from `num_kept` on) of `value` over `space`.
+    """out[flat kept coordinate] = op of `value` over the dimensions of `space` from `num_kept` on.
 
-    `dtype` is the result's. The arg- operations give the first flat position among the reduced dimensions.
+    `dtype` is the result's. argmax and argmin give the first flat position in these dimensions.
     """
 
     op: str
@@ -168,7 +176,10 @@ class Reduce:
 
 @dataclass(frozen=True)
 class RaggedReduce:
-    """out = op (sum, mean, ..) over the vector of rows of ragged input `input`; amax and amin of none are a bad row."""
+    """out = op (sum, mean, ..) over the rows of ragged input `input`.
+
+    amax and amin of no rows make the row bad.
+    """
 
     op: str
     input: int
@@ -252,7 +263,7 @@ COORDINATES = "ijklmnpq"
 
 
 def _text(program: TileProgram) -> str:
-    cell, name = program.cell, program.name_of
+    cell = program.cell
     inputs = ", ".join(f"{i.name}: {'*' * i.ragged}{i.type}" for i in cell.inputs)
     outputs = ", ".join(
         f"{n}: {t}" for n, t in zip(program.output_names, cell.output_types, strict=True)
@@ -263,7 +274,6 @@ def _text(program: TileProgram) -> str:
         lines += ["    " + line for line in _stage_lines(program, stage)]
         origin = "" if isinstance(stage, Map) else cell.ops[stage.source].origin
         lines[-1] += f"  # {origin}" * bool(origin)
-    assert name is not None
     return "\n".join(lines) + "\n"
 
 
@@ -271,19 +281,16 @@ def _stage_lines(program: TileProgram, stage: Stage) -> list[str]:
     name = program.name_of
     if isinstance(stage, Product):
         bias = "" if stage.bias is None else f" + {name(Ref('param', stage.bias))}"
-        size = f"[{stage.num_rows}, {stage.num_columns}]"
-        return [
-            f"product {name(stage.out)}{size} = {_view(name, stage.x)} @ {name(Ref('param', stage.weight))}{bias}"
-        ]
+        size, weight = f"[{stage.num_rows}, {stage.num_columns}]", name(Ref("param", stage.weight))
+        return [f"product {name(stage.out)}{size} = {_view(name, stage.x)} @ {weight}{bias}"]
     if isinstance(stage, MatMul):
         shape = list(stage.shape)
         return [
             f"matmul {name(stage.out)}{shape} = {_view(name, stage.a)} @ {_view(name, stage.b)}"
         ]
     if isinstance(stage, RaggedReduce):
-        return [
-            f"ragged {name(stage.out)}[i < {stage.size}] = {stage.op} of {name(Ref('input', stage.input))}[.., i]"
-        ]
+        rows = name(Ref("input", stage.input))
+        return [f"ragged {name(stage.out)}[i < {stage.size}] = {stage.op} of {rows}[.., i]"]
     dims = [f"{c} < {size}" for c, size in zip(COORDINATES, stage.space, strict=False)]
     if isinstance(stage, Map):
         stores = [

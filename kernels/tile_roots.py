@@ -1,7 +1,7 @@
 """Which operations of a cell get memory, and which cells tile programs cannot express.
 
-Duty: the choices that `cellc.kernels.tile` starts from. Comes in: a cell; goes out: the set of operations whose
-results are materialised, or the reason why the cell must run on the eager backend.
+Duty: the choices that `cellc.kernels.tile` starts from. Comes in: a cell; goes out: the set of
+operations whose results are materialised, or the reason why the cell must run on the eager backend.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ INLINE = ops.POINTWISE | ops.VIEWS | {"embedding"}
 
 
 def unsupported(cell: Cell, dtypes: Collection[str] | None = None) -> str | None:
-    """Why a tile program cannot express `cell`, or None; `dtypes` are those that the caller can print."""
+    """Why a tile program cannot express `cell`, or None; `dtypes` are what the caller can print."""
     for type_ in [
         *(i.type for i in cell.inputs),
         *(p.type for p in cell.params),
@@ -51,6 +51,8 @@ def _unsupported_op(cell: Cell, op: CellOp) -> str | None:
 
 
 def _unsupported_product(cell: Cell, op: CellOp) -> str | None:
+    if op.operands[0].kind == "param":
+        return f"operation {op.op} of parameters alone"
     if op.type.dtype not in ops.FLOAT_DTYPES:
         return f"operation {op.op} in {op.type.dtype}"
     if op.op == "linear" and len(op.operands) > 2:
@@ -93,7 +95,7 @@ def _operands(op: CellOp) -> list[int]:
 
 
 def _levels(cell: Cell) -> list[int]:
-    """How many stages that are no maps precede each operation: maps of one shape and level can be one stage."""
+    """How many stages that are no maps precede each; maps of a shape and level can be one stage."""
     levels: list[int] = []
     for op in cell.ops:
         own = op.op in STAGES and op.op != "cat"
@@ -102,7 +104,7 @@ def _levels(cell: Cell) -> list[int]:
 
 
 def _weights(cell: Cell, roots: Collection[int]) -> tuple[list[bool], list[int]]:
-    """For each operation, whether its lazy tree holds an expensive function, and the size of that tree."""
+    """Of each operation's lazy tree, whether it holds an expensive function, and its size."""
     costly: list[bool] = []
     sizes: list[int] = []
     for op in cell.ops:
@@ -113,7 +115,7 @@ def _weights(cell: Cell, roots: Collection[int]) -> tuple[list[bool], list[int]]
 
 
 def _shared(cell: Cell, roots: Collection[int]) -> set[int]:
-    """Lazy values that would be computed several times: in several stages, or again at points of a larger space."""
+    """Lazy values that would be computed several times: by several stages, or in a larger space."""
     costly, sizes = _weights(cell, roots)
     levels = _levels(cell)
     readers: list[set[tuple[object, ...]]] = [set() for _ in cell.ops]

@@ -9,11 +9,11 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import kernel_cells as kc
 import numpy as np
 import pytest
 import torch
 
-import kernel_cells as kc
 from cellc import ops
 from cellc.cells import Cell
 from cellc.kernels import cpp, cpp_build
@@ -398,7 +398,8 @@ def test_other_vector_units(march: str, tmp_path: Path) -> None:
         CHECK
         + f"""
 cpp_build.flags = lambda: [*cpp_build.FLAGS, "-march={march}"]
-for cell in (kc.lstm_cell(13, 70), kc.softmax_head(8, 39), kc.attention_cell(5, 17, 2, "f64"), kc.gru_cell(5, 33, "f64")):
+attention = kc.attention_cell(5, 17, 2, "f64")
+for cell in (kc.lstm_cell(13, 70), kc.softmax_head(8, 39), attention, kc.gru_cell(5, 33, "f64")):
     check(cell, 29, 1)
 """
     )

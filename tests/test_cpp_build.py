@@ -1,4 +1,4 @@
-"""Compiling and caching: no compiler, damaged entries, folders that cannot be written, many at once."""
+"""Compiling and caching: no compiler, damaged entries, unwritable folders, many at once."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def test_compiler_that_fails() -> None:
 def test_processes_at_once(cache: Path) -> None:
     code = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
-        f"from cellc.kernels import cpp_build\nassert cpp_build.load({SOURCE!r}, 'one').answer() == 42"
+        "from cellc.kernels import cpp_build\n"
+        f"assert cpp_build.load({SOURCE!r}, 'one').answer() == 42"
     )
     many = [subprocess.Popen([sys.executable, "-c", code], env=dict(os.environ)) for _ in range(3)]
     assert [p.wait(60) for p in many] == [0, 0, 0]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import kernel_cells as kc
 import pytest
 
-import kernel_cells as kc
 from cellc.kernels.tile import (
     Map,
     MatMul,
