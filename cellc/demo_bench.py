@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-QUIET = 0.08  # a round is quiet when other programs take less of the machine
+from cellc.report import QUIET
+
 T = TypeVar("T")
 
 
@@ -38,7 +39,10 @@ class Round(Generic[T]):
 
 
 def alternate(
-    works: Sequence[Callable[[], T]], wanted: int, most: int, tick: Callable[[], None] = lambda: None
+    works: Sequence[Callable[[], T]],
+    wanted: int,
+    most: int,
+    tick: Callable[[], None] = lambda: None,
 ) -> list[Round[T]]:
     """The `wanted` quietest of up to `most` rounds; ends as soon as that many were quiet."""
     rounds: list[Round[T]] = []
@@ -93,7 +97,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Load:
-    """Poisson arrivals: request i is sentence `chosen[i]`, due `arrivals[i]` seconds after start."""
+    """Poisson arrivals: request i is sentence `chosen[i]`, due at `arrivals[i]` seconds."""
 
     arrivals: npt.NDArray[np.float64]
     chosen: npt.NDArray[np.int64]

@@ -23,7 +23,7 @@ _TOKEN = re.compile(r"[a-z_]+|\d+|[^\w\s]")
 
 
 class Classifier(nn.Module):
-    """Tokens [T] to scores [classes]: an embedding, an LSTM, and a linear layer on its last state."""
+    """Tokens [T] to scores [classes], from the last state of an LSTM."""
 
     def __init__(self, vocabulary: int, hidden: int = 256, classes: int = 5) -> None:
         super().__init__()

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 
 def _backend(args: argparse.Namespace) -> BackendName:
-    """What to run requests on: nothing need be compiled to see the IR, or another backend's text."""
+    """What runs the requests: nothing need be compiled to see the IR or another backend's text."""
     name: BackendName = args.backend or "auto"
     if args.ir is not None or (args.code is not None and args.backend is not None):
         return "eager"

@@ -1,0 +1,181 @@
+"""What the demo measures: throughput, one sentence alone, latency under load; and equality.
+
+Duty: run both sides on the demo's sentences, check every result against `model(x)`, and say what
+came out as `Comparison`s and `LoadRow`s. Called by `cellc.demo`, times with `cellc.demo_bench`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from cellc import demo_bench as bench
+from cellc.compiled import Compiled
+from cellc.demo_bench import Round, Served
+from cellc.demo_padded import PaddedServer, run_bucketed
+from cellc.demo_steps import Steps
+from cellc.demo_text import MAX_TOKENS, Classifier, Corpus
+from cellc.report import CELLULAR, Comparison, LoadRow
+
+RTOL, ATOL = 1e-4, 1e-5
+WAIT = 0.010  # seconds
+Submit = Callable[[Tensor], "Future[Tensor]"]
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes of the demo; `rounds` and `load_rounds` are kept out of at most twice as many."""
+
+    output: Path
+    quick: bool = False
+    hidden: int = 256
+    max_tokens: int = MAX_TOKENS
+    num_sentences: int = 1024
+    at_once: int = 512
+    rounds: int = 5
+    sample_seconds: float = 0.2
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
+    seconds: float = 2.0
+    load_rounds: int = 2
+
+
+@dataclass
+class Demo:
+    """What the steps share."""
+
+    config: Config
+    console: Console
+    steps: Steps
+    corpus: Corpus
+    model: Classifier
+    expected: list[Tensor] = field(default_factory=list)
+    others: list[float] = field(default_factory=list)  # share of the machine, a measurement
+
+    def note(self, rounds: Sequence[Round[Any]]) -> None:
+        share = bench.noise(rounds)
+        if share is not None:
+            self.others.append(share)
+
+
+# -- equality --------------------------------------------------------------------------------------
+
+
+def compare(
+    demo: Demo, results: Sequence[Tensor], chosen: Sequence[int] | range, who: str
+) -> float | None:
+    """Largest difference to what is expected of the chosen sentences; None, and a message, if any
+    is not close."""
+    got, want = torch.stack(list(results)), torch.stack([demo.expected[i] for i in chosen])
+    close = torch.isclose(got, want, rtol=RTOL, atol=ATOL).all(1)
+    error = float((got - want).abs().max())
+    if bool(close.all()):
+        return error
+    wrong = int((~close).sum())
+    demo.console.print(
+        f"MISMATCH: {wrong:,} of {len(close):,} results of {who} differ from model(x), by up to "
+        f"{error:.3g}",
+        markup=False,
+    )
+    return None
+
+
+# -- throughput ------------------------------------------------------------------------------------
+
+
+def compare_many(demo: Demo, compiled: Compiled) -> Comparison:
+    """Many sentences at once: compiled.map against padded buckets."""
+    sentences = demo.corpus.sentences[: demo.config.at_once]
+    what = f"{len(sentences)} sentences at once"
+    seconds = _against(
+        demo, what, lambda: compiled.map(sentences), lambda: run_bucketed(demo.model, sentences)
+    )
+    ours, theirs = (f"{len(sentences) / s:,.0f} sentences/s" for s in seconds)
+    return Comparison(what, ours, theirs, seconds[1] / seconds[0])
+
+
+def compare_alone(demo: Demo, compiled: Compiled) -> Comparison:
+    """One sentence of median length: compiled(x) against model(x)."""
+    order = sorted(demo.corpus.sentences, key=len)
+    sentence = order[len(order) // 2]
+
+    def padded() -> None:
+        with torch.inference_mode():
+            demo.model(sentence)
+
+    what = f"a sentence of {len(sentence)} tokens alone"
+    seconds = _against(demo, what, lambda: compiled(sentence), padded)
+    ours, theirs = (f"{s * 1e3:.3g} ms" for s in seconds)
+    return Comparison(what, ours, theirs, seconds[1] / seconds[0])
+
+
+def _against(
+    demo: Demo, what: str, cellular: Callable[[], object], padded: Callable[[], object]
+) -> list[float]:
+    """Median seconds of both, alternated."""
+    chosen = demo.config
+    with demo.steps.step(f"measuring {what}") as tick:
+        works = [bench.repeat_for(work, chosen.sample_seconds) for work in (cellular, padded)]
+        rounds = bench.alternate(works, chosen.rounds, 2 * chosen.rounds, tick)
+    demo.note(rounds)
+    return bench.medians(rounds)
+
+
+# -- load ------------------------------------------------------------------------------------------
+
+
+def measure_loads(demo: Demo, compiled: Compiled) -> list[LoadRow] | None:
+    """Latencies at each rate; None where a server answered wrongly."""
+    chosen, sentences = demo.config, demo.corpus.sentences
+    total = len(chosen.shares) * chosen.load_rounds
+    with PaddedServer(demo.model, 0.0) as eager, PaddedServer(demo.model, WAIT) as patient:
+        servers: dict[str, Submit] = {
+            CELLULAR: compiled.submit,
+            "padded, no waiting": eager.submit,
+            f"padded, waits {WAIT * 1e3:.0f} ms": patient.submit,
+        }
+        with demo.steps.step("measuring latency under load", total) as tick:
+            for submit in servers.values():  # warm
+                bench.burst_rate(submit, sentences[:256])
+            peak = statistics.median(bench.burst_rate(eager.submit, sentences) for _ in range(3))
+            rows: list[LoadRow] = []
+            for share in chosen.shares:
+                served = _load(demo, servers, peak * share, tick)
+                for name, runs in zip(servers, served, strict=True):
+                    if not all(_right(demo, name, one) for one in runs):
+                        return None
+                    rows.append(_load_row(name, share, peak * share, runs))
+    return rows
+
+
+def _load(
+    demo: Demo, servers: dict[str, Submit], rate: float, tick: Callable[[], None]
+) -> list[Sequence[Served]]:
+    """Runs of each server under equal arrivals, alternated; the quieter ones are kept."""
+    chosen, sentences = demo.config, demo.corpus.sentences
+    kept = []
+    for number in range(chosen.load_rounds):
+        seconds = chosen.seconds / chosen.load_rounds
+        load = bench.make_load(rate, seconds, len(sentences), seed=number)
+        works = [lambda s=s: bench.serve(s, sentences, load) for s in servers.values()]  # noqa: B023
+        kept += bench.alternate(works, 1, 2)
+        tick()
+    demo.note(kept)
+    return list(zip(*(r.results for r in kept), strict=True))
+
+
+def _right(demo: Demo, name: str, served: Served) -> bool:
+    return compare(demo, served.results, served.chosen.tolist(), name) is not None
+
+
+def _load_row(name: str, share: float, rate: float, runs: Sequence[Served]) -> LoadRow:
+    latencies = np.concatenate([one.latencies for one in runs])
+    return LoadRow(name, share, rate, len(latencies), *bench.percentiles(latencies))
