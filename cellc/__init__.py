@@ -1,7 +1,7 @@
 """cellc: cellular batching for PyTorch models.
 
-`cellc.compile(model)` finds a model's weight-shared cells, generates a fused kernel for each, and batches cells, not
-requests, across everything in flight. See README.md; ARCHITECTURE.md is the map.
+`cellc.compile(model)` finds a model's weight-shared cells, generates a fused kernel for each, and
+batches cells, not requests, across everything in flight. See README.md; ARCHITECTURE.md is the map.
 """
 
 from cellc import env

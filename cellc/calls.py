@@ -1,7 +1,7 @@
 """Calls: a request as calls of cells.
 
-Duty: the IR between extraction and planning: for every cell, which values each call reads and makes. Comes in from
-`cellc.extract`, is rewritten by `cellc.passes`, goes to `cellc.plan`.
+Duty: the IR between extraction and planning: for every cell, which values each call reads and
+makes. Comes in from `cellc.extract`, is rewritten by `cellc.passes`, goes to `cellc.plan`.
 """
 
 from __future__ import annotations

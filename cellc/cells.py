@@ -1,8 +1,9 @@
 """Cells: the weight-shared pieces of computation that are batched, and their IR.
 
-Duty: the data that describes one cell. Comes in from `cellc.extract` and is rewritten by `cellc.passes`;
-goes to `cellc.plan` (as an id) and to `kernels` (which print it). A cell is immutable; two cells with the same `key`
-are the same cell, whatever request or place of the model they were found in.
+Duty: the data that describes one cell. Comes in from `cellc.extract` and is rewritten by
+`cellc.passes`; goes to `cellc.plan` (as an id) and to `kernels` (which print it). A cell is
+immutable; two cells with the same `key` are the same cell, whatever request or place of the model
+they were found in.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from cellc.ops import RowType, Shape
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand: input `index` of the cell, parameter `index`, result `port` of operation `index`, or a scalar."""
+    """One operand: input `index` of the cell, parameter `index`, result `port` of operation
+    `index`, or a scalar.
+    """
 
     kind: Literal["input", "param", "op", "scalar"]
     index: int = 0
@@ -38,7 +41,7 @@ class CellInput:
 
 @dataclass(frozen=True)
 class Param:
-    """A weight, or an expression of weights alone, under its printable name (`rnn.weight_hh_l0.T`)."""
+    """A weight, or an expression of weights alone, by printable name (`rnn.weight_hh_l0.T`)."""
 
     name: str
     type: RowType
@@ -66,7 +69,9 @@ class CellOp:
 
 @dataclass(frozen=True)
 class Cell:
-    """A batched unit: inputs and parameters in, operations, outputs out. Operations are in dependency order."""
+    """A batched unit: inputs and parameters in, operations, outputs out. Operations are in
+    dependency order.
+    """
 
     name: str
     inputs: tuple[CellInput, ...]
@@ -79,7 +84,12 @@ class Cell:
     def key(self) -> str:
         """Content hash: equal for equal computation, independent of names and of origins."""
         inputs = [(i.type, i.ragged) for i in self.inputs]
-        parts = (inputs, self.params, [(o.op, o.operands, o.attrs, o.types) for o in self.ops], self.outputs)
+        parts = (
+            inputs,
+            self.params,
+            [(o.op, o.operands, o.attrs, o.types) for o in self.ops],
+            self.outputs,
+        )
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def type_of(self, operand: Operand) -> RowType:
@@ -100,7 +110,9 @@ class Cell:
 
     @cached_property
     def flops_per_row(self) -> int:
-        return sum(ops.flops(o.op, [self.shape_of(x) for x in o.operands], o.type.shape) for o in self.ops)
+        return sum(
+            ops.flops(o.op, [self.shape_of(x) for x in o.operands], o.type.shape) for o in self.ops
+        )
 
     @cached_property
     def bytes_per_row(self) -> int:

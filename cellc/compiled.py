@@ -1,7 +1,8 @@
 """Compiled models: what `cellc.compile` returns.
 
-Duty: the public face: bind and check a request, plan it, hand it to the engine. The main path is three files: this one,
-`cellc.compiler` (how a request never seen becomes a plan) and `cellc.engine` (how plans run).
+Duty: the public face: bind and check a request, plan it, hand it to the engine. The main path is
+three files: this one, `cellc.compiler` (how a request never seen becomes a plan) and `cellc.engine`
+(how plans run).
 """
 
 from __future__ import annotations
@@ -41,10 +42,9 @@ BackendName = Literal["auto", "triton", "cpp", "eager"]
 class Options:
     """Options of `cellc.compile`.
 
-    fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns folding off.
-    policy: `cellular` or `fifo` (see `cellc.scheduler`).
-    memory_limit: bytes of all arenas; past it requests wait.
-    tf32: f32 products on a GPU may use tf32.
+    fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns
+    folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of all
+    arenas; past it requests wait. tf32: f32 products on a GPU may use tf32.
     """
 
     fold_bytes: int = 256 << 20
@@ -86,7 +86,9 @@ class _Cells(Mapping[str, CellView]):
         cell = compiler.cells.get(compiler.by_number[number].key, compiler.by_number[number])
         kernels = {}
         if number in compiler.kernels:
-            kernels[getattr(compiler.kernels[number], "backend", compiler.backend.name)] = compiler.kernels[number]
+            kernels[getattr(compiler.kernels[number], "backend", compiler.backend.name)] = (
+                compiler.kernels[number]
+            )
         return CellView(
             cell.name,
             tuple(p.name for p in cell.params),
@@ -108,7 +110,9 @@ class _Cells(Mapping[str, CellView]):
 
 
 class Compiled:
-    """A model whose cells are batched across requests. Made by `cellc.compile`; safe to use from many threads."""
+    """A model whose cells are batched across requests. Made by `cellc.compile`; safe to use from
+    many threads.
+    """
 
     def __init__(
         self,
@@ -137,13 +141,13 @@ class Compiled:
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _close_backend, backend)
 
-    # -- requests -------------------------------------------------------------------------------------------
+    # -- requests --
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One request; equals `model(*args, **kwargs)` in eval mode.
 
-        With `batch_dim`, a call is as many requests as its tensors have there, results stacked again.
-        Raises CellcError, or what the request itself raises.
+        With `batch_dim`, a call is as many requests as its tensors have there, results stacked
+        again. Raises CellcError, or what the request itself raises.
         """
         if self._batch_dim is not None:
             return self._batched(args, kwargs)
@@ -158,7 +162,8 @@ class Compiled:
         return ticket.result
 
     def map(self, requests: Iterable[Any]) -> list[Any]:
-        """Many requests at once, in order. A tuple is positional arguments, a dict keywords, anything else one argument.
+        """Many requests at once, in order. A tuple is positional arguments, a dict keywords,
+        anything else one argument.
 
         Raises the first error, after all requests have ended.
         """
@@ -204,12 +209,16 @@ class Compiled:
             entry = compiler.entry(arguments.structure(tensors, rest, tree), *bound)
         return Ticket(entry, tensors)
 
-    def _bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self._compiler.arguments.bind(args, kwargs)
         return call if self._dtype is None else self._cast(call)
 
     def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
-        """Tickets in order; of sizes never seen, the extremes are planned first: those between need no tracing."""
+        """Tickets in order; of sizes never seen, the extremes are planned first: those between need
+        no tracing.
+        """
         self._check_open()
         arguments, compiler = self._compiler.arguments, self._compiler
         entries: dict[Any, Entry | None] = {}
@@ -229,7 +238,9 @@ class Compiled:
             for sizes in _extremes_first(list(members)):
                 structure, bound = members[sizes]
                 compiler.entry(structure, *bound)
-        for members in new.values():  # a later trace may have changed what an earlier plan is made of
+        for (
+            members
+        ) in new.values():  # a later trace may have changed what an earlier plan is made of
             for structure, bound in members.values():
                 entries[structure.key] = compiler.entry(structure, *bound)
         return [Ticket(entries[key], tensors) for key, tensors in found]  # type: ignore[arg-type]
@@ -242,7 +253,7 @@ class Compiled:
 
         return pytree.tree_map(cast, call)
 
-    # -- batches --------------------------------------------------------------------------------------------
+    # -- batches --
 
     def _batched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         dim = self._batch_dim
@@ -252,16 +263,18 @@ class Compiled:
         sizes = {t.shape[dim] for t in tensors}
         if len(sizes) != 1:
             raise RequestError(
-                argument=", ".join(self._compiler.arguments.names), got=f"sizes {sorted(sizes)} in dimension {dim}",
+                argument=", ".join(self._compiler.arguments.names),
+                got=f"sizes {sorted(sizes)} in dimension {dim}",
                 expected="one batch size in all tensors (batch_dim)",
-            )  # fmt: skip
+            )
         (size,) = sizes
         if size == 0:
             raise RequestError(argument="batch", got="size 0", expected="at least one request")
 
         def piece(i: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
             cut = [
-                t.narrow(dim, i, 1) if isinstance(t, torch.Tensor) and t.dim() > dim else t for t in leaves
+                t.narrow(dim, i, 1) if isinstance(t, torch.Tensor) and t.dim() > dim else t
+                for t in leaves
             ]
             call: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(cut, spec)
             return call
@@ -280,15 +293,20 @@ class Compiled:
         out = []
         for k, dim in enumerate(dims):
             pieces = [f[0][k] for f in flat]
-            joined = isinstance(pieces[0], torch.Tensor) and dim is not None
-            out.append(torch.cat(pieces, dim) if joined else pieces[0])
+            if dim is not None and isinstance(pieces[0], torch.Tensor):
+                out.append(torch.cat(pieces, dim))
+            else:
+                out.append(pieces[0])
         return pytree.tree_unflatten(out, flat[0][1])
 
     def _output_dims(self, leaves: list[Any], spec: Any, count: int) -> list[int | None]:
         """Which dimension of each result is the batch: the one that doubles when the batch does."""
         dim = self._batch_dim
         assert dim is not None
-        key = (str(spec), tuple((t.dim(), t.dtype) if isinstance(t, torch.Tensor) else None for t in leaves))
+        key = (
+            str(spec),
+            tuple((t.dim(), t.dtype) if isinstance(t, torch.Tensor) else None for t in leaves),
+        )
         if key not in self._batch_outputs:
             shapes = [self._shapes(leaves, spec, dim, size) for size in (2, 3)]
             found: list[int | None] = []
@@ -310,7 +328,7 @@ class Compiled:
         args, kwargs = self._compiler.arguments.bind(args, kwargs)
         return self._compiler.output_shapes(args, kwargs)
 
-    # -- what it is made of ---------------------------------------------------------------------------------
+    # -- what it is made of --
 
     @property
     def cells(self) -> Mapping[str, CellView]:
@@ -330,10 +348,12 @@ class Compiled:
         return list(self._compiler.stages)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since compile: launches, rows, mean_batch (rows a step), plans, queue, latency in ms."""
+        """Counters since compile: launches, rows, mean_batch (rows a step), plans, queue, latency
+        in ms.
+        """
         counters = self._engine.counters
         latencies = np.array(counters.latencies) * 1e3
-        quantile = (lambda q: float(np.quantile(latencies, q))) if len(latencies) else (lambda q: 0.0)
+        p50, p90, p99 = np.quantile(latencies, (0.5, 0.9, 0.99)) if len(latencies) else (0, 0, 0)
         plans = self._compiler.counts
         return {
             "launches": counters.launches,
@@ -347,11 +367,13 @@ class Compiled:
             "running": self._engine.num_running,
             **plans,
             "arena_bytes": self._engine.arena_bytes,
-            "latency_ms": {"p50": quantile(0.5), "p90": quantile(0.9), "p99": quantile(0.99)},
+            "latency_ms": {"p50": float(p50), "p90": float(p90), "p99": float(p99)},
         }
 
     def refresh(self) -> None:
-        """The model's weights changed: use the new ones from the next request on. Cells and plans are kept."""
+        """The model's weights changed: use the new ones from the next request on. Cells and plans
+        are kept.
+        """
         self._check_open()
         if self._source is not self._compiler.model:
             with torch.no_grad():
@@ -359,18 +381,21 @@ class Compiled:
                     named_tensors(self._compiler.model)[name].copy_(tensor)
         self._engine.refresh()
 
-    # -- end ------------------------------------------------------------------------------------------------
+    # -- end --
 
     def _check_open(self) -> None:
         if self._engine.closed:
             raise ClosedError(what="this compiled model")
         if os.getpid() != self._pid:
             raise UnsupportedError(
-                what="a compiled model in a forked process", remedy="call cellc.compile in the child process"
+                what="a compiled model in a forked process",
+                remedy="call cellc.compile in the child process",
             )
 
     def close(self) -> None:
-        """Finish what is queued, free everything, leave no thread behind. Calling it again does nothing."""
+        """Finish what is queued, free everything, leave no thread behind. Calling it again does
+        nothing.
+        """
         if not self._engine.closed:
             self._engine.close()
             self._compiler.kernels.clear()
@@ -380,7 +405,10 @@ class Compiled:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
     ) -> None:
         self.close()
 
@@ -400,7 +428,7 @@ def _as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Order in which sizes are planned: smallest, largest, middle, next to smallest, then the rest."""
+    """Order in which sizes are planned: largest, smallest, middle, next to smallest, the rest."""
     if len(sizes) <= 4:
         return sizes
     order = sorted(sizes, key=lambda s: (sum(s), s))
@@ -408,7 +436,7 @@ def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return list(dict.fromkeys([*picks, *order]))
 
 
-# -- cellc.compile -------------------------------------------------------------------------------------------
+# -- cellc.compile --
 
 
 def compile(
@@ -425,11 +453,11 @@ def compile(
 ) -> Compiled:
     """Compile a model: its cells are found, fused, and batched across all requests in flight.
 
-    model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until the first request.
-    backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
-    device, dtype: where and in what the cells compute; by default the model's own. Others copy the weights.
-    batch_dim: a call whose tensors have B in that dimension is B requests.
-    max_batch: most rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
+    model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until
+    the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
+    device, dtype: where and in what the cells compute; by default the model's own. Others copy the
+    weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
+    rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
     options: see `Options`.
 
     >>> import torch, cellc
@@ -441,9 +469,13 @@ def compile(
     >>> compiled.close()
     """
     if not callable(model):
-        raise UnsupportedError(what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function")
+        raise UnsupportedError(
+            what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"
+        )
     if carry is not None:
-        raise UnsupportedError(what="carry (sessions)", remedy="pass the state as an argument and return it")
+        raise UnsupportedError(
+            what="carry (sessions)", remedy="pass the state as an argument and return it"
+        )
     chosen = _options(options)
     source = model
     place = _device(model, device)
@@ -484,7 +516,8 @@ def _moves(model: Any, device: torch.device) -> bool:
 def _copied(model: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UnsupportedError(
-            what="dtype or device for a function", remedy="convert its modules yourself: module.to(...)"
+            what="dtype or device for a function",
+            remedy="convert its modules yourself: module.to(...)",
         )
     return copy.deepcopy(model).to(device=device, dtype=dtype)
 

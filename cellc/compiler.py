@@ -1,10 +1,11 @@
 """The compiler: from a request never seen to a plan, and from a cell to a kernel.
 
-Duty: keep, for one model, everything that is learned from traced requests: roles, cells, plans by structure, families of
-structures. Comes in from `cellc.compiled`: requests; goes out: plans and kernels, to `cellc.engine`.
+Duty: keep, for one model, everything that is learned from traced requests: roles, cells, plans by
+structure, families of structures. Comes in from `cellc.compiled`: requests; goes out: plans and
+kernels, to `cellc.engine`.
 
-The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), `extract`, `passes`, `plan`; each leaves a
-printable stage.
+The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), `extract`, `passes`,
+`plan`; each leaves a printable stage.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ from cellc.printer import print_cell, print_graph
 from cellc.request import Arguments, Structure, describe
 
 MAX_PLANS = 4096
-_CHANNELS = {"graph": "graph", "rows": "graph", "extract": "cells", "passes": "cells", "plan": "plan"}
+_CHANNELS = {
+    "graph": "graph",
+    "rows": "graph",
+    "extract": "cells",
+    "passes": "cells",
+    "plan": "plan",
+}
 
 
 @dataclass(frozen=True)
@@ -111,7 +118,7 @@ class Compiler:
         self._good: tuple[torch.Tensor, ...] | None = None
         self._lock = threading.RLock()
 
-    # -- plans ----------------------------------------------------------------------------------------------
+    # -- plans --
 
     def entry(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """The planned structure of a request: cached, derived from its family, or traced now."""
@@ -144,7 +151,9 @@ class Compiler:
     def _traced(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         names = self.arguments.leaf_names(args, kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
-        tensor_names = tuple(n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor))
+        tensor_names = tuple(
+            n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)
+        )
         traced = self._trace(args, kwargs, names)
         self.params.base.update(traced.captured)
         self.reads_weights = self.reads_weights or traced.reads_weights
@@ -156,7 +165,9 @@ class Compiler:
         self.counts["plans_traced"] += 1
         self._good = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         kept, spec = traced.outputs
-        bare = spec == pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else spec.is_leaf()
+        bare = (
+            spec == pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else spec.is_leaf()
+        )
         one = bare and bool(kept) and kept[0][0] == "t"
         plan = self._plan(graph)
         self._stage("plan", plan)
@@ -166,7 +177,9 @@ class Compiler:
         return entry
 
     def _forget(self) -> None:
-        """A trace changed what is known of roles: earlier plans may use other cells, so make them again."""
+        """A trace changed what is known of roles: earlier plans may use other cells, so make them
+        again.
+        """
         log.info("plan", "roles changed: plans are made again when next asked for")
         self._plans.clear()
         self._families.clear()
@@ -179,8 +192,12 @@ class Compiler:
             state.shaped = state.shaped and same
         state.entry = entry
 
-    def check_family(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Is the derived call graph of a structure the one that tracing gives? For tests and `cellc.check`."""
+    def check_family(
+        self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Is the derived call graph of a structure the one that tracing gives? For tests and
+        `cellc.check`.
+        """
         state = self._families.get(structure.family)
         derived = state.family.predict(structure.sizes, structure.shapes) if state else None
         if derived is None:
@@ -198,7 +215,7 @@ class Compiler:
             self.priority[cell] = max(self.priority.get(cell, 0), depth)
         return plan
 
-    # -- stages ---------------------------------------------------------------------------------------------
+    # -- stages --
 
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Trace:
         modules = module_names(self.model)
@@ -209,7 +226,7 @@ class Compiler:
             raise self._blame(error, args, kwargs, names) from error
 
     def output_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
-        """Shapes of the returned leaves (() where one is no tensor), from a trace on shapes alone."""
+        """Shapes of the returned leaves (() where one is no tensor), from a trace on shapes."""
         traced = self._trace(args, kwargs, self.arguments.leaf_names(args, kwargs))
         kept, _ = traced.outputs
         graph = traced.graph
@@ -219,9 +236,13 @@ class Compiler:
     def _blame(
         self, error: ForwardError, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
     ) -> CellcError:
-        """Say which argument is wrong, where one visibly is: empty, or unlike those of requests that worked."""
+        """Say which argument is wrong, where one visibly is: empty, or unlike those of requests
+        that worked.
+        """
         leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [(n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor)]
+        tensors = [
+            (n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor)
+        ]
         reason = str(error).splitlines()[0]
         for k, (name, tensor) in enumerate(tensors):
             good = self._good[k] if self._good is not None and k < len(self._good) else None
@@ -234,11 +255,16 @@ class Compiler:
                 expected = "at least one element"
             if expected:
                 return RequestError(
-                    argument=name, got=describe(tensor), expected=f"{expected} ({reason})", origin=error.origin
+                    argument=name,
+                    got=describe(tensor),
+                    expected=f"{expected} ({reason})",
+                    origin=error.origin,
                 )
         if self._good is None or not tensors:
             got = ", ".join(f"{n}: {describe(t)}" for n, t in tensors)
-            return ForwardError(f"{reason} (called with {got})", kind="on this request", origin=error.origin)
+            return ForwardError(
+                f"{reason} (called with {got})", kind="on this request", origin=error.origin
+            )
         return RequestError(
             argument=", ".join(n for n, _ in tensors),
             got=", ".join(describe(t) for _, t in tensors),
@@ -290,7 +316,7 @@ class Compiler:
             log.info(channel, str(stage))
             log.dump(name, str(stage))
 
-    # -- kernels --------------------------------------------------------------------------------------------
+    # -- kernels --
 
     def kernel(self, number: int) -> Kernel:
         """The kernel of a cell, made on first use."""
@@ -350,11 +376,11 @@ def _print_calls(calls: CallGraph) -> str:
     return "\n".join([str(calls), *(print_cell(group.cell) for group in calls.groups)])
 
 
-# -- the model -----------------------------------------------------------------------------------------------
+# -- the model --
 
 
 def modules_of(model: Any) -> dict[str, nn.Module]:
-    """Modules that a model is made of: itself, or those that a function's closure or globals name."""
+    """A model's modules: itself, or those that a function's closure or globals hold."""
     if isinstance(model, nn.Module):
         return {"": model}
     owner = getattr(model, "__self__", None)

@@ -159,7 +159,7 @@ def _how(demo: Demo) -> list[str]:
         f"{len(demo.corpus.sentences):,} sentences that were all there at once.",
         "Results under load were compared with model(x) too.",
         "Where the system tells how busy it is, rounds in which other programs took "
-        f"{bench.QUIET:.0%} of the machine or more were repeated (at most as many again) and the "
+        f"{report.QUIET:.0%} of the machine or more were repeated (at most as many again) and the "
         "quietest kept.",
     ]
 

@@ -1,11 +1,13 @@
 """The engine: requests in, results out, cells batched across all that are in flight.
 
-Duty: own the arenas and the scheduler of one compiled model and run the loop. `step` is the architecture: admit, schedule,
-launch, complete, deliver. Comes in: tickets (a request with its plan); goes out: their results.
+Duty: own the arenas and the scheduler of one compiled model and run the loop. `step` is the
+architecture: admit, schedule, launch, complete, deliver. Comes in: tickets (a request with its
+plan); goes out: their results.
 
-Threads: a blocking call on an idle engine runs the loop in its own thread, so that a lone request pays for no hand-over;
-where the loop runs already, it waits its turn. Requests that nobody blocks on are run by a background thread, which
-exists only while there are such requests and sleeps when it has nothing to do.
+Threads: a blocking call on an idle engine runs the loop in its own thread, so that a lone request
+pays for no hand-over; where the loop runs already, it waits its turn. Requests that nobody blocks
+on are run by a background thread, which exists only while there are such requests and sleeps when
+it has nothing to do.
 """
 
 from __future__ import annotations
@@ -87,13 +89,15 @@ class Engine:
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._loop = threading.Lock()  # held by whoever runs the loop
-        self._turn = threading.Condition()  # guards the inbox; told when the loop is free or results are there
+        self._turn = (
+            threading.Condition()
+        )  # guards the inbox; told when the loop is free or results are there
         self._waiting = 0
         self._background: threading.Thread | None = None
         self._closing = False
         self._replays = Replays()
 
-    # -- what callers use -----------------------------------------------------------------------------------
+    # -- what callers use --
 
     def enqueue(self, tickets: Sequence[Ticket]) -> None:
         """Queue requests; raises Overloaded past `max_queue`, ClosedError after close."""
@@ -196,7 +200,7 @@ class Engine:
     def num_running(self) -> int:
         return len(self._live)
 
-    # -- threads --------------------------------------------------------------------------------------------
+    # -- threads --
 
     def _serve(self) -> None:
         """The background loop: runs while there is work, sleeps otherwise, ends with close."""
@@ -220,7 +224,7 @@ class Engine:
             with self._turn:
                 self._turn.notify_all()
 
-    # -- a request alone ------------------------------------------------------------------------------------
+    # -- a request alone --
 
     def _alone(self, ticket: Ticket) -> bool:
         """Run the only request there is from the launches recorded when its plan last ran alone.
@@ -244,7 +248,11 @@ class Engine:
                 error = self._record(ticket, bases)
             else:
                 error = self._replay(replay)
-            made = [] if error else self._arenas.read([(o, int(bases[0, o.type])) for o in plan.outputs])
+            made = (
+                []
+                if error
+                else self._arenas.read([(o, int(bases[0, o.type])) for o in plan.outputs])
+            )
         except Exception as raised:
             error, made = raised, []
         finally:
@@ -266,7 +274,9 @@ class Engine:
                 while (batch := self._schedule()) is not None and not failed:
                     launch = self._tables(batch)
                     failed = self._launch(batch, launch)
-                    launches.append(Bound.of(self.compiler.kernel(batch.cell), launch, self._arenas))
+                    launches.append(
+                        Bound.of(self.compiler.kernel(batch.cell), launch, self._arenas)
+                    )
             finally:
                 scheduler.cancel(number)
         if not failed and time.perf_counter() - start < 2 * ALONE:
@@ -285,7 +295,7 @@ class Engine:
         counters.steps += sum(b.steps for b in launches)
         return None
 
-    # -- the loop -------------------------------------------------------------------------------------------
+    # -- the loop --
 
     def step(self) -> None:
         """One turn of the loop; the caller holds the loop."""
@@ -298,7 +308,7 @@ class Engine:
         self._deliver(finished)
 
     def _admit(self) -> None:
-        """Give waiting requests their regions and copy their data in; those of one plan together."""
+        """Give waiting requests regions and copy their data in; those of one plan together."""
         if not self._inbox:
             return
         groups: dict[int, list[Ticket]] = {}
@@ -347,7 +357,9 @@ class Engine:
         self._next_number += 1
         return self._next_number - 1
 
-    def _copy_in(self, tickets: list[Ticket], bases: npt.NDArray[np.int64]) -> dict[int, BaseException]:
+    def _copy_in(
+        self, tickets: list[Ticket], bases: npt.NDArray[np.int64]
+    ) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; returns those that failed, by position."""
         errors: dict[int, BaseException] = {}
         for rows in tickets[0].entry.plan.data:
@@ -378,12 +390,15 @@ class Engine:
         self._measure(batch, took)
         if log.enabled("schedule"):
             name = self.compiler.by_number[batch.cell].name
-            log.info("schedule", f"{name}: {len(batch.calls)} rows in {launch.num_steps} steps, {took * 1e6:.0f} us")
+            log.info(
+                "schedule",
+                f"{name}: {len(batch.calls)} rows in {launch.num_steps} steps, {took * 1e6:.0f} us",
+            )
         if not len(invalid):
             return {}
         requests = self._scheduler.requests_of(batch.calls)
-        error = _bad_index(self.compiler.by_number[batch.cell])
-        return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), error)
+        wrong = _bad_index(self.compiler.by_number[batch.cell])
+        return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), wrong)
 
     def _tables(self, batch: Batch) -> Launch:
         cell = self.compiler.by_number[batch.cell]
@@ -454,7 +469,9 @@ class Engine:
         for group in by_plan.values():
             self._arenas.free(group[0].entry.plan, np.stack([t.bases for t in group]))
 
-    def _finish(self, ticket: Ticket, result: Any = None, error: BaseException | None = None) -> None:
+    def _finish(
+        self, ticket: Ticket, result: Any = None, error: BaseException | None = None
+    ) -> None:
         ticket.result, ticket.error, ticket.done = result, error, True
         ticket.tensors = ()
         self.counters.requests += 1
@@ -484,5 +501,7 @@ def _out_of_range(name: str, bound: int | None, tensor: torch.Tensor) -> Request
     flat = tensor.detach().cpu().reshape(-1)
     at = int(torch.nonzero((flat < 0) | (flat >= bound))[0])
     return RequestError(
-        argument=name, got=f"{flat[at].item()} at position {at}", expected=f"indices in [0, {bound})"
+        argument=name,
+        got=f"{flat[at].item()} at position {at}",
+        expected=f"indices in [0, {bound})",
     )

@@ -1,7 +1,8 @@
 """Errors: one class per kind of mistake, each ending with its remedy.
 
-`CellcError` is the root. A message is a template on the class; where the mistake lies in the user's own code
-the file and line are appended. `assert` in this package means a bug of ours, these classes mean theirs.
+`CellcError` is the root. A message is a template on the class; where the mistake lies in the user's
+own code the file and line are appended. `assert` in this package means a bug of ours, these classes
+mean theirs.
 """
 
 from __future__ import annotations
@@ -60,13 +61,17 @@ class ClosedError(CellcError):
 class Overloaded(CellcError):
     """The queue is full; try again later or raise `max_queue`."""
 
-    template = "{waiting} requests are waiting, the limit is {limit}; retry later or raise max_queue"
+    template = (
+        "{waiting} requests are waiting, the limit is {limit}; retry later or raise max_queue"
+    )
 
 
 class VerifyError(CellcError):
     """The IR broke one of its own rules: a bug in cellc, please report it."""
 
-    template = "after {stage}: {message}; this is a bug in cellc, please report it with CELLC_DUMP output"
+    template = (
+        "after {stage}: {message}; this is a bug in cellc, please report it with CELLC_DUMP output"
+    )
 
 
 class UsageError(CellcError):

@@ -1,14 +1,15 @@
 """Extraction: find a request's weight-shared cells.
 
-Duty: group the operations of a `RowGraph` into calls of cells. Comes in from `frontends.lower`; goes to `cellc.passes`
-as a `CallGraph`.
+Duty: group the operations of a `RowGraph` into calls of cells. Comes in from `frontends.lower`;
+goes to `cellc.passes` as a `CallGraph`.
 
-Method (ARCHITECTURE.md, "cells by roles"): every operation has a *role*: its program point, operation, attributes and the
-weights it reads. In the graph of roles, strongly connected components are the recurrences: each is cut, in trace order,
-into instances where a role repeats. Roles outside them are feed-forward: those whose calls correspond one to one are
-fused. Whatever was grouped, an instance is internally wired by one template; instances wired otherwise become calls of
-another cell. What is known of roles is kept over all traces of a model (`Roles`), so that a request of one position,
-where no recurrence shows, is cut like the others.
+Method (ARCHITECTURE.md, "cells by roles"): every operation has a *role*: its program point,
+operation, attributes and the weights it reads. In the graph of roles, strongly connected components
+are the recurrences: each is cut, in trace order, into instances where a role repeats. Roles outside
+them are feed-forward: those whose calls correspond one to one are fused. Whatever was grouped, an
+instance is internally wired by one template; instances wired otherwise become calls of another
+cell. What is known of roles is kept over all traces of a model (`Roles`), so that a request of one
+position, where no recurrence shows, is cut like the others.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ Slot: TypeAlias = "tuple[int, int]"  # role, operand number
 
 
 def _networkx() -> Any:
-    """networkx, imported when the first model is traced: it would double the cost of `import cellc`."""
+    """networkx, imported when the first model is traced: it would double the cost of `import
+    cellc`.
+    """
     return importlib.import_module("networkx")
 
 
@@ -83,7 +86,8 @@ class _Unit:
     roles: tuple[int, ...]
     recurrent: bool
     nodes: list[RowNode]  # of the first call, in order: the template
-    # per template operation, per operand: None (weight or number), an inner source, or a column of references
+    # per template operation, per operand: None (weight or number), an inner source, or a column of
+    # references
     inner: list[list[tuple[int, int] | None]]
     columns: dict[tuple[int, int], Refs | RaggedRefs]
     outputs: dict[tuple[int, int], Refs]
@@ -119,10 +123,12 @@ class Extraction:
             self.rows.num_values,
         )
 
-    # -- roles ----------------------------------------------------------------------------------------------
+    # -- roles --
 
     def _live(self) -> list[bool]:
-        """Dead code, by role: an operation is dropped only where all operations of its role are unused."""
+        """Dead code, by role: an operation is dropped only where all operations of its role are
+        unused.
+        """
         live = [False] * len(self.rows.nodes)
         needed = np.zeros(self.rows.num_values, bool)
         for output in self.rows.outputs:
@@ -135,7 +141,9 @@ class Extraction:
                 node = self.rows.nodes[i]
                 if live[i]:
                     continue
-                if self.role_of[i] in wanted or any(needed[b : b + node.n].any() for b in node.bases):
+                if self.role_of[i] in wanted or any(
+                    needed[b : b + node.n].any() for b in node.bases
+                ):
                     live[i] = changed = True
                     wanted.add(self.role_of[i])
                     for operand in node.operands:
@@ -144,7 +152,7 @@ class Extraction:
         return live
 
     def _lift_scalars(self) -> None:
-        """Numbers that differ between operations of one role (a loop counter) become constant rows."""
+        """Numbers that differ within a role (a loop counter) become constant rows."""
         known = self.roles.scalars
         for i, node in enumerate(self.rows.nodes):
             for j, operand in enumerate(node.operands):
@@ -167,7 +175,14 @@ class Extraction:
         if all(a is b for a, b in zip(operands, node.operands, strict=True)):
             return node
         return RowNode(
-            node.op, node.attrs, tuple(operands), node.types, node.bases, node.n, node.point, node.origin
+            node.op,
+            node.attrs,
+            tuple(operands),
+            node.types,
+            node.bases,
+            node.n,
+            node.point,
+            node.origin,
         )
 
     def _connect(self) -> None:
@@ -177,13 +192,15 @@ class Extraction:
                 for operand in node.operands:
                     if isinstance(operand, (np.ndarray, RaggedRefs)):
                         refs = _refs(operand)
-                        sources = {int(self.node_of[refs[0]])} if len(refs) == 1 else set(
-                            np.unique(self.node_of[refs]).tolist()
+                        sources = (
+                            {int(self.node_of[refs[0]])}
+                            if len(refs) == 1
+                            else set(np.unique(self.node_of[refs]).tolist())
                         )
                         edges |= {(self.role_of[s], self.role_of[i]) for s in sources if s >= 0}
         self.roles.connect(edges)
 
-    # -- recurrences ----------------------------------------------------------------------------------------
+    # -- recurrences --
 
     def _recurrent_units(self, recurrent: dict[int, int]) -> list[_Unit]:
         open_nodes: dict[int, list[int]] = defaultdict(list)
@@ -264,14 +281,18 @@ class Extraction:
         return None
 
     def _unit(self, parts: list[list[int]]) -> _Unit:
-        """All calls of one template: call j of occurrence k is call (j, k), so that a chain is contiguous."""
+        """All calls of one template: call j of occurrence k is call (j, k), so that a chain is
+        contiguous.
+        """
         first = parts[0]
         template = [self.rows.nodes[i] for i in first]
         where = {node: k for k, node in enumerate(first)}
         n = template[0].n
         even = all(self.rows.nodes[part[0]].n == n for part in parts)
         order = (
-            np.arange(len(parts) * n).reshape(len(parts), n).T.reshape(-1) if even and n > 1 else None
+            np.arange(len(parts) * n).reshape(len(parts), n).T.reshape(-1)
+            if even and n > 1
+            else None
         )
         unit = _Unit(tuple(self.role_of[i] for i in first), True, template, [], {}, {})
         for k, node in enumerate(template):
@@ -288,7 +309,7 @@ class Extraction:
                 unit.outputs[k, port] = made if order is None else made[order]
         return unit
 
-    # -- feed-forward ---------------------------------------------------------------------------------------
+    # -- feed-forward --
 
     def _forward_units(self, recurrent: dict[int, int]) -> list[_Unit]:
         nodes: dict[int, list[RowNode]] = defaultdict(list)
@@ -344,7 +365,9 @@ class Extraction:
     def _clusters(
         self, nodes: dict[int, list[RowNode]], recurrent: dict[int, int]
     ) -> list[list[int]]:
-        """Feed-forward roles joined along one-to-one edges, such that clusters cannot depend in a circle."""
+        """Feed-forward roles joined along one-to-one edges, such that clusters cannot depend in a
+        circle.
+        """
         graph, unpaired, nx = self.roles.graph, self.roles.unpaired, _networkx()
         condensed = nx.condensation(graph)
         level: dict[int, int] = {}
@@ -383,7 +406,7 @@ class Extraction:
         made: dict[tuple[int, int], Refs],
         position: Refs,
     ) -> _Unit | None:
-        """One cluster's calls, aligned; None (and the pair noted) where two of its edges disagree."""
+        """One cluster's calls, aligned; None (and the pair noted) where two edges disagree."""
         where = {role: k for k, role in enumerate(cluster)}
         order = self._alignment(cluster, columns, position, made)
         unit = _Unit(tuple(cluster), False, [nodes[r][0] for r in cluster], [], {}, {})
@@ -402,7 +425,8 @@ class Extraction:
                             return None
                         wire = (where[source], int(self.port_of[refs[0]]))
                     elif any(s in where for s in [*sources, source]):
-                        return self._split(cluster, [*sources, source], role)
+                        self._split(cluster, role)
+                        return None
                     else:
                         unit.columns[k, j] = column
                 wires.append(wire)
@@ -411,7 +435,7 @@ class Extraction:
                 unit.outputs[k, port] = made[role, port][order[role]]
         return unit
 
-    def _split(self, cluster: list[int], sources: list[int], role: int) -> None:
+    def _split(self, cluster: list[int], role: int) -> None:
         """A call of the cluster reads another call of it: cut the cluster at this role."""
         for source in cluster:
             if source != role:
@@ -451,7 +475,7 @@ class Extraction:
                 stack.append(other)
         return order
 
-    # -- cells ----------------------------------------------------------------------------------------------
+    # -- cells --
 
     def _groups(self, units: list[_Unit]) -> list[CallGroup]:
         outside = np.zeros(self.rows.num_values, bool)
@@ -494,12 +518,19 @@ class Extraction:
         if not outputs:
             return None
         specs = tuple(
-            CellInput(f"x{i}", self.rows.type_of(int(_refs(c)[0])) if len(_refs(c)) else _ragged_type(unit, i, slots),
-                      isinstance(c, RaggedRefs))
+            CellInput(f"x{i}", self._input_type(unit, i, c, slots), isinstance(c, RaggedRefs))
             for i, c in enumerate(inputs)
-        )  # fmt: skip
+        )
         cell = Cell("", specs, tuple(declared), tuple(ops), tuple(outputs), unit.recurrent)
         return CallGroup(cell, inputs, made)
+
+    def _input_type(
+        self, unit: _Unit, index: int, column: Refs | RaggedRefs, slots: dict[tuple[int, int], int]
+    ) -> RowType:
+        refs = _refs(column)
+        if len(refs):
+            return self.rows.type_of(int(refs[0]))
+        return _ragged_type(unit, index, slots)
 
     def _inputs(self, unit: _Unit) -> tuple[list[Refs | RaggedRefs], dict[tuple[int, int], int]]:
         """Columns of the unit's inputs, one for slots that always read the same value."""

@@ -1,13 +1,15 @@
 """Families: call graphs whose arrays are affine in the request's sizes.
 
-Duty: after a few sizes of one structure were traced, make the call graph of another size with numpy alone. Comes in: traced
-`CallGraph`s with their sizes; goes out: a `CallGraph` for new sizes, to `cellc.plan`. No torch here.
+Duty: after a few sizes of one structure were traced, make the call graph of another size with numpy
+alone. Comes in: traced `CallGraph`s with their sizes; goes out: a `CallGraph` for new sizes, to
+`cellc.plan`. No torch here.
 
-Every column of a call graph (which value does call j read?) is written as arithmetic runs over a source: "the outputs of cell
-2, from call 0, by steps of 1, n - 1 of them". A family is a set of traces with the same runs, whose starts, steps and lengths
-are affine functions of the sizes: solved from the traces, exact on all of them, with at least one more trace than
-unknowns. Prediction is used *between* sizes that were traced; a size beyond them is traced and checked first, since a
-model may truncate or branch at some length.
+Every column of a call graph (which value does call j read?) is written as arithmetic runs over a
+source: "the outputs of cell 2, from call 0, by steps of 1, n - 1 of them". A family is a set of
+traces with the same runs, whose starts, steps and lengths are affine functions of the sizes: solved
+from the traces, exact on all of them, with at least one more trace than unknowns. Prediction is
+used *between* sizes that were traced; a size beyond them is traced and checked first, since a model
+may truncate or branch at some length.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ import numpy.typing as npt
 
 from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell
+from cellc.ops import RowType
 from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
 
 Floats = npt.NDArray[np.float64]
@@ -34,8 +37,8 @@ class _Form:
 
     cells: tuple[str, ...]
     columns: tuple[tuple[Source, ...], ...]  # sources of each column's runs
-    outputs: tuple[Hashable, ...]
-    data: tuple[Hashable, ...]
+    outputs: tuple[tuple[RowType, tuple[bool, ...]], ...]
+    data: tuple[tuple[int, str, RowType, tuple[bool, ...]], ...]
 
 
 @dataclass
@@ -58,7 +61,7 @@ class _Member:
         sizes = np.array([s.sizes for s in self.samples], float)
         varying = np.flatnonzero((sizes != sizes[0]).any(0))
         basis = np.concatenate([np.ones((len(sizes), 1)), sizes[:, varying]], 1)
-        basis, varying = _independent(basis, varying)
+        basis, varying = _independent(basis.astype(np.float64), varying)
         self.coefficients, self.varying = None, tuple(varying.tolist())
         if len(sizes) < basis.shape[1] + 1:
             return
@@ -67,7 +70,7 @@ class _Member:
             return
         solution, *_ = np.linalg.lstsq(basis, numbers, rcond=None)
         if np.abs(basis @ solution - numbers).max(initial=0) < 1e-6:
-            self.coefficients = solution
+            self.coefficients = np.asarray(solution, np.float64)
 
     def covers(self, sizes: Sequence[int]) -> bool:
         """Do `sizes` lie between those of the samples, and agree where those do not vary?"""
@@ -75,7 +78,9 @@ class _Member:
             return False
         known = np.array([s.sizes for s in self.samples])
         wanted = np.array(sizes)
-        return bool(((known.min(0) <= wanted) & (wanted <= known.max(0))).all()) and self._tied(sizes)
+        return bool(((known.min(0) <= wanted) & (wanted <= known.max(0))).all()) and self._tied(
+            sizes
+        )
 
     def _tied(self, sizes: Sequence[int]) -> bool:
         """Sizes that always moved together must do so now."""
@@ -95,7 +100,9 @@ class _Member:
 
 
 def _filled(numbers: Floats) -> Floats | None:
-    """Steps of runs of one element are unknown (nan): they are what the other samples say, if those agree."""
+    """Steps of runs of one element are unknown (nan): they are what the other samples say, if those
+    agree.
+    """
     unknown = np.isnan(numbers)
     if not unknown.any():
         return numbers
@@ -107,7 +114,9 @@ def _filled(numbers: Floats) -> Floats | None:
     return np.where(unknown, known, numbers)
 
 
-def _independent(basis: Floats, varying: npt.NDArray[np.int64]) -> tuple[Floats, npt.NDArray[np.int64]]:
+def _independent(
+    basis: Floats, varying: npt.NDArray[np.int64]
+) -> tuple[Floats, npt.NDArray[np.int64]]:
     """Drop sizes that are affine functions of the others (two inputs of one length)."""
     kept: list[int] = []
     columns = basis[:, :1]
@@ -136,7 +145,9 @@ class Family:
             member.fit()
 
     def predict(self, sizes: Sequence[int], shapes: Sequence[tuple[int, ...]]) -> CallGraph | None:
-        """The call graph of a size between the traced ones, or None. `shapes` are the tensor leaves' shapes."""
+        """The call graph of a size between the traced ones, or None. `shapes` are the tensor
+        leaves' shapes.
+        """
         for form, member in self._members.items():
             if member.covers(sizes) and self._alone(member, sizes):
                 numbers = member.predict(sizes)
@@ -145,7 +156,9 @@ class Family:
         return None
 
     def _alone(self, member: _Member, sizes: Sequence[int]) -> bool:
-        """No trace of another form lies inside this member's range: the structure changes in between."""
+        """No trace of another form lies inside this member's range: the structure changes in
+        between.
+        """
         known = np.array([s.sizes for s in member.samples])
         low, high = known.min(0), known.max(0)
         for other in self._members.values():
@@ -157,7 +170,7 @@ class Family:
         return True
 
 
-# -- describing a call graph ---------------------------------------------------------------------------------
+# -- describing a call graph --
 
 
 def _describe(graph: CallGraph) -> tuple[_Form, Floats] | None:
@@ -171,7 +184,9 @@ def _describe(graph: CallGraph) -> tuple[_Form, Floats] | None:
         sources.append(source)
 
     for data in graph.data:
-        put(np.arange(data.base, data.base + data.count), ("data", data.leaf), np.arange(data.count))
+        put(
+            np.arange(data.base, data.base + data.count), ("data", data.leaf), np.arange(data.count)
+        )
     known: dict[Source, int] = {}
     for key, value in graph.constants.items():
         source, index = _constant_source(key)
@@ -226,7 +241,9 @@ def _constant_key(source: Any, index: int) -> Hashable:
 
 
 def _columns(graph: CallGraph) -> list[Refs | tuple[Refs]]:
-    """Everything that says who reads what; a 1-tuple holds plain numbers (lengths of ragged vectors)."""
+    """Everything that says who reads what; a 1-tuple holds plain numbers (lengths of ragged
+    vectors).
+    """
     out: list[Refs | tuple[Refs]] = []
     for group in graph.groups:
         for column in group.inputs:
@@ -263,7 +280,7 @@ def _runs(
     return tuple(kinds), runs
 
 
-# -- building one --------------------------------------------------------------------------------------------
+# -- building one --
 
 
 class _Builder:
@@ -279,7 +296,7 @@ class _Builder:
         return self.bases[source]
 
     def take(self, count: int) -> list[int]:
-        out = self.numbers[self.at : self.at + count].tolist()
+        out: list[int] = self.numbers[self.at : self.at + count].tolist()
         self.at += count
         return out
 
@@ -295,7 +312,9 @@ class _Builder:
             elif source in self.bases:
                 parts.append(self.bases[source] + index)
             else:
-                parts.append(np.array([self._constant(source, i) for i in index.tolist()], np.int64))
+                parts.append(
+                    np.array([self._constant(source, i) for i in index.tolist()], np.int64)
+                )
         return np.concatenate(parts)
 
     def _constant(self, source: Source, index: int) -> int:
@@ -314,10 +333,12 @@ def _build(
 ) -> CallGraph:
     b = _Builder(numbers)
     data = []
-    for leaf, name, type, row_dims in form.data:  # type: ignore[misc]
+    for leaf, name, type, row_dims in form.data:
         positions = [s for s, r in zip(shapes[leaf], row_dims, strict=True) if not r]
         count = int(np.prod(positions, dtype=np.int64))
-        data.append(DataSource(leaf, name, b.allocate(("data", leaf), count), count, type, row_dims))
+        data.append(
+            DataSource(leaf, name, b.allocate(("data", leaf), count), count, type, row_dims)
+        )
     counts = _counts(form, member, numbers)
     for g, cell in enumerate(member.cells):
         for o in range(len(cell.outputs)):
@@ -341,10 +362,10 @@ def _build(
         groups.append(CallGroup(cell, inputs, made))
     refs = [b.column(next(kinds)) for _ in form.outputs]
     outputs = []
-    for ref, (type, row_dims) in zip(refs, form.outputs, strict=True):  # type: ignore[misc]
+    for ref, (type, row_dims) in zip(refs, form.outputs, strict=True):
         shape = tuple(b.take(len(row_dims)))
-        positions = tuple(b.take(sum(not r for r in row_dims)))
-        outputs.append(RowOutput(ref.reshape(positions), type, shape, row_dims))
+        outer = tuple(b.take(sum(not r for r in row_dims)))
+        outputs.append(RowOutput(ref.reshape(outer), type, shape, row_dims))
     return CallGraph(groups, data, b.constants, outputs, b.num_values)
 
 

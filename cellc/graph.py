@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Ref: TypeAlias = tuple[int, int]  # node, output port
 Output: TypeAlias = tuple[Shape, str]  # shape, dtype
 # ("t", i): tensor operand i; ("v", constant); ("d", dtype); ("l", (template, ...)): a list
-Template: TypeAlias = tuple[Literal["t", "v", "d", "l"], Any]
+Template: TypeAlias = tuple[str, Any]
 Kind: TypeAlias = Literal["input", "param", "const", "op"]
 
 

@@ -1,7 +1,8 @@
 """Launches: what the engine hands to a kernel, and what it expects of one.
 
-Duty: the one interface between runtime and kernels. A launch is one cell, N rows in K steps, with index tables into
-the arenas. Rows of one step are independent of each other; a later step may read what an earlier one wrote.
+Duty: the one interface between runtime and kernels. A launch is one cell, N rows in K steps, with
+index tables into the arenas. Rows of one step are independent of each other; a later step may read
+what an earlier one wrote.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Launch:
 class Kernel(Protocol):
     """A compiled cell. Calling it runs a launch to completion (CPU) or submits it (GPU).
 
-    Returns the positions of rows in the launch whose data was invalid (an index outside its table), usually empty;
-    such rows hold unspecified values, all other rows are right.
+    Returns the positions of rows in the launch whose data was invalid (an index outside its table),
+    usually empty; such rows hold unspecified values, all other rows are right.
     """
 
     source: str
@@ -61,7 +62,9 @@ class Kernel(Protocol):
 
 @runtime_checkable
 class Bindable(Protocol):
-    """A kernel that can prepare a launch once and run it many times, while arenas stay where they are."""
+    """A kernel that can prepare a launch once and run it many times, while arenas stay where they
+    are.
+    """
 
     def bind(
         self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
@@ -69,7 +72,9 @@ class Bindable(Protocol):
 
 
 class Backend(Protocol):
-    """Makes kernels. `params` maps a cell's parameter names to tensors on the backend's device, contiguous."""
+    """Makes kernels. `params` maps a cell's parameter names to tensors on the backend's device,
+    contiguous.
+    """
 
     name: str
 

@@ -1,12 +1,13 @@
 """Row operations: the vocabulary of a cell's body.
 
-Duty: name every operation that a cell may hold, with its operands, result shape and FLOPs, in terms of *one row*
-(no batch dimension). Comes in from `frontends.lower`, which turns traced torch operations into these; goes to
-`kernels`, which prints them as torch calls, C++ or Triton. No torch here.
+Duty: name every operation that a cell may hold, with its operands, result shape and FLOPs, in terms
+of *one row* (no batch dimension). Comes in from `frontends.lower`, which turns traced torch
+operations into these; goes to `kernels`, which prints them as torch calls, C++ or Triton. No torch
+here.
 
-Operands of one operation are rows (one value a call), parameters (one value for all calls) or Python scalars.
-Broadcasting is NumPy's, on row dimensions. Arithmetic operands have been cast to the result's dtype beforehand
-(comparisons: to each other's).
+Operands of one operation are rows (one value a call), parameters (one value for all calls) or
+Python scalars. Broadcasting is NumPy's, on row dimensions. Arithmetic operands have been cast to
+the result's dtype beforehand (comparisons: to each other's).
 """
 
 from __future__ import annotations
@@ -21,7 +22,20 @@ Attrs = Mapping[str, Hashable]
 FLOAT_DTYPES = ("f16", "bf16", "f32", "f64")
 INT_DTYPES = ("u8", "i8", "i16", "i32", "i64")
 DTYPES = (*FLOAT_DTYPES, *INT_DTYPES, "bool", "c64", "c128")
-ITEM_BYTES = {"f16": 2, "bf16": 2, "f32": 4, "f64": 8, "u8": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8, "bool": 1, "c64": 8, "c128": 16}
+ITEM_BYTES = {
+    "f16": 2,
+    "bf16": 2,
+    "f32": 4,
+    "f64": 8,
+    "u8": 1,
+    "i8": 1,
+    "i16": 2,
+    "i32": 4,
+    "i64": 8,
+    "bool": 1,
+    "c64": 8,
+    "c128": 16,
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -44,21 +58,27 @@ class RowType:
 
 
 UNARY = frozenset(
-    "neg exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal sign floor ceil round trunc "
-    "silu gelu gelu_tanh softplus logical_not bitwise_not isnan cast".split()
+    "neg exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal "
+    "sign floor ceil round trunc silu gelu gelu_tanh softplus logical_not bitwise_not isnan cast".split()
 )
 COMPARE = frozenset("eq ne lt le gt ge".split())
 BINARY = frozenset(
-    "add sub mul div pow maximum minimum fmod remainder floor_div atan2 logical_and logical_or logical_xor "
-    "bitwise_and bitwise_or bitwise_xor".split()
+    "add sub mul div pow maximum minimum fmod remainder floor_div atan2 logical_and logical_or "
+    "logical_xor bitwise_and bitwise_or bitwise_xor".split()
 )
 TERNARY = frozenset(["where"])
 POINTWISE = UNARY | BINARY | COMPARE | TERNARY
 REDUCE = frozenset("sum mean amax amin prod any all argmax argmin".split())
 VIEWS = frozenset("reshape permute expand slice flip".split())
-# The operand of a ragged reduction is a variable-length vector of rows; it reduces over that vector.
-RAGGED = frozenset(f"ragged_{name}" for name in ("sum", "mean", "amax", "amin", "prod", "any", "all"))
-TRANSCENDENTAL = frozenset("exp log log1p expm1 sqrt rsqrt sin cos tan atan tanh sigmoid erf silu gelu gelu_tanh softplus pow atan2".split())
+# The operand of a ragged reduction is a variable-length vector of rows; it reduces over that
+# vector.
+RAGGED = frozenset(
+    f"ragged_{name}" for name in ("sum", "mean", "amax", "amin", "prod", "any", "all")
+)
+TRANSCENDENTAL = frozenset(
+    "exp log log1p expm1 sqrt rsqrt sin cos tan atan tanh sigmoid erf silu gelu "
+    "gelu_tanh softplus pow atan2".split()
+)
 
 
 def broadcast(shapes: Sequence[Shape]) -> Shape:
@@ -81,7 +101,12 @@ def _reduced(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
 
 def _slice(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     dim, start, stop, step = (attrs[k] for k in ("dim", "start", "stop", "step"))
-    assert isinstance(dim, int) and isinstance(start, int) and isinstance(stop, int) and isinstance(step, int)
+    assert (
+        isinstance(dim, int)
+        and isinstance(start, int)
+        and isinstance(stop, int)
+        and isinstance(step, int)
+    )
     return (*shapes[0][:dim], len(range(start, stop, step)), *shapes[0][dim + 1 :])
 
 
@@ -111,7 +136,11 @@ _SHAPES: dict[str, Callable[[Sequence[Shape], Attrs], Shape]] = {
     "flip": lambda s, a: s[0],  # (x) attrs dims
     "cat": _cat,  # (x...) attrs dim
     "linear": lambda s, a: (*s[0][:-1], s[1][1]),  # (x[.., K], weight[K, N], bias[N]?)
-    "matmul": lambda s, a: (*broadcast([s[0][:-2], s[1][:-2]]), s[0][-2], s[1][-1]),  # (a[.., M, K], b[.., K, N])
+    "matmul": lambda s, a: (
+        *broadcast([s[0][:-2], s[1][:-2]]),
+        s[0][-2],
+        s[1][-1],
+    ),  # (a[.., M, K], b[.., K, N])
     "embedding": lambda s, a: (*s[1], *s[0][1:]),  # (table[V, ..], index[..])
 }
 
@@ -128,7 +157,9 @@ def result_shape(op: str, shapes: Sequence[Shape], attrs: Attrs) -> Shape:
 
 
 def flops(op: str, shapes: Sequence[Shape], out: Shape) -> int:
-    """Floating-point operations of one call: 2 a multiply-add, 1 a pointwise or reduced element, 0 a move."""
+    """Floating-point operations of one call: 2 a multiply-add, 1 a pointwise or reduced element, 0
+    a move.
+    """
     if op == "linear":
         return 2 * math.prod(out) * shapes[0][-1]
     if op == "matmul":

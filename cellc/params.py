@@ -1,8 +1,9 @@
 """Parameters: the model's weights, and expressions of weights alone, under printable names.
 
-Duty: give kernels the tensor behind a name. An expression (`rnn.weight_hh_l0.T`, a folded embedding table) is computed
-when it is first asked for, on the real weights; `refresh` drops what was computed. Comes in from `frontends.lower` and
-`cellc.passes` (definitions); goes to kernels (tensors).
+Duty: give kernels the tensor behind a name. An expression (`rnn.weight_hh_l0.T`, a folded embedding
+table) is computed when it is first asked for, on the real weights; `refresh` drops what was
+computed. Comes in from `frontends.lower` and `cellc.passes` (definitions); goes to kernels
+(tensors).
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ MAX_NAME = 96
 
 
 class Params(Mapping[str, torch.Tensor]):
-    """Name to tensor. `base` holds live tensors: their values are read when a name is first asked for."""
+    """Name to tensor. `base` holds live tensors: their values are read when a name is first asked
+    for.
+    """
 
-    def __init__(self, base: Mapping[str, torch.Tensor], device: torch.device | None = None) -> None:
+    def __init__(
+        self, base: Mapping[str, torch.Tensor], device: torch.device | None = None
+    ) -> None:
         self.base: dict[str, torch.Tensor] = dict(base)
         self._device = device
         self._expressions: dict[str, tuple[str, Any, Any, tuple[str, ...], int]] = {}
@@ -57,7 +62,9 @@ class Params(Mapping[str, torch.Tensor]):
         self._computed.clear()
 
     def release(self, keep: set[str]) -> None:
-        """Drop computed tensors that no kernel asks for any more (they were steps of an expression)."""
+        """Drop computed tensors that no kernel asks for any more (they were steps of an
+        expression).
+        """
         for name in set(self._computed) - keep:
             del self._computed[name]
 
@@ -71,8 +78,9 @@ class Params(Mapping[str, torch.Tensor]):
             _, base, overload = op.split(".")
             function = getattr(getattr(torch.ops.aten, base), overload)
             call = [_fill(a, tensors) for a in args]
-            result = function(*call, **{k: _fill(v, tensors) for k, v in kwargs})
-            return result[port] if isinstance(result, (tuple, list)) else result
+            result: Any = function(*call, **{k: _fill(v, tensors) for k, v in kwargs})
+            made: torch.Tensor = result[port] if isinstance(result, (tuple, list)) else result
+            return made
 
 
 def _fill(template: Template, tensors: Sequence[torch.Tensor]) -> Any:
@@ -89,7 +97,9 @@ def _render(op: str, args: Any, kwargs: Any, operands: Sequence[str], port: int)
     if base == "t" or (base == "transpose" and [a[1] for a in args[1:]] in ([0, 1], [1, 0])):
         text = f"{operands[0]}.T"
     else:
-        parts = [_text(a, operands) for a in args] + [f"{k}={_text(v, operands)}" for k, v in kwargs if v[1] is not None]
+        parts = [_text(a, operands) for a in args] + [
+            f"{k}={_text(v, operands)}" for k, v in kwargs if v[1] is not None
+        ]
         text = f"{base}({', '.join(parts)})" + (f"[{port}]" if port else "")
     if len(text) > MAX_NAME:
         text = f"{text[: MAX_NAME - 10]}..{hashlib.sha256(text.encode()).hexdigest()[:8]}"

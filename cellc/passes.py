@@ -1,9 +1,10 @@
 """Passes: named rewrites of a request's cells, between extraction and planning.
 
-Duty: make cells smaller and their products fewer. Each pass takes a `CallGraph` and `Params`, and changes groups in
-place; all are deterministic on a cell's content, so that every trace of a model ends with the same cells.
-Order: simplify (common subexpressions, biases into products, dead code), fuse products that share an input, fold
-embeddings into the product that follows, sink look-ups into the cells that read them, name.
+Duty: make cells smaller and their products fewer. Each pass takes a `CallGraph` and `Params`, and
+changes groups in place; all are deterministic on a cell's content, so that every trace of a model
+ends with the same cells. Order: simplify (common subexpressions, biases into products, dead code),
+fuse products that share an input, fold embeddings into the product that follows, sink look-ups into
+the cells that read them, name.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellc import calls, ops
-from cellc.calls import CallGraph, CallGroup
+from cellc.calls import CallGraph
 from cellc.cells import Cell, CellInput, CellOp, Operand, Param
 from cellc.ops import RowType
 from cellc.params import Params
@@ -153,7 +154,12 @@ def _biased(cell: Cell, op: CellOp, uses: dict[Operand, int]) -> tuple[CellOp, O
             continue
         source = cell.ops[product.index]
         fits = cell.type_of(bias).shape == source.type.shape[-1:]
-        if source.op == "linear" and len(source.operands) == 2 and fits and op.types == source.types:
+        if (
+            source.op == "linear"
+            and len(source.operands) == 2
+            and fits
+            and op.types == source.types
+        ):
             return source, bias
     return None
 
@@ -195,7 +201,12 @@ def _fuse(cell: Cell, members: Sequence[int], params: Params) -> Cell:
             seen = (editor.see(operands[0]), *operands[1:])
             wide = editor.add(replace(first, operands=seen, types=(type,)))
         k = members.index(i)
-        attrs = (("dim", len(shape) - 1), ("start", starts[k]), ("stop", starts[k + 1]), ("step", 1))
+        attrs = (
+            ("dim", len(shape) - 1),
+            ("start", starts[k]),
+            ("stop", starts[k + 1]),
+            ("step", 1),
+        )
         editor.add(CellOp("slice", (wide,), attrs, op.types, op.origin), i)
     return editor.done()
 
@@ -215,7 +226,9 @@ def _joined(
 
 
 def fold_embeddings(cell: Cell, params: Params, budget: int) -> Cell:
-    """A look-up followed by a product becomes a look-up in a table of products, while it fits the budget."""
+    """A look-up followed by a product becomes a look-up in a table of products, while it fits the
+    budget.
+    """
     uses, editor = _use_counts(cell), _Editor(cell)
     for i, op in enumerate(cell.ops):
         source = op.operands[0] if op.op == "linear" else None
@@ -260,9 +273,7 @@ def sink_lookups(graph: CallGraph) -> None:
                 group.cell = _with_lookup(group.cell, i, lookup.cell)
                 group.inputs[i] = calls.take(index, call_of[column])
     used = graph.used()
-    graph.groups = [
-        g for g in graph.groups if not _is_lookup(g.cell) or used[g.outputs[0]].any()
-    ]
+    graph.groups = [g for g in graph.groups if not _is_lookup(g.cell) or used[g.outputs[0]].any()]
 
 
 def _is_lookup(cell: Cell) -> bool:
@@ -296,7 +307,9 @@ PASSES: tuple[tuple[str, Callable[[Cell, Params], Cell]], ...] = (
 )
 
 
-def run(graph: CallGraph, params: Params, options: PassOptions, cache: dict[str, Cell]) -> CallGraph:
+def run(
+    graph: CallGraph, params: Params, options: PassOptions, cache: dict[str, Cell]
+) -> CallGraph:
     """All passes. `cache` maps a cell's key to its rewritten form, over all traces of a model."""
     for group in graph.groups:
         key = group.cell.key
@@ -305,7 +318,9 @@ def run(graph: CallGraph, params: Params, options: PassOptions, cache: dict[str,
             for _, rewrite in PASSES:
                 cell = rewrite(cell, params)
             cell = share(cell, params)
-            cache[key] = fold_embeddings(cell, params, options.fold_bytes) if options.fold_bytes else cell
+            cache[key] = (
+                fold_embeddings(cell, params, options.fold_bytes) if options.fold_bytes else cell
+            )
         group.cell = replace(cache[key], recurrent=group.cell.recurrent)
     graph.groups = calls.merge(graph.groups)
     sink_lookups(graph)
@@ -323,7 +338,9 @@ def suggest_name(cell: Cell, base: Sequence[str]) -> str:
             best, size = owner, weight
     if not best:
         names = [op.op for op in cell.ops if op.op not in ops.VIEWS and op.op != "cast"]
-        return "_".join(dict.fromkeys(names[:2])).replace("ragged_", "").replace("aten:", "") or "copy"
+        return (
+            "_".join(dict.fromkeys(names[:2])).replace("ragged_", "").replace("aten:", "") or "copy"
+        )
     module, _, attribute = best.rpartition(".")
     suffix = re.search(r"_(l\d+(?:_reverse)?)$", attribute)
     return (module or attribute) + (f".{suffix.group(1)}" if suffix else "")

@@ -1,11 +1,12 @@
 """Plans: one structure's cell calls as arrays.
 
-Duty: turn a `CallGraph` into flat int32 arrays that the scheduler copies with a few vectorised operations, whatever the
-request holds. A plan is immutable and shared by all requests of one structure. No torch here.
+Duty: turn a `CallGraph` into flat int32 arrays that the scheduler copies with a few vectorised
+operations, whatever the request holds. A plan is immutable and shared by all requests of one
+structure. No torch here.
 
-Slots are given out here, not at run time: a request owns one contiguous region in each arena, and every value has a fixed
-place in it. A value of a chain that only the next call reads alternates between two places, so that a long chain needs
-two rows, not one a position.
+Slots are given out here, not at run time: a request owns one contiguous region in each arena, and
+every value has a fixed place in it. A value of a chain that only the next call reads alternates
+between two places, so that a long chain needs two rows, not one a position.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ NUM_COLUMNS = 8
 
 @dataclass(frozen=True)
 class DataRows:
-    """A request tensor that calls read: `count` rows from slot `start` of the request's region of `type`."""
+    """A request tensor that calls read: `count` rows from slot `start` of the request's region of
+    `type`.
+    """
 
     leaf: int
     name: str
@@ -59,9 +62,10 @@ class OutputRows:
 class Plan:
     """Arrays over calls, in cell order: see the column names above.
 
-    `records` holds, for each call, its inputs' and outputs' slots side by side (a ragged input holds where its vector starts in
-    `records` and how long it is); `record_base[i]` says what to add to entry i: the base of row type t, of the
-    records themselves (num types), or nothing (num types + 1).
+    `records` holds, for each call, its inputs' and outputs' slots side by side (a ragged input
+    holds where its vector starts in `records` and how long it is); `record_base[i]` says what to
+    add to entry i: the base of row type t, of the records themselves (num types), or nothing (num
+    types + 1).
     """
 
     calls: I32  # [C, NUM_COLUMNS]
@@ -81,14 +85,20 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return self.calls.nbytes + self.records.nbytes + self.record_base.nbytes + self.successors.nbytes
+        return (
+            self.calls.nbytes
+            + self.records.nbytes
+            + self.record_base.nbytes
+            + self.successors.nbytes
+        )
 
     def __str__(self) -> str:
         lines = [f"# plan: {self.num_calls} calls, {len(self.ready)} ready at once"]
         for j, row in enumerate(self.calls[:200]):
+            woken = self.successors[row[SUCCESSOR] : row[SUCCESSOR] + row[NUM_SUCCESSORS]]
             lines.append(
                 f"call {j}: cell {row[CELL]}, waits for {row[MISSING]}, chain {row[CHAIN]}, "
-                f"wakes {self.successors[row[SUCCESSOR] : row[SUCCESSOR] + row[NUM_SUCCESSORS]].tolist()}"
+                f"wakes {woken.tolist()}"
             )
         if self.num_calls > 200:
             lines.append(f".. {self.num_calls - 200} more")
@@ -142,8 +152,7 @@ class _Planner:
         successors, first, counts, missing = self._successors()
         ids = [self.tables.cell(g.cell) for g in self.graph.groups]
         table = np.zeros((int(self.starts[-1]), NUM_COLUMNS), np.int32)
-        for k, group in enumerate(self.graph.groups):
-            table[self.starts[k] : self.starts[k + 1], CELL] = ids[k]
+        table[:, CELL] = np.repeat(ids, np.diff(self.starts))
         table[:, MISSING], table[:, CHAIN], table[:, EDGES] = missing, chain, edges
         table[:, RECORD], table[:, SUCCESSOR], table[:, NUM_SUCCESSORS] = record_at, first, counts
         num_types = len(self.tables.types)
@@ -160,7 +169,7 @@ class _Planner:
             tuple(self._depths(missing, successors, first, counts)),
         )
 
-    # -- dependencies ---------------------------------------------------------------------------------------
+    # -- dependencies --
 
     def _edges(self) -> tuple[I64, I64]:
         """(producing call, reading call) for every read of a made value."""
@@ -177,7 +186,9 @@ class _Planner:
         return np.concatenate(sources), np.concatenate(targets)
 
     def _chains(self) -> tuple[I64, I64]:
-        """For every call: length of the chain from it on, and how many reads link it to the call before."""
+        """For every call: length of the chain from it on, and how many reads link it to the call
+        before.
+        """
         total = int(self.starts[-1])
         sources, targets = self._edges()
         linked = sources == targets - 1
@@ -217,7 +228,7 @@ class _Planner:
             raise VerifyError(stage="plan", message=f"{total - seen} calls wait for each other")
         return depth.tolist()
 
-    # -- slots ----------------------------------------------------------------------------------------------
+    # -- slots --
 
     def _take(self, type: int, count: int) -> int:
         start = self.num_slots.get(type, 0)
@@ -257,9 +268,13 @@ class _Planner:
             self.slot[values] = start + np.arange(source.count)
             self.type_of[values] = type
             inside = bounds[values]
-            bound = int(inside.min()) if len(inside) and inside.min() < np.iinfo(np.int64).max else None
+            bound = (
+                int(inside.min()) if len(inside) and inside.min() < np.iinfo(np.int64).max else None
+            )
             placed.append(
-                DataRows(source.leaf, source.name, start, source.count, type, source.row_dims, bound)
+                DataRows(
+                    source.leaf, source.name, start, source.count, type, source.row_dims, bound
+                )
             )
         return tuple(placed)
 
@@ -317,7 +332,7 @@ class _Planner:
             out.append(count)
         return out
 
-    # -- records --------------------------------------------------------------------------------------------
+    # -- records --
 
     def _records(self) -> tuple[I32, I32, I64]:
         num_types = len(self.tables.types)
@@ -378,7 +393,10 @@ class _Planner:
 
 def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
     """Where each dimension of a tensor is in (positions, row); None where it is in place."""
-    position, row = iter(range(len(row_dims))), iter(range(len(row_dims) - sum(row_dims), len(row_dims)))
+    position, row = (
+        iter(range(len(row_dims))),
+        iter(range(len(row_dims) - sum(row_dims), len(row_dims))),
+    )
     order = tuple(next(row) if r else next(position) for r in row_dims)
     return None if order == tuple(range(len(order))) else order
 

@@ -1,7 +1,8 @@
 """Regions: contiguous pieces of a growing array, given out and taken back.
 
-Duty: the allocator behind arenas and the scheduler's flat arrays. Sizes are rounded up to classes (at most a quarter is
-wasted), freed pieces wait in their class; when nothing is live, everything starts over. Pure Python and numpy.
+Duty: the allocator behind arenas and the scheduler's flat arrays. Sizes are rounded up to classes
+(at most a quarter is wasted), freed pieces wait in their class; when nothing is live, everything
+starts over. Pure Python and numpy.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ def size_class(size: int) -> int:
 
 
 class Regions:
-    """Gives out `[start, start + size)` pieces of `capacity` places; `grow(capacity)` is told when more are needed.
+    """Gives out `[start, start + size)` pieces of `capacity` places; `grow(capacity)` is told when
+    more are needed.
 
     The first `reserved` places are never given out (constants live there).
     """

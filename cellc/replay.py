@@ -1,8 +1,9 @@
 """Replays: the launches of a request that ran alone, ready to run again.
 
-Duty: a lone request should pay for its kernels, not for scheduling. When the engine has nothing else, regions always start
-at the same place, so that launches recorded once for a plan are good for every lone request of that plan. Used by the
-engine, which drops all of them when arenas grow or weights change.
+Duty: a lone request should pay for its kernels, not for scheduling. When the engine has nothing
+else, regions always start at the same place, so that launches recorded once for a plan are good for
+every lone request of that plan. Used by the engine, which drops all of them when arenas grow or
+weights change.
 """
 
 from __future__ import annotations

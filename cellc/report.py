@@ -62,8 +62,8 @@ def sentence(found: Findings) -> str:
     busy = found.others is not None and found.others >= QUIET
     where = f"while other programs took up to {found.others:.0%} of it " if busy else ""
     parts = [
-        f"On this machine {where}cellc ran {many.what} {_times(many.better, 'as fast')} as bucketed "
-        f"padding in PyTorch ({many.cellular} against {many.padded})",
+        f"On this machine {where}cellc ran {many.what} {many.better:.2f} times as fast as "
+        f"bucketed padding in PyTorch ({many.cellular} against {many.padded})",
         f"{alone.what} in {alone.cellular} against {alone.padded}",
     ]
     load = _shown_load(found)
@@ -87,10 +87,6 @@ def caveats(found: Findings) -> list[str]:
             "PyTorch's threads more than cellc's: run it again on an idle machine."
         )
     return lines
-
-
-def _times(ratio: float, word: str) -> str:
-    return f"{ratio:.2f} times {word}"
 
 
 def _shown_load(found: Findings) -> list[LoadRow]:

@@ -1,8 +1,8 @@
 """Requests: from a call's arguments to a structure key and tensor leaves.
 
-Duty: flatten a request, name its parts for error messages, and key its structure: requests of equal keys share a plan.
-Comes in from `cellc.compiled`; goes to `cellc.compiler`. Tensors of a request are its data; everything else about it
-(shapes, dtypes, the pytree, Python values) is structure.
+Duty: flatten a request, name its parts for error messages, and key its structure: requests of equal
+keys share a plan. Comes in from `cellc.compiled`; goes to `cellc.compiler`. Tensors of a request
+are its data; everything else about it (shapes, dtypes, the pytree, Python values) is structure.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils import _pytree as pytree
@@ -47,8 +47,12 @@ class Arguments:
         self._num = len(kinds)
         self.names = list(self._signature.parameters) if self._signature else []
 
-    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments as positional where the signature allows; raises RequestError where it does not fit."""
+    def bind(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments as positional where the signature allows; raises RequestError where it does not
+        fit.
+        """
         if not kwargs and self._plain and len(args) == self._num:
             return args, {}
         if self._signature is None:
@@ -58,11 +62,15 @@ class Arguments:
         except TypeError as error:
             names = ", ".join(self.names)
             raise RequestError(
-                argument=_culprit(str(error), self.names), got=str(error), expected=f"a call of forward({names})"
+                argument=_culprit(str(error), self.names),
+                got=str(error),
+                expected=f"a call of forward({names})",
             ) from None
         return bound.args, bound.kwargs
 
-    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[torch.Tensor], list[Any], Any]:
+    def flatten(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[list[torch.Tensor], list[Any], Any]:
         """(tensor leaves, all leaves with None in place of tensors, pytree)."""
         if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             return list(args), [None] * len(args), len(args)
@@ -75,7 +83,9 @@ class Arguments:
         mask = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
         return tensors, rest, (_spec_key(spec), mask)
 
-    def _check_hashable(self, k: int, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_hashable(
+        self, k: int, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         try:
             hash(leaf)
         except TypeError:
@@ -92,7 +102,9 @@ class Arguments:
         values = tuple((type(v), v) for v in rest if v is not None)
         return (tree[0], tree[1], values, *[(t.shape, t.dtype) for t in tensors])
 
-    def structure(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Structure:
+    def structure(
+        self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any
+    ) -> Structure:
         """The request's structure; Python values are compared by type and value."""
         shapes = tuple(tuple(t.shape) for t in tensors)
         kinds = tuple((len(t.shape), t.dtype) for t in tensors)
@@ -106,7 +118,7 @@ class Arguments:
         paths, _ = pytree.tree_flatten_with_path((args, kwargs))
         names = []
         for path, _ in paths:
-            number, *rest = path[1:]
+            number, *rest = cast(Any, path[1:])
             if path[0] == pytree.SequenceKey(0):
                 index = number.idx
                 variadic = index >= len(self.names)

@@ -1,8 +1,9 @@
 """Rows: a traced request as operations on rows, with indexing already done.
 
-Duty: the IR between tracing and extraction. A tensor with a time (or node) dimension has become a vector of row
-references, so stacking, slicing and reversing along it left no trace but different references. One `RowNode` is one
-traced operation at one or more positions. Comes in from `frontends.lower`; goes to `cellc.extract`.
+Duty: the IR between tracing and extraction. A tensor with a time (or node) dimension has become a
+vector of row references, so stacking, slicing and reversing along it left no trace but different
+references. One `RowNode` is one traced operation at one or more positions. Comes in from
+`frontends.lower`; goes to `cellc.extract`.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ RowOperand: TypeAlias = "Refs | ParamRef | ScalarRef | RaggedRefs"
 
 @dataclass(frozen=True)
 class RowNode:
-    """One operation at `n` positions: call j of it reads operand[j] and makes values bases[port] + j."""
+    """One operation at `n` positions: call j of it reads operand[j] and makes values bases[port] +
+    j.
+    """
 
     op: str
     attrs: tuple[tuple[str, Hashable], ...]
@@ -63,7 +66,7 @@ class RowNode:
 
 @dataclass(frozen=True)
 class DataSource:
-    """A request tensor: its rows are values base..base + count - 1, positions in row-major order."""
+    """A request tensor: its rows are values base..base + count - 1, in row-major order."""
 
     leaf: int  # which tensor leaf of the request
     name: str
@@ -129,7 +132,7 @@ class RowGraph:
         return node
 
     def producers(self) -> tuple[Refs, Refs, Refs]:
-        """For every value: (node index or -1 for data and constants, port, position in the node)."""
+        """For every value: (node, or -1 for data and constants; port; position in the node)."""
         node = np.full(self.num_values, -1, np.int64)
         port = np.zeros(self.num_values, np.int64)
         lane = np.zeros(self.num_values, np.int64)
@@ -173,4 +176,8 @@ def _span(refs: Refs) -> str:
         return f"%{refs[0]}..{refs[-1]}"
     if len(refs) > 4:
         return f"[%{refs[0]}, %{refs[1]}, .., %{refs[-1]}]"
-    return ", ".join(f"%{r}" for r in refs) if len(refs) == 1 else f"[{', '.join(f'%{r}' for r in refs)}]"
+    return (
+        ", ".join(f"%{r}" for r in refs)
+        if len(refs) == 1
+        else f"[{', '.join(f'%{r}' for r in refs)}]"
+    )

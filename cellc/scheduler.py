@@ -1,14 +1,15 @@
 """The scheduler: which cell runs next, on which calls, for how many steps.
 
-Duty: hold every live request's calls as flat arrays, and decide launches. Pure: no torch, no threads, no clock of its
-own; numpy in, numpy out. The engine admits requests with `add`, asks `next` for launches and runs them in order.
+Duty: hold every live request's calls as flat arrays, and decide launches. Pure: no torch, no
+threads, no clock of its own; numpy in, numpy out. The engine admits requests with `add`, asks
+`next` for launches and runs them in order.
 
-A call's successors are told at once when it is scheduled, before its kernel has run: one worker runs launches first in,
-first out.
+A call's successors are told at once when it is scheduled, before its kernel has run: one worker
+runs launches first in, first out.
 
-Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready calls fill its largest
-batch first; else the deepest cell with ready calls, since it brings requests nearer to their end. `fifo`: the cell whose
-oldest ready call has waited longest.
+Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready
+calls fill its largest batch first; else the deepest cell with ready calls, since it brings requests
+nearer to their end. `fifo`: the cell whose oldest ready call has waited longest.
 """
 
 from __future__ import annotations
@@ -110,10 +111,10 @@ class Scheduler:
         """The flat records, for ragged inputs: a record's start and length point into it."""
         return self._records.data
 
-    # -- requests -------------------------------------------------------------------------------------------
+    # -- requests --
 
     def add(self, plan: Plan, requests: Sequence[int], bases: npt.NDArray[np.int64]) -> None:
-        """Admit requests of one plan. `bases` [m, row types]: first slot of each request's regions."""
+        """Admit requests of one plan; `bases` [m, row types]: first slots of their regions."""
         self._tick += 1
         m, n = len(requests), plan.num_calls
         calls = self._calls.allocate(n, m)
@@ -148,7 +149,10 @@ class Scheduler:
         _, first, _, _ = self._requests[request]
         last = first + self._requests[request][0].num_calls
         for queue in self._queues.values():
-            kept = [(c[(c < first) | (c >= last)], t) for c, t in zip(queue.chunks, queue.since, strict=True)]
+            kept = [
+                (c[(c < first) | (c >= last)], t)
+                for c, t in zip(queue.chunks, queue.since, strict=True)
+            ]
             kept = [(c, t) for c, t in kept if len(c)]
             queue.chunks = deque(c for c, _ in kept)
             queue.since = deque(t for _, t in kept)
@@ -167,10 +171,10 @@ class Scheduler:
             self._records.free([h[2] for h in group], len(plan.records))
             self._successors.free([h[3] for h in group], len(plan.successors))
 
-    # -- launches -------------------------------------------------------------------------------------------
+    # -- launches --
 
     def next(self, max_steps: int | None = None) -> Batch | None:
-        """The next launch, or None when nothing is ready. `max_steps` bounds the steps of a chain."""
+        """The next launch, or None when nothing is ready. `max_steps` bounds its steps."""
         cell = self._pick()
         if cell is None:
             return None
@@ -186,7 +190,8 @@ class Scheduler:
 
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
         """The request of each call."""
-        return self._calls.data[calls, REQUEST]
+        requests: I32 = self._calls.data[calls, REQUEST]
+        return requests
 
     def _span(self, cell: int) -> npt.NDArray[np.int64]:
         return np.arange(self.record_lengths[cell])[:, None]

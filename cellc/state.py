@@ -1,7 +1,8 @@
 """State: the arenas that hold every live row, and the constant rows at their start.
 
-Duty: one tensor `[capacity, *shape]` a row type on the model's device, its free regions, and copies in and out. Used by the
-engine, which decides who gets a region. Growth stops at `limit` bytes over all arenas: requests wait instead.
+Duty: one tensor `[capacity, *shape]` a row type on the model's device, its free regions, and copies
+in and out. Used by the engine, which decides who gets a region. Growth stops at `limit` bytes over
+all arenas: requests wait instead.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     def nbytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._tensors.values())
 
-    # -- types and constants --------------------------------------------------------------------------------
+    # -- types and constants --
 
     def prepare(self, plan: Plan) -> bool:
-        """Make arenas and constants for a plan; False while live rows lie where new constants must go."""
+        """Make arenas and constants for a plan; False while live rows lie where new constants must
+        go.
+        """
         for type in list(self._tables.types)[len(self._types) :]:
             self._open(type)
         if len(self._tables.constants) == len(self._written):
@@ -81,7 +84,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def _grow(self, number: int, capacity: int) -> None:
         type = self._types[number]
-        new = torch.empty((capacity, *type.shape), dtype=TORCH_DTYPES[type.dtype], device=self._device)
+        new = torch.empty(
+            (capacity, *type.shape), dtype=TORCH_DTYPES[type.dtype], device=self._device
+        )
         old = self._tensors.get(type)
         if old is not None:
             new[: len(old)] = old
@@ -95,10 +100,14 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             value: bool | int | float = key[-1]
             return value
         if key[0] == "rows":
-            return torch.tensor(key[-1], dtype=TORCH_DTYPES[type.dtype], device=self._device).reshape(type.shape)
+            return torch.tensor(
+                key[-1], dtype=TORCH_DTYPES[type.dtype], device=self._device
+            ).reshape(type.shape)
         _, name, row_dims, index = key
         weight = self._params[name]
-        order = [i for i, r in enumerate(row_dims) if not r] + [i for i, r in enumerate(row_dims) if r]
+        order = [i for i, r in enumerate(row_dims) if not r] + [
+            i for i, r in enumerate(row_dims) if r
+        ]
         return weight.permute(order).reshape(-1, *type.shape)[index]
 
     def refresh(self) -> None:
@@ -106,7 +115,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         for (type, key), slot in self._written.items():
             self._tensors[type][slot] = self._constant(type, key)
 
-    # -- regions --------------------------------------------------------------------------------------------
+    # -- regions --
 
     def fits(self, plan: Plan) -> bool:
         """Can a request of this plan get its regions without growing past the limit?"""
@@ -137,7 +146,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             if size:
                 self._regions[number].free(bases[:, number].tolist(), size)
 
-    # -- copies ---------------------------------------------------------------------------------------------
+    # -- copies --
 
     def write(
         self, rows: DataRows, bases: npt.NDArray[np.int64], tensors: Sequence[torch.Tensor]
@@ -171,13 +180,15 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         values = flat.cpu().numpy().reshape(-1)
         if values.view(f"u{values.dtype.itemsize}").max() < rows.bound:
             return np.zeros(0, np.intp)
-        values = values.reshape(count, -1)
-        return np.flatnonzero(((values < 0) | (values >= rows.bound)).any(1))
+        wrong = ((values < 0) | (values >= rows.bound)).reshape(count, -1)
+        return np.flatnonzero(wrong.any(1))
 
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
-        """Returned tensors, each (its rows, the base of its region), with dimensions in the model's order.
+        """Returned tensors, each (its rows, the base of its region), with dimensions in the model's
+        order.
 
-        Small ones of one row type are gathered together; a tensor of over SMALL_OUTPUT bytes has its own memory.
+        Small ones of one row type are gathered together; a tensor of over SMALL_OUTPUT bytes has
+        its own memory.
         """
         out: list[torch.Tensor | None] = [None] * len(wanted)
         small: dict[int, list[int]] = {}
@@ -197,7 +208,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
                 out[i] = _arrange(flat, wanted[i][0])
         return out  # type: ignore[return-value]
 
-    def _gather(self, number: int, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
+    def _gather(
+        self, number: int, wanted: Sequence[tuple[OutputRows, int]]
+    ) -> Sequence[torch.Tensor]:
         sizes = [len(rows.slots) for rows, _ in wanted]
         if len(wanted) == 1:
             slots = wanted[0][0].slots + wanted[0][0].owned * np.int64(wanted[0][1])
@@ -206,7 +219,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             bases = np.repeat(np.array([base for _, base in wanted]), sizes)
             slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
         index = torch.from_numpy(slots).to(self._device)
-        return self._tensors[self._types[number]].index_select(0, index).split(sizes)
+        gathered = self._tensors[self._types[number]].index_select(0, index)
+        return torch.split(gathered, sizes)
 
 
 def _arrange(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:

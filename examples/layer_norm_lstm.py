@@ -1,7 +1,7 @@
 """A layer-normalised LSTM written by hand, stacked twice in one loop over time.
 
-Layer normalisation: Ba, Kiros, Hinton, arXiv:1607.06450. cellc finds two recurrent cells, one a layer;
-`cellc inspect examples/layer_norm_lstm.py:model`.
+Layer normalisation: Ba, Kiros, Hinton, arXiv:1607.06450. cellc finds two recurrent cells, one a
+layer; `cellc inspect examples/layer_norm_lstm.py:model`.
 """
 
 import torch
@@ -11,7 +11,10 @@ from torch import nn
 class LayerNormCell(nn.Module):
     def __init__(self, size: int, hidden: int) -> None:
         super().__init__()
-        self.input, self.state = nn.Linear(size, 4 * hidden), nn.Linear(hidden, 4 * hidden, bias=False)
+        self.input, self.state = (
+            nn.Linear(size, 4 * hidden),
+            nn.Linear(hidden, 4 * hidden, bias=False),
+        )
         self.norm, self.cell_norm = nn.LayerNorm(4 * hidden), nn.LayerNorm(hidden)
 
     def forward(

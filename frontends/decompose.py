@@ -1,8 +1,9 @@
 """Decompositions: composite operations rewritten as the few that rows know, while tracing.
 
-Duty: a table from torch operations to plain Python made of simpler torch operations, run under the tracer so that every
-piece keeps the program point; the functional form of writes in place; the inverse of a view. What is in neither table
-is recorded as it is: `frontends.lower` runs it through torch, always right, only slower.
+Duty: a table from torch operations to plain Python made of simpler torch operations, run under the
+tracer so that every piece keeps the program point; the functional form of writes in place; the
+inverse of a view. What is in neither table is recorded as it is: `frontends.lower` runs it through
+torch, always right, only slower.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from cellc.errors import UnsupportedError
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
+Dims = list[int]
 
 
 def _layer_norm(x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float) -> Any:
@@ -71,7 +73,7 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     return shifted - torch.exp(shifted).sum([dim], keepdim=True).log()
 
 
-def _logsumexp(x: Tensor, dim: Sequence[int], keepdim: bool = False) -> Tensor:
+def _logsumexp(x: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
     top = x.amax(dim, keepdim=True)
     out = torch.exp(x - top).sum(dim, keepdim=True).log() + top
     if keepdim:
@@ -101,7 +103,9 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
     return _var(x, dim, correction=correction, keepdim=keepdim), x.mean(dims, keepdim=keepdim)
 
 
-def _norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None) -> Any:
+def _norm(
+    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
+) -> Any:
     if dim is None:
         x, dim = x.reshape(-1), [0]
     if ord == 2:
@@ -171,7 +175,9 @@ def _elu(x: Tensor, alpha: float = 1, scale: float = 1, input_scale: float = 1) 
 
 def _softplus(x: Tensor, beta: float = 1, threshold: float = 20) -> Tensor:
     scaled = x * beta
-    return torch.where(scaled > threshold, x, torch.log1p(torch.exp(torch.clamp(scaled, max=threshold))) / beta)
+    return torch.where(
+        scaled > threshold, x, torch.log1p(torch.exp(torch.clamp(scaled, max=threshold))) / beta
+    )
 
 
 def _hardsigmoid(x: Tensor) -> Tensor:
@@ -200,7 +206,7 @@ def _addmv(bias: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float 
 
 
 def _isinf(x: Tensor) -> Tensor:
-    return x.abs() == float("inf")
+    return torch.eq(x.abs(), float("inf"))
 
 
 def _lerp(a: Tensor, b: Tensor, weight: Any) -> Tensor:
@@ -238,18 +244,24 @@ def _filled_like(value: int) -> Callable[..., Tensor]:
 
 
 def _new_filled(value: int) -> Callable[..., Tensor]:
-    def new(x: Tensor, size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
+    def new(
+        x: Tensor, size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any
+    ) -> Tensor:
         return torch.full(size, value, dtype=dtype or x.dtype, device=device or x.device)
 
     return new
 
 
-def _new_full(x: Tensor, size: Sequence[int], value: Any, *, dtype: Any = None, device: Any = None, **_: Any) -> Any:
+def _new_full(
+    x: Tensor, size: Sequence[int], value: Any, *, dtype: Any = None, device: Any = None, **_: Any
+) -> Any:
     return torch.full(size, value, dtype=dtype or x.dtype, device=device or x.device)
 
 
 def _filled(value: int) -> Callable[..., Tensor]:
-    def make(size: Sequence[int], *_: Any, dtype: Any = None, device: Any = None, **__: Any) -> Tensor:
+    def make(
+        size: Sequence[int], *_: Any, dtype: Any = None, device: Any = None, **__: Any
+    ) -> Tensor:
         return torch.full(size, value, dtype=dtype or torch.get_default_dtype(), device=device)
 
     return make
@@ -339,8 +351,9 @@ def inverse_view(
 ) -> tuple[Any, tuple[Any, ...], bool]:
     """How to put a written view back into what it was taken of.
 
-    Returns (operation, arguments after the written value, whether the operation takes the viewed value first).
-    `shape` is the viewed shape. Raises UnsupportedError for views that have no simple inverse.
+    Returns (operation, arguments after the written value, whether the operation takes the viewed
+    value first). `shape` is the viewed shape. Raises UnsupportedError for views that have no simple
+    inverse.
     """
     name = func._schema.name.removeprefix("aten::")
     if name == "select":
@@ -364,7 +377,9 @@ def inverse_view(
     )
 
 
-def _inverse_pieces(name: str, args: tuple[Any, ...], port: int, shape: tuple[int, ...]) -> Any:
+def _inverse_pieces(
+    name: str, args: tuple[Any, ...], port: int, shape: tuple[int, ...]
+) -> tuple[Any, tuple[Any, ...], bool]:
     if name == "unbind":
         return aten.select_scatter.default, (args[0] if args else 0, port), True
     dim = args[1] if len(args) > 1 else 0

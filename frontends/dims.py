@@ -1,13 +1,16 @@
-"""Dimensions: which dimensions of a traced request's tensors are positions, and which are part of a row.
+"""Dimensions: which dimensions of a traced request's tensors are positions, and which are part of a
+row.
 
-Duty: decide, before lowering, for every dimension of every value whether it is a *position* (time, tree node, batch:
-indexing along it moves references, never data) or a *row dimension* (features: what one call of a cell computes on).
-Comes in: a `Graph`; goes out: a function of (node, port, dim), to `frontends.lower`. The choice is about speed alone:
-lowering converts where an operation wants it otherwise, so any answer gives right results.
+Duty: decide, before lowering, for every dimension of every value whether it is a *position* (time,
+tree node, batch: indexing along it moves references, never data) or a *row dimension* (features:
+what one call of a cell computes on). Comes in: a `Graph`; goes out: a function of (node, port,
+dim), to `frontends.lower`. The choice is about speed alone: lowering converts where an operation
+wants it otherwise, so any answer gives right results.
 
-Method: union-find over dimensions that operations force to be alike, then evidence a class, strongest first: contracted
-or broadcast against a weight: row; indexed one element at a time, stacked or unbound: position; contracted between
-data, or the last of several dimensions of a float tensor: row; else position.
+Method: union-find over dimensions that operations force to be alike, then evidence a class,
+strongest first: contracted or broadcast against a weight: row; indexed one element at a time,
+stacked or unbound: position; contracted between data, or the last of several dimensions of a float
+tensor: row; else position.
 """
 
 from __future__ import annotations
@@ -132,10 +135,11 @@ def tensors(template: Any, operands: Sequence[Ref]) -> list[Ref]:
 
 
 POINTWISE_OPS = frozenset(
-    "neg rsub exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal sign sgn floor ceil round "
-    "trunc silu gelu logical_not bitwise_not isnan _to_copy clone add sub mul div pow maximum minimum fmod remainder "
-    "floor_divide atan2 logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor eq ne lt le gt ge where "
-    "clamp_min clamp_max".split()
+    "neg rsub exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf "
+    "reciprocal sign sgn floor ceil round trunc silu gelu logical_not bitwise_not isnan _to_copy clone "
+    "add sub mul div pow maximum "
+    "minimum fmod remainder floor_divide atan2 logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
+    "eq ne lt le gt ge where clamp_min clamp_max".split()
 )
 
 

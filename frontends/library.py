@@ -1,9 +1,10 @@
 """Library recurrences as loops over their cells.
 
-Duty: while tracing, `nn.LSTM`, `nn.GRU` and `nn.RNN` (through the torch functions that they call) run as the same
-recurrence written out, one cell a position, so that its cells are found like those of any other loop. Equal to
-PyTorch's definitions (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN documentation): layers, directions, projections, with
-or without bias, batch first or not. Dropout between layers is off in eval mode.
+Duty: while tracing, `nn.LSTM`, `nn.GRU` and `nn.RNN` (through the torch functions that they call)
+run as the same recurrence written out, one cell a position, so that its cells are found like those
+of any other loop. Equal to PyTorch's definitions (torch.nn.LSTM, torch.nn.GRU, torch.nn.RNN
+documentation): layers, directions, projections, with or without bias, batch first or not. Dropout
+between layers is off in eval mode.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from cellc.errors import UnsupportedError
 Tensor = torch.Tensor
 State = tuple[Tensor, ...]
 Weights = Sequence[Tensor]
-# Marks what is traced inside as another program point: layers share these lines but not their cells.
+# Marks what is traced inside as another program point: layers share these lines but not their
+# cells.
 Scope = Callable[[Hashable], AbstractContextManager[None]]
 
 
@@ -83,7 +85,7 @@ def _loop(step: Callable[..., State], num_states: int) -> Callable[..., Any]:
         if isinstance(flat, bool):
             raise UnsupportedError(
                 what="a PackedSequence",
-                remedy="pass each sequence as a request of its own, unpadded: cells are batched across requests",
+                remedy="pass each sequence as a request of its own, unpadded",
             )
         states = tuple(hx) if num_states > 1 else (hx,)
         if batch_first:

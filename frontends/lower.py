@@ -1,9 +1,10 @@
 """Lowering: a traced graph as operations on rows.
 
-Duty: walk a `Graph` once; indexing along position dimensions (time, nodes, batch) becomes index algebra on references,
-operations that work row by row are applied to every position, what depends on weights alone becomes a named weight
-expression. Comes in from `frontends.tracer`; goes to `cellc.extract` as a `RowGraph`. An operation without a rule runs
-through torch on whole tensors: always right, only slower.
+Duty: walk a `Graph` once; indexing along position dimensions (time, nodes, batch) becomes index
+algebra on references, operations that work row by row are applied to every position, what depends
+on weights alone becomes a named weight expression. Comes in from `frontends.tracer`; goes to
+`cellc.extract` as a `RowGraph`. An operation without a rule runs through torch on whole tensors:
+always right, only slower.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ SMALL_ROWS = 1 << 16  # a weight's positions that may become constant rows
 
 
 class Lowering:
-    """One graph's lowering. `data_points` collects, over all traces of a model, program points that met data."""
+    """One graph's lowering. `data_points` collects, over all traces of a model, program points that
+    met data.
+    """
 
     def __init__(self, graph: Graph, params: Params, data_points: set[Hashable]) -> None:
         self.graph, self.params = graph, params
@@ -57,8 +60,10 @@ class Lowering:
                 self._op(node)
         for node_id, port in self.graph.outputs:
             value = self.values[node_id, port]
-            rows = value if isinstance(value, Rows) else self.emitter.convert(
-                value, (True,) * len(value.shape)
+            rows = (
+                value
+                if isinstance(value, Rows)
+                else self.emitter.convert(value, (True,) * len(value.shape))
             )
             self.rows.outputs.append(RowOutput(rows.refs, rows.type, rows.shape, rows.row_dims))
         return self.rows
@@ -85,7 +90,9 @@ class Lowering:
         return found
 
     def _indexes_weight(self, node: Node) -> bool:
-        """A weight indexed by position (a table of positional encodings): its rows are data, not a weight."""
+        """A weight indexed by position (a table of positional encodings): its rows are data, not a
+        weight.
+        """
         if base_name(node.op) not in ("select", "slice") or not node.operands:
             return False
         shape = self.graph.node(node.operands[0][0]).outputs[node.operands[0][1]][0]
@@ -134,7 +141,8 @@ class Lowering:
                 name = self.params.define(node.op, node.args, node.kwargs, names, port)
             self.values[node.id, port] = Weight(name, shape, dtype)
 
-    # -- what rules use -------------------------------------------------------------------------------------
+    # -- what rules use
+    # -------------------------------------------------------------------------------------
 
     def arg(self, node: Node, index: int) -> Lowered:
         kind, operand = node.args[index]
@@ -154,7 +162,9 @@ class Lowering:
         positions = tuple(s for s, r in zip(shape, row_dims, strict=True) if not r)
         pad = len(shape) - len(value.shape)
         own = tuple(
-            row_dims[pad + i] if value.shape[i] != 1 or isinstance(value, Weight) else value_row(value, i)
+            row_dims[pad + i]
+            if value.shape[i] != 1 or isinstance(value, Weight)
+            else value_row(value, i)
             for i in range(len(value.shape))
         )
         if isinstance(value, Weight):
@@ -175,7 +185,7 @@ def value_row(value: Rows, dim: int) -> bool:
 
 
 def _row_shape(rows: Rows, row_dims: Sequence[bool]) -> Shape:
-    """Row shape that lines up with an operation's row dimensions: 1 where the value has none there."""
+    """Row shape that lines up with an operation's row dimensions: 1 where there is none."""
     shape = [rows.shape[i] if rows.row_dims[i] else 1 for i, r in enumerate(row_dims) if r]
     extra = [rows.shape[i] for i, r in enumerate(row_dims) if not r and rows.row_dims[i]]
     assert all(s == 1 for s in extra)
@@ -186,7 +196,9 @@ def _row_shape(rows: Rows, row_dims: Sequence[bool]) -> Shape:
 
 def _position_shape(rows: Rows, row_dims: Sequence[bool]) -> Shape:
     """Shape of the references that lines up with an operation's positions."""
-    return tuple(rows.shape[i] if not rows.row_dims[i] else 1 for i, r in enumerate(row_dims) if not r)
+    return tuple(
+        rows.shape[i] if not rows.row_dims[i] else 1 for i, r in enumerate(row_dims) if not r
+    )
 
 
 def _common_dims(values: Sequence[Lowered], shape: Shape) -> tuple[bool, ...]:
@@ -207,7 +219,8 @@ def _common_dims(values: Sequence[Lowered], shape: Shape) -> tuple[bool, ...]:
     return tuple(out)
 
 
-# -- pointwise -----------------------------------------------------------------------------------------------
+# -- pointwise
+# -----------------------------------------------------------------------------------------------
 
 _NAMES = {"_to_copy": "cast", "clone": "cast", "sgn": "sign", "floor_divide": "floor_div"}
 _TRUTH = frozenset(["logical_and", "logical_or", "logical_xor", "logical_not"])
@@ -239,14 +252,25 @@ def _pointwise(lw: Lowering, node: Node) -> list[Lowered]:
 
 
 def _operand(
-    lw: Lowering, value: Any, dtype: str, shape: Shape, row_dims: tuple[bool, ...], positions: Shape, raw: bool
+    lw: Lowering,
+    value: Any,
+    dtype: str,
+    shape: Shape,
+    row_dims: tuple[bool, ...],
+    positions: Shape,
+    raw: bool,
 ) -> RowOperand:
     if not isinstance(value, (Rows, Weight)):
         return ScalarRef(_number(value, dtype), dtype)
     if isinstance(value, Weight):
         value = lw.emitter.cast_weight(value, dtype)
     operand = lw.align(value, shape, row_dims)
-    if raw or isinstance(operand, ParamRef) or not isinstance(operand, np.ndarray) or operand.size == 0:
+    if (
+        raw
+        or isinstance(operand, ParamRef)
+        or not isinstance(operand, np.ndarray)
+        or operand.size == 0
+    ):
         return operand
     if lw.rows.type_of(int(operand[0])).dtype == dtype:
         return operand
@@ -271,7 +295,9 @@ def _compute_dtype(lw: Lowering, node: Node, name: str, dtype: str) -> str:
     kinds = []
     for template in node.args[:2]:
         if template[0] == "t":
-            shape, own = lw.graph.node(node.operands[template[1]][0]).outputs[node.operands[template[1]][1]]
+            shape, own = lw.graph.node(node.operands[template[1]][0]).outputs[
+                node.operands[template[1]][1]
+            ]
             kinds.append(torch.empty(shape, dtype=TORCH_DTYPES[own], device="meta"))
         else:
             kinds.append(template[1])
@@ -296,12 +322,17 @@ def _finish(
         return Rows(np.zeros(positions, np.int64), row_dims, RowType(row, dtype), shape)
     alpha = argument(node, 2, "alpha", 1) if name in ("add", "sub") else 1
     if alpha != 1:
-        scaled, _ = emit("mul", [made[1], ScalarRef(_number(alpha, dtype), dtype)], (), dtype, positions)
+        scaled, _ = emit(
+            "mul", [made[1], ScalarRef(_number(alpha, dtype), dtype)], (), dtype, positions
+        )
         made[1] = scaled.reshape(-1)
     rounding = next((v[1] for k, v in node.kwargs if k == "rounding_mode"), None)
     if name == "div" and rounding == "floor":
         name = "floor_div"
-    if name == "gelu" and next((v[1] for k, v in node.kwargs if k == "approximate"), "none") == "tanh":
+    if (
+        name == "gelu"
+        and next((v[1] for k, v in node.kwargs if k == "approximate"), "none") == "tanh"
+    ):
         name = "gelu_tanh"
     refs, type = emit(name, made, (), dtype, positions)
     if name == "div" and rounding == "trunc":
@@ -316,7 +347,8 @@ def _finish(
     return rows
 
 
-# -- reductions ----------------------------------------------------------------------------------------------
+# -- reductions
+# ----------------------------------------------------------------------------------------------
 
 
 def _reduce(lw: Lowering, node: Node) -> list[Lowered] | None:
@@ -344,14 +376,21 @@ def _reduce(lw: Lowering, node: Node) -> list[Lowered] | None:
         for i in sorted(gone):
             axis = sum(not r for r in rows.row_dims[:i])
             row_dims = (*rows.row_dims[:i], False, *rows.row_dims[i:])
-            rows = Rows(np.expand_dims(rows.refs, axis), row_dims, rows.type, (*rows.shape[:i], 1, *rows.shape[i:]))
+            rows = Rows(
+                np.expand_dims(rows.refs, axis),
+                row_dims,
+                rows.type,
+                (*rows.shape[:i], 1, *rows.shape[i:]),
+            )
     return [rows]
 
 
 def _dims(dims: Any, rank: int) -> set[int]:
     if dims is None or dims == []:
         return set(range(rank))
-    return {d % max(rank, 1) for d in (dims if isinstance(dims, list) else [dims])} if rank else set()
+    return (
+        {d % max(rank, 1) for d in (dims if isinstance(dims, list) else [dims])} if rank else set()
+    )
 
 
 def _cast(lw: Lowering, value: Rows, dtype: str) -> Rows:
@@ -376,7 +415,9 @@ def _reduce_rows(lw: Lowering, name: str, value: Rows, gone: set[int], dtype: st
 def _reduce_positions(
     lw: Lowering, name: str, rows: Rows, value: Rows, gone: set[int], dtype: str
 ) -> Rows:
-    """Reduce the position dimensions among `gone` as a ragged reduction; all of `gone` leave the shape."""
+    """Reduce the position dimensions among `gone` as a ragged reduction; all of `gone` leave the
+    shape.
+    """
     positions = [i for i, r in enumerate(value.row_dims) if not r]
     axes = [k for k, i in enumerate(positions) if i in gone]
     kept = [i for i in range(len(value.shape)) if i not in gone]
@@ -397,7 +438,8 @@ def _reduce_positions(
     return Rows(out, row_dims, type, shape)
 
 
-# -- products ------------------------------------------------------------------------------------------------
+# -- products
+# ------------------------------------------------------------------------------------------------
 
 
 def _matrix(lw: Lowering, node: Node) -> list[Lowered] | None:
@@ -407,7 +449,9 @@ def _matrix(lw: Lowering, node: Node) -> list[Lowered] | None:
     if base_name(node.op) == "mv":
         column = _unsqueeze_last(lw, b)
         product = _product(lw, a, column, (*shape, 1), dtype)
-        return None if product is None else [lower_views.squeeze_dim(lw.emitter, product, len(shape))]
+        return (
+            None if product is None else [lower_views.squeeze_dim(lw.emitter, product, len(shape))]
+        )
     product = _product(lw, a, b, shape, dtype)
     return None if product is None else [product]
 
@@ -439,18 +483,26 @@ def _linear(lw: Lowering, x: Rows, weight: Weight, shape: Shape) -> Rows:
         type = RowType((*x.type.shape[:-1], weight.shape[1]), x.type.dtype)
         return Rows(x.refs, row_dims, type, shape)
     param = ParamRef(weight.name, RowType(weight.shape, weight.dtype))
-    refs, type = lw.emitter.emit("linear", [x.refs.reshape(-1), param], (), x.type.dtype, x.refs.shape)
+    refs, type = lw.emitter.emit(
+        "linear", [x.refs.reshape(-1), param], (), x.type.dtype, x.refs.shape
+    )
     return Rows(refs, row_dims, type, shape)
 
 
 def _data_product(lw: Lowering, a: Rows, b: Rows, shape: Shape, dtype: str) -> Rows | None:
-    """[.., n, k] x [.., k, m] of data: a matrix product of rows, or products and a sum over positions."""
+    """[.., n, k] x [.., k, m] of data: a matrix product of rows, or products and a sum over
+    positions.
+    """
     rank = len(shape)
     if a.row_dims[-1] and b.row_dims[-2] and not any(a.row_dims[:-2]) and not any(b.row_dims[:-2]):
         row_dims = (*[False] * (rank - 2), a.row_dims[-2], b.row_dims[-1])
         positions = tuple(s for s, r in zip(shape, row_dims, strict=True) if not r)
-        left = lw.emitter.reshape_rows(a, (*([a.shape[-2]] if a.row_dims[-2] else [1]), a.shape[-1]))
-        right = lw.emitter.reshape_rows(b, (b.shape[-2], *([b.shape[-1]] if b.row_dims[-1] else [1])))
+        left = lw.emitter.reshape_rows(
+            a, (*([a.shape[-2]] if a.row_dims[-2] else [1]), a.shape[-1])
+        )
+        right = lw.emitter.reshape_rows(
+            b, (b.shape[-2], *([b.shape[-1]] if b.row_dims[-1] else [1]))
+        )
         lr = left.refs if a.row_dims[-2] else left.refs[..., None]
         rr = right.refs if b.row_dims[-1] else right.refs[..., None]
         if not a.row_dims[-2] and not b.row_dims[-1]:
@@ -466,7 +518,9 @@ def _data_product(lw: Lowering, a: Rows, b: Rows, shape: Shape, dtype: str) -> R
             return None
         refs, type = lw.emitter.emit("matmul", operands, (), dtype, positions)
         rows = Rows(refs, row_dims, type, shape)
-        return lw.emitter.reshape_rows(rows, tuple(s for s, r in zip(shape, row_dims, strict=True) if r))
+        return lw.emitter.reshape_rows(
+            rows, tuple(s for s, r in zip(shape, row_dims, strict=True) if r)
+        )
     return _sum_of_products(lw, a, b, shape, dtype)
 
 
@@ -483,12 +537,17 @@ def _sum_of_products(lw: Lowering, a: Rows, b: Rows, shape: Shape, dtype: str) -
     row_shape = tuple(s for s, r in zip(wide, row_dims, strict=True) if r)
     value = Rows(refs, row_dims, type, wide)
     if type.shape != row_shape:
-        value = lw.emitter.reshape_rows(value, (1,) * (len(row_shape) - len(type.shape)) + type.shape)
+        value = lw.emitter.reshape_rows(
+            value, (1,) * (len(row_shape) - len(type.shape)) + type.shape
+        )
     gone = {len(wide) - 2}
-    return _reduce_positions(lw, "sum", _reduce_rows(lw, "sum", value, gone, dtype), value, gone, dtype)
+    return _reduce_positions(
+        lw, "sum", _reduce_rows(lw, "sum", value, gone, dtype), value, gone, dtype
+    )
 
 
-# -- look-ups, constants and the rest ------------------------------------------------------------------------
+# -- look-ups, constants and the rest
+# ------------------------------------------------------------------------
 
 
 def _embedding(lw: Lowering, node: Node) -> list[Lowered] | None:
@@ -523,7 +582,9 @@ def _look_up(
     row_dims = (*rows.row_dims, *[True] * (len(table.shape) - 1))
     dtype = table.dtype
     if rows.refs.size == 0:
-        return [Rows(rows.refs, row_dims, RowType((*rows.type.shape, *table.shape[1:]), dtype), shape)]
+        return [
+            Rows(rows.refs, row_dims, RowType((*rows.type.shape, *table.shape[1:]), dtype), shape)
+        ]
     positions, flat = rows.refs.shape, rows.refs.reshape(-1)
     if negative:
         zero, size = ScalarRef(0, rows.type.dtype), ScalarRef(table.shape[0], rows.type.dtype)
@@ -547,7 +608,9 @@ def _factory(lw: Lowering, node: Node) -> list[Lowered]:
         return [lw.emitter.full(shape, dtype, _number(value, dtype), row_dims)]
     _, base, overload = node.op.split(".")
     args = [_python(a) for a in node.args]
-    kwargs = {k: _python(v) for k, v in node.kwargs if v[1] is not None and k not in ("device", "layout")}
+    kwargs = {
+        k: _python(v) for k, v in node.kwargs if v[1] is not None and k not in ("device", "layout")
+    }
     made = getattr(getattr(torch.ops.aten, base), overload)(*args, **kwargs)
     made = made.to(TORCH_DTYPES[dtype])
     order = [i for i, r in enumerate(row_dims) if not r] + [i for i, r in enumerate(row_dims) if r]
@@ -581,10 +644,10 @@ def _generic(lw: Lowering, node: Node) -> list[Lowered]:
             operands.append(rows.refs.reshape(-1))
     attrs = (("args", ("l", node.args)), ("kwargs", node.kwargs))
     types = [RowType(shape, dtype) for shape, dtype in node.outputs]
-    refs = lw.emitter.emit_typed(f"aten:{node.op.removeprefix('aten.')}", operands, attrs, types, ())
-    return [
-        Rows(r, (True,) * len(t.shape), t, t.shape) for r, t in zip(refs, types, strict=True)
-    ]
+    refs = lw.emitter.emit_typed(
+        f"aten:{node.op.removeprefix('aten.')}", operands, attrs, types, ()
+    )
+    return [Rows(r, (True,) * len(t.shape), t, t.shape) for r, t in zip(refs, types, strict=True)]
 
 
 _Rule: TypeAlias = Callable[[Lowering, Node], "list[Lowered] | None"]
@@ -609,5 +672,7 @@ _RULES.update({name: _view_rule(name) for name in lower_views.RULES})
 
 
 def lower(graph: Graph, params: Params, data_points: set[Hashable]) -> RowGraph:
-    """Lower one traced request. `params` receives expressions of weights; `data_points` is kept by the model."""
+    """Lower one traced request. `params` receives expressions of weights; `data_points` is kept by
+    the model.
+    """
     return Lowering(graph, params, data_points).run()

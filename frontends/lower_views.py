@@ -1,7 +1,8 @@
 """Lowering of views: on position dimensions index algebra, on row dimensions operations on rows.
 
-Duty: rules for reshape, permute, select, slice, split, cat, stack, scatter, expand and flip, used by `frontends.lower`.
-Each takes the emitter, the dimension classes, the node and its operands; None means that the rule does not apply.
+Duty: rules for reshape, permute, select, slice, split, cat, stack, scatter, expand and flip, used
+by `frontends.lower`. Each takes the emitter, the dimension classes, the node and its operands; None
+means that the rule does not apply.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cellc.frontends.dims import Dims, argument, base_name, permutation, segments, tensors
+from cellc.frontends.dims import Dims, argument, base_name, permutation, segments
 from cellc.frontends.values import Emitter, Rows, Weight
 from cellc.graph import Node
 from cellc.ops import RowType, Shape
@@ -29,7 +30,9 @@ def _rows(e: Emitter, dims: Dims, node: Node, operand: int, value: Lowered) -> R
     return e.convert(value, _weight_dims(dims, node, value, wanted))
 
 
-def _weight_dims(dims: Dims, node: Node, value: Weight, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
+def _weight_dims(
+    dims: Dims, node: Node, value: Weight, wanted: tuple[bool, ...]
+) -> tuple[bool, ...]:
     """A weight indexed by position: the indexed dimension is one of positions."""
     if base_name(node.op) in ("select", "slice", "unbind", "split"):
         dim = argument(node, 1, "dim", 0) % len(value.shape)
@@ -82,7 +85,7 @@ def _view(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result
 
 
 def reshape(e: Emitter, value: Rows, shape: Shape) -> Rows:
-    """Reshape segment by segment; a segment that mixes positions and rows is made all rows first."""
+    """Reshape segment by segment; one that mixes positions and rows is made all rows."""
     if 0 in shape:
         row_dims = (False,) * (len(shape) - 1) + (True,) if shape else ()
         positions = tuple(s for s, r in zip(shape, row_dims, strict=True) if not r)
@@ -140,7 +143,9 @@ def _slice_dim(e: Emitter, value: Rows, dim: int, start: int, stop: int, step: i
 def _slice(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result:
     value = _rows(e, dims, node, 0, operands[0])
     dim = argument(node, 1, "dim", 0) % len(value.shape)
-    bounds = slice(argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1))
+    bounds = slice(
+        argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1)
+    )
     return [_slice_dim(e, value, dim, *bounds.indices(value.shape[dim]))]
 
 
@@ -173,7 +178,7 @@ def _unbind(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Resu
 def _flip(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result:
     value = _rows(e, dims, node, 0, operands[0])
     gone = [d % len(value.shape) for d in argument(node, 1, "dims")]
-    refs = np.flip(value.refs, [_axis(value, d) for d in gone if not value.row_dims[d]])
+    refs = np.flip(value.refs, tuple(_axis(value, d) for d in gone if not value.row_dims[d]))
     value = Rows(refs, value.row_dims, value.type, value.shape)
     inner = tuple(sum(value.row_dims[:d]) for d in gone if value.row_dims[d])
     if inner:
@@ -184,8 +189,7 @@ def _flip(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result
 def _cat(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result:
     shape, dtype = node.outputs[0]
     dim = argument(node, 1, "dim", 0) % len(shape)
-    kept = [v for v in tensors(node.args[0], range(len(operands)))]  # type: ignore[arg-type]
-    pieces = [operands[i] for i in kept if operands[i].shape != (0,)]  # type: ignore[index]
+    pieces = [value for value in operands if value.shape != (0,)]
     return [_join(e, dims, node, pieces, shape, dtype, dim)]
 
 
@@ -202,7 +206,13 @@ def _stack(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Resul
 
 
 def _join(
-    e: Emitter, dims: Dims, node: Node, pieces: Sequence[Lowered], shape: Shape, dtype: str, dim: int
+    e: Emitter,
+    dims: Dims,
+    node: Node,
+    pieces: Sequence[Lowered],
+    shape: Shape,
+    dtype: str,
+    dim: int,
 ) -> Rows:
     wanted = list(dims.row_dims(node.id))
     rows = [p for p in pieces if isinstance(p, Rows)]
@@ -244,7 +254,9 @@ def _scatter(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Res
         stop, step = start + 1, 1
         piece = unsqueeze_dim(piece, dim)
     else:
-        bounds = slice(argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1))
+        bounds = slice(
+            argument(node, 3, "start"), argument(node, 4, "end"), argument(node, 5, "step", 1)
+        )
         start, stop, step = bounds.indices(base.shape[dim])
     wanted = [
         r if i == dim or base.shape[i] == 1 else r or piece.row_dims[i]

@@ -1,12 +1,14 @@
 """Tracing: one request's forward, run on fake tensors, recorded as a `Graph`.
 
-Duty: run the user's forward on shapes and dtypes alone (no data, no copy of the weights) and record every torch
-operation with its program point. Comes in: a callable, its weights, one request's arguments. Goes out: a `Graph` whose
-operations are functional (writes in place are rewritten as new values), to `frontends.lower`.
+Duty: run the user's forward on shapes and dtypes alone (no data, no copy of the weights) and record
+every torch operation with its program point. Comes in: a callable, its weights, one request's
+arguments. Goes out: a `Graph` whose operations are functional (writes in place are rewritten as new
+values), to `frontends.lower`.
 
-The program point (method: design by roles, see ARCHITECTURE.md) is the chain of Python frames from the operation
-outwards, recursion collapsed to the innermost frame of each function and module, with each frame's instruction offset,
-and the ordinal of the operation within its outermost torch call: one Python call makes several operations.
+The program point (method: design by roles, see ARCHITECTURE.md) is the chain of Python frames from
+the operation outwards, recursion collapsed to the innermost frame of each function and module, with
+each frame's instruction offset, and the ordinal of the operation within its outermost torch call:
+one Python call makes several operations.
 """
 
 from __future__ import annotations
@@ -31,11 +33,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
 from cellc.frontends import decompose, library
-from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.graph import Graph, Ref, Template
-
 
 aten = torch.ops.aten
 _TORCH = os.path.dirname(torch.__file__)
@@ -56,14 +57,15 @@ IDENTITY = {
     aten.contiguous.default,
 }
 RANDOM = frozenset(
-    "rand randn randint rand_like randn_like randint_like bernoulli normal multinomial uniform exponential "
-    "native_dropout randperm".split()
+    "rand randn randint rand_like randn_like randint_like bernoulli normal "
+    "multinomial uniform exponential native_dropout randperm".split()
 )
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 SMALL_CONSTANT = 4096  # elements; smaller captured tensors are named by content, larger by identity
 
 
-# A view taken of a tensor: the operation, its other arguments, which of its results, and the viewed shape.
+# A view taken of a tensor: the operation, its other arguments, which of its results, and the viewed
+# shape.
 _Step = tuple[Any, tuple[Any, ...], int, tuple[int, ...]]
 
 
@@ -77,7 +79,9 @@ class _Storage:
 
 @dataclass
 class _Tracked:
-    """What a live tensor stands for: a graph value, and how it views its storage (for writes in place)."""
+    """What a live tensor stands for: a graph value, and how it views its storage (for writes in
+    place).
+    """
 
     value: Ref
     storage: _Storage | None = None
@@ -92,9 +96,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.tracer = tracer
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         tracer = self.tracer
         if tracer.depth == 0:
             tracer.ordinal = 0
@@ -109,11 +111,11 @@ class _Functions(TorchFunctionMode):
             tracer.depth -= 1
 
 
-class Tracer(TorchDispatchMode):
+class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records operations on fake tensors. Use `trace`."""
 
     def __init__(self, params: dict[str, torch.Tensor], modules: dict[int, str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.captured: dict[str, torch.Tensor] = {}
         self.reads_weights = False
@@ -128,9 +130,10 @@ class Tracer(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # tracing never runs under torch.compile; wrapping for it would import torch._dynamo
+        return False  # never under torch.compile; wrapping for it would import torch._dynamo
 
-    # -- values ---------------------------------------------------------------------------------------------
+    # -- values
+    # ---------------------------------------------------------------------------------------------
 
     def bind(self, tensor: torch.Tensor, value: Ref) -> None:
         """Say which graph value a tensor stands for."""
@@ -138,7 +141,9 @@ class Tracer(TorchDispatchMode):
         self._tracked[id(tensor)] = _Tracked(value)
 
     def value(self, tensor: torch.Tensor) -> Ref:
-        """The graph value that a tensor stands for now; weights and captured tensors are registered here."""
+        """The graph value that a tensor stands for now; weights and captured tensors are registered
+        here.
+        """
         tracked = self._tracked.get(id(tensor))
         if tracked is None:
             self.bind(tensor, self._outside(tensor))
@@ -166,7 +171,11 @@ class Tracer(TorchDispatchMode):
                 remedy="pass it as an argument and return it",
                 origin=self.origin(),
             )
-        if tensor.numel() <= SMALL_CONSTANT and tensor.device.type == "cpu" and not tensor.is_sparse:
+        if (
+            tensor.numel() <= SMALL_CONSTANT
+            and tensor.device.type == "cpu"
+            and not tensor.is_sparse
+        ):
             with _off():
                 flat = tensor.detach().reshape(-1).contiguous()
                 data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
@@ -179,7 +188,8 @@ class Tracer(TorchDispatchMode):
             self._constants[name] = self.graph.add_const(name, shape, dtype)
         return self._constants[name], 0
 
-    # -- program points -------------------------------------------------------------------------------------
+    # -- program points
+    # -------------------------------------------------------------------------------------
 
     def _frames(self) -> Iterator[FrameType]:
         frame: FrameType | None = sys._getframe(1)
@@ -222,7 +232,8 @@ class Tracer(TorchDispatchMode):
                     return f"{os.path.basename(path)}:{frame.f_lineno}"
         return last
 
-    # -- operations -----------------------------------------------------------------------------------------
+    # -- operations
+    # -----------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -232,7 +243,7 @@ class Tracer(TorchDispatchMode):
         if name in RANDOM or name.rstrip("_") in RANDOM:
             raise UnsupportedError(
                 what=f"drawing random numbers (torch.{name})",
-                remedy="draw them before the call and pass them as an argument, or call model.eval()",
+                remedy="draw them before the call and pass them as an argument",
                 origin=self.origin(),
             )
         if func.namespace != "aten":
@@ -251,8 +262,9 @@ class Tracer(TorchDispatchMode):
         try:
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:
-            raise ValueReadError(what=f"torch.{name} gives as many results as the data says",
-                                 origin=self.origin()) from None
+            raise ValueReadError(
+                what=f"torch.{name} gives as many results as the data says", origin=self.origin()
+            ) from None
         except DataDependentOutputException:
             raise ValueReadError(what=f"torch.{name}", origin=self.origin()) from None
         self._record(func, args, kwargs, out)
@@ -269,7 +281,7 @@ class Tracer(TorchDispatchMode):
     def _track_views(
         self, func: Any, args: Any, source: torch.Tensor | None, out: torch.Tensor, port: int
     ) -> None:
-        """Note how `out` views its storage, so that a later write through either is seen by both."""
+        """Note how `out` views its storage, so that a write through either is seen by both."""
         tracked = self._tracked[id(out)]
         shared = source is not None and _address(out) == _address(source)
         if shared and not func._schema.name.startswith("aten::unsafe_"):
@@ -312,7 +324,7 @@ class Tracer(TorchDispatchMode):
         return node
 
     def _shapes(self, func: Any, args: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """Output types of an operation that is replayed on graph values (after a write in place)."""
+        """Output types of an operation replayed on graph values (after a write in place)."""
 
         def fake(a: Any) -> Any:
             if isinstance(a, _Value):
@@ -341,12 +353,17 @@ class Tracer(TorchDispatchMode):
                 return func(*args)
         raise ValueReadError(what="with .item(), bool(), int() or the like", origin=self.origin())
 
-    # -- writes in place ------------------------------------------------------------------------------------
+    # -- writes in place
+    # ------------------------------------------------------------------------------------
 
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         target = args[0] if args else None
         base, overload = func._schema.name.removeprefix("aten::"), func._overloadname
-        if not isinstance(target, torch.Tensor) or not base.endswith("_") or kwargs.get("out") is not None:
+        if (
+            not isinstance(target, torch.Tensor)
+            or not base.endswith("_")
+            or kwargs.get("out") is not None
+        ):
             raise UnsupportedError(
                 what=f"writing with torch.{base}.{overload}",
                 remedy="assign its result to a new name",
@@ -378,7 +395,7 @@ class Tracer(TorchDispatchMode):
 
 @functools.cache
 def _is_composite(func: Any) -> bool:
-    """Made of other operations, which our own decompositions meet before torch has taken it apart."""
+    """Made of other operations: met here where our own decompositions call it."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
@@ -396,7 +413,8 @@ def _off() -> Iterator[None]:
 
 
 def _address(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    address: int = tensor.untyped_storage()._cdata
+    return address
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -412,7 +430,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 class Trace:
     """A traced request: its graph, its tensor inputs' node ids, and what the forward returned.
 
-    `outputs` is the returned pytree with ("t", i) for the i-th graph output and ("v", value) elsewhere.
+    `outputs` is the returned pytree with ("t", i) for the i-th graph output and ("v", value)
+    elsewhere.
     """
 
     graph: Graph
@@ -429,10 +448,12 @@ def trace(
     kwargs: dict[str, Any],
     names: list[str],
 ) -> Trace:
-    """Trace one request. `args` and `kwargs` hold `torch.Size`-like stand-ins made by `request.specs`.
+    """Trace one request. `args` and `kwargs` hold `torch.Size`-like stand-ins made by
+    `request.specs`.
 
-    Every leaf that is a tensor is replaced by a fake of its shape and dtype; `names` gives the leaves' names.
-    Raises ForwardError, ValueReadError or UnsupportedError with the user's file:line.
+    Every leaf that is a tensor is replaced by a fake of its shape and dtype; `names` gives the
+    leaves' names. Raises ForwardError, ValueReadError or UnsupportedError with the user's
+    file:line.
     """
     tracer = Tracer(params, modules)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -444,7 +465,10 @@ def trace(
                 fake = torch.empty_strided(
                     leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
                 )
-                tracer.bind(fake, (tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype)), 0))
+                tracer.bind(
+                    fake,
+                    (tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype)), 0),
+                )
                 leaf = fake
             fakes.append(leaf)
         call_args, call_kwargs = pytree.tree_unflatten(fakes, spec)

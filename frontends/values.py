@@ -1,7 +1,8 @@
-"""Values while lowering: tensors as arrays of row references, and the conversions between their forms.
+"""Values while lowering: tensors as arrays of row references, and the conversions between their
+forms.
 
-Duty: hold a traced tensor as (references over its positions, type of its rows), and move dimensions between the two.
-Used by `frontends.lower` alone.
+Duty: hold a traced tensor as (references over its positions, type of its rows), and move dimensions
+between the two. Used by `frontends.lower` alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ Attrs = tuple[tuple[str, Hashable], ...]
 
 @dataclass(frozen=True)
 class Rows:
-    """A tensor: `refs` over its position dimensions, rows of its other dimensions (`row_dims` True)."""
+    """A tensor: `refs` over its position dimensions, rows of its other dimensions (`row_dims`
+    True).
+    """
 
     refs: Refs
     row_dims: tuple[bool, ...]
@@ -58,7 +61,9 @@ class Emitter:
         dtype: str,
         positions: Shape,
     ) -> tuple[Refs, RowType]:
-        """One operation at every position; returns its results' references, shaped like the positions."""
+        """One operation at every position; returns its results' references, shaped like the
+        positions.
+        """
         shapes = [self.shape_of(o) for o in operands]
         type = RowType(result_shape(op, shapes, dict(attrs)), dtype)
         return self.emit_typed(op, operands, attrs, (type,), positions)[0], type
@@ -91,9 +96,12 @@ class Emitter:
     def _type_of(self, refs: Refs) -> RowType:
         return self.rows.type_of(int(refs.flat[0]))
 
-    # -- conversions ----------------------------------------------------------------------------------------
+    # -- conversions
+    # ----------------------------------------------------------------------------------------
 
-    def row_op(self, value: Rows, op: str, attrs: Attrs, shape: Shape, row_dims: tuple[bool, ...]) -> Rows:
+    def row_op(
+        self, value: Rows, op: str, attrs: Attrs, shape: Shape, row_dims: tuple[bool, ...]
+    ) -> Rows:
         """The same operation on every row of a value, whose tensor becomes `shape`."""
         row_shape = tuple(s for s, r in zip(shape, row_dims, strict=True) if r)
         if value.refs.size == 0:
@@ -110,11 +118,13 @@ class Emitter:
         if value.refs.size == 0:
             return replace(value, type=type)
         attrs = (("shape", row_shape),)
-        (refs,) = self.emit_typed("reshape", [value.refs.reshape(-1)], attrs, (type,), value.refs.shape)
+        (refs,) = self.emit_typed(
+            "reshape", [value.refs.reshape(-1)], attrs, (type,), value.refs.shape
+        )
         return replace(value, refs=refs, type=type)
 
     def convert(self, value: Rows | Weight, row_dims: Sequence[bool]) -> Rows:
-        """The same tensor with other dimensions in its rows: rows are joined or cut where needed."""
+        """The same tensor with other dimensions in its rows: rows are joined or cut."""
         if isinstance(value, Weight):
             return self.unroll(value, tuple(row_dims))
         for dim, wanted in enumerate(row_dims):
@@ -134,7 +144,9 @@ class Emitter:
             empty = (*row_shape[:at], size, *row_shape[at + 1 :])
             refs = np.zeros([s for i, s in enumerate(value.refs.shape) if i != axis], np.int64)
             if refs.size:
-                refs[...] = self.rows.constant(("full", empty, value.type.dtype, 0), RowType(empty, value.type.dtype))
+                refs[...] = self.rows.constant(
+                    ("full", empty, value.type.dtype, 0), RowType(empty, value.type.dtype)
+                )
             return Rows(refs, row_dims, RowType(empty, value.type.dtype), value.shape)
         shaped = [self.reshape_rows(replace(value, refs=p), row_shape) for p in pieces]
         if size == 1:
@@ -157,7 +169,12 @@ class Emitter:
         if not pieces:
             shape = list(value.refs.shape)
             shape.insert(axis, 0)
-            return Rows(np.zeros(shape, np.int64), row_dims, RowType(row_shape, value.type.dtype), value.shape)
+            return Rows(
+                np.zeros(shape, np.int64),
+                row_dims,
+                RowType(row_shape, value.type.dtype),
+                value.shape,
+            )
         type = RowType(row_shape, value.type.dtype)
         return Rows(np.stack(pieces, axis), row_dims, type, value.shape)
 
@@ -175,13 +192,17 @@ class Emitter:
     def unroll(self, weight: Weight, row_dims: tuple[bool, ...]) -> Rows:
         """A weight whose position dimensions are indexed like data: one constant row a position."""
         positions = tuple(s for s, r in zip(weight.shape, row_dims, strict=True) if not r)
-        type = RowType(tuple(s for s, r in zip(weight.shape, row_dims, strict=True) if r), weight.dtype)
+        type = RowType(
+            tuple(s for s, r in zip(weight.shape, row_dims, strict=True) if r), weight.dtype
+        )
         refs = np.zeros(positions, np.int64)
         for i in range(refs.size):
             refs.flat[i] = self.rows.constant(("param", weight.name, row_dims, i), type)
         return Rows(refs, row_dims, type, weight.shape)
 
-    def full(self, shape: Shape, dtype: str, value: bool | int | float, row_dims: tuple[bool, ...]) -> Rows:
+    def full(
+        self, shape: Shape, dtype: str, value: bool | int | float, row_dims: tuple[bool, ...]
+    ) -> Rows:
         """A tensor filled with one number: the same constant row everywhere."""
         positions = tuple(s for s, r in zip(shape, row_dims, strict=True) if not r)
         type = RowType(tuple(s for s, r in zip(shape, row_dims, strict=True) if r), dtype)
@@ -192,7 +213,9 @@ class Emitter:
         if weight.dtype == dtype:
             return weight
         args = (("t", 0),)
-        name = self.params.define("aten._to_copy.default", args, (("dtype", ("d", dtype)),), [weight.name])
+        name = self.params.define(
+            "aten._to_copy.default", args, (("dtype", ("d", dtype)),), [weight.name]
+        )
         return Weight(name, weight.shape, dtype)
 
     def view_weight(self, weight: Weight, shape: Shape) -> Weight:
@@ -205,4 +228,8 @@ class Emitter:
     def transpose_weight(self, weight: Weight) -> Weight:
         """The transposed 2-D weight; a transpose of a transpose is the weight itself."""
         shape = (weight.shape[1], weight.shape[0])
-        return Weight(self.params.define("aten.t.default", (("t", 0),), (), [weight.name]), shape, weight.dtype)
+        return Weight(
+            self.params.define("aten.t.default", (("t", 0),), (), [weight.name]),
+            shape,
+            weight.dtype,
+        )

@@ -157,7 +157,9 @@ class LstmThenGru(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.LSTM(I, H)
-        self.mlp = nn.Sequential(nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H), nn.LayerNorm(H))
+        self.mlp = nn.Sequential(
+            nn.Linear(H, 2 * H), nn.GELU(), nn.Linear(2 * H, H), nn.LayerNorm(H)
+        )
         self.second = nn.GRU(H, H)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,7 +234,9 @@ class SinusoidBuffer(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.emb = nn.Embedding(V, H)
-        at = torch.arange(32).unsqueeze(1) * torch.exp(torch.arange(0, H, 2) * (-math.log(100.0) / H))
+        at = torch.arange(32).unsqueeze(1) * torch.exp(
+            torch.arange(0, H, 2) * (-math.log(100.0) / H)
+        )
         self.register_buffer("pe", torch.stack([at.sin(), at.cos()], -1).reshape(32, H))
         self.lstm = nn.LSTM(H, H)
 

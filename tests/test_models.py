@@ -86,7 +86,13 @@ def test_same_plans_as_traced(name: str) -> None:
     compiler = compiled._compiler
     compiled.map(spec.requests([1, 16, 8, 2, 12]))
     for request in spec.requests([3, 5, 6, 7, 9, 10, 11, 13, 14, 15]):
-        args = request if isinstance(request, tuple) else () if isinstance(request, dict) else (request,)
+        args = (
+            request
+            if isinstance(request, tuple)
+            else ()
+            if isinstance(request, dict)
+            else (request,)
+        )
         args, kwargs = compiler.arguments.bind(args, request if isinstance(request, dict) else {})
         structure = compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs))
         if compiler._derived(structure) is not None:
@@ -101,7 +107,8 @@ class HandLstm(nn.Module):
         super().__init__()
         self.directions = directions
         self.cells = nn.ModuleList(
-            nn.LSTMCell(I if k < directions else H * directions, H) for k in range(layers * directions)
+            nn.LSTMCell(I if k < directions else H * directions, H)
+            for k in range(layers * directions)
         )
 
     def direction(self, cell: nn.LSTMCell, x: Tensor, backwards: bool) -> Tensor:
@@ -143,7 +150,9 @@ def test_cells_of_lstm(layers: int, directions: int, by_hand: bool, length: int)
     for group in recurrent:
         products = [op for op in group.cell.ops if op.op == "linear"]
         assert [group.cell.shape_of(op.operands[1]) for op in products] == [(H, 4 * H)]
-    outside = [g for g in groups if not g.cell.recurrent and any(o.op == "linear" for o in g.cell.ops)]
+    outside = [
+        g for g in groups if not g.cell.recurrent and any(o.op == "linear" for o in g.cell.ops)
+    ]
     assert sum(g.num_calls for g in outside) in (layers * length, layers * directions * length)
 
 
