@@ -7,7 +7,6 @@ one, and the quietest rounds are kept. Comes in: callables; goes out: plain numb
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import time
@@ -61,18 +60,16 @@ def noise(rounds: Sequence[Round[T]]) -> float | None:
 
 
 def repeat_for(work: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A work that returns seconds a run, over as many runs as take about `seconds`; warms it up."""
-    work()
-    start = time.perf_counter()
-    work()
-    once = time.perf_counter() - start
-    count = min(10_000, max(1, math.ceil(seconds / max(once, 1e-7))))
+    """A work that returns its seconds a run, over as many runs as fit into `seconds`; warms it up."""
+    for _ in range(2):
+        work()
 
     def timed() -> float:
-        start = time.perf_counter()
-        for _ in range(count):
+        count, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < seconds or not count:
             work()
-        return (time.perf_counter() - start) / count
+            count += 1
+        return elapsed / count
 
     return timed
 

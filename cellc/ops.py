@@ -59,7 +59,8 @@ class RowType:
 
 UNARY = frozenset(
     "neg exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal "
-    "sign floor ceil round trunc silu gelu gelu_tanh softplus logical_not bitwise_not isnan cast".split()
+    "sign floor ceil round trunc silu gelu gelu_tanh softplus logical_not bitwise_not isnan "
+    "cast".split()
 )
 COMPARE = frozenset("eq ne lt le gt ge".split())
 BINARY = frozenset(

@@ -20,7 +20,7 @@ from cellc.calls import CallGraph
 from cellc.cells import Cell, CellInput, CellOp, Operand, Param
 from cellc.ops import RowType
 from cellc.params import Params
-from cellc.rows import RaggedRefs
+from cellc.rows import RaggedRefs, Refs
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _use_counts(cell: Cell) -> dict[Operand, int]:
     return counts
 
 
-def share(cell: Cell, params: Params) -> Cell:
+def share(cell: Cell, params: Params | None = None) -> Cell:
     """Common subexpressions: an operation that is computed already is not computed again."""
     editor, seen = _Editor(cell), dict[object, Operand]()
     for i, op in enumerate(cell.ops):
@@ -256,47 +256,100 @@ def fold_embeddings(cell: Cell, params: Params, budget: int) -> Cell:
 
 def sink_lookups(graph: CallGraph) -> None:
     """A cell that only looks rows up is done inside the cells that read it: no row is copied."""
-    made_by = np.full(graph.num_values, -1, np.int64)
+    source_of = np.full(graph.num_values, -1, np.int64)
+    port_of = np.zeros(graph.num_values, np.int64)
     call_of = np.zeros(graph.num_values, np.int64)
     for g, group in enumerate(graph.groups):
         if _is_lookup(group.cell):
-            made_by[group.outputs[0]] = g
-            call_of[group.outputs[0]] = np.arange(group.num_calls)
+            for port, made in enumerate(group.outputs):
+                source_of[made], port_of[made] = g, port
+                call_of[made] = np.arange(group.num_calls)
     for group in graph.groups:
-        for i, column in enumerate(group.inputs):
-            if isinstance(column, RaggedRefs) or len(column) == 0:
-                continue
-            source = int(made_by[column[0]])
-            if source >= 0 and (made_by[column] == source).all():
-                lookup = graph.groups[source]
-                index = lookup.inputs[0]
-                group.cell = _with_lookup(group.cell, i, lookup.cell)
-                group.inputs[i] = calls.take(index, call_of[column])
+        if not _is_lookup(group.cell):
+            _sink_into(group, graph, source_of, port_of, call_of)
     used = graph.used()
-    graph.groups = [g for g in graph.groups if not _is_lookup(g.cell) or used[g.outputs[0]].any()]
+    graph.groups = [
+        g for g in graph.groups if not _is_lookup(g.cell) or any(used[m].any() for m in g.outputs)
+    ]
 
 
 def _is_lookup(cell: Cell) -> bool:
+    """One look-up in a weight, and views of it."""
     return (
-        [op.op for op in cell.ops] == ["embedding"]
+        [op.op for op in cell.ops if op.op not in ("slice", "reshape")] == ["embedding"]
+        and cell.ops[0].op == "embedding"
         and len(cell.inputs) == 1
         and cell.ops[0].operands[0].kind == "param"
         and cell.inputs[0].type.shape == ()
     )
 
 
-def _with_lookup(cell: Cell, index: int, lookup: Cell) -> Cell:
-    """`cell` whose input `index` is now looked up inside it."""
-    editor = _Editor(cell)
-    old = cell.inputs[index]
-    editor.inputs[index] = CellInput(old.name, lookup.inputs[0].type)
-    table = lookup.params[0]
-    operands = (editor.param(table.name, table.type), Operand("input", index))
-    made = editor.add(replace(lookup.ops[0], operands=operands))
-    editor.mapped[Operand("input", index)] = made
-    for i, op in enumerate(cell.ops):
+def _sink_into(
+    group: CallGroup, graph: CallGraph, source_of: Refs, port_of: Refs, call_of: Refs
+) -> None:
+    """Do the look-ups that a group's inputs come from inside its cell."""
+    found: list[tuple[int, int, int]] = []  # input, source group, port
+    for i, column in enumerate(group.inputs):
+        if isinstance(column, RaggedRefs) or len(column) == 0:
+            continue
+        source, port = int(source_of[column[0]]), int(port_of[column[0]])
+        if source >= 0 and ((source_of[column] == source) & (port_of[column] == port)).all():
+            found.append((i, source, port))
+    if not found:
+        return
+    editor = _Editor(group.cell)
+    kept: dict[int, int] = {}  # source group: the input that holds its index now
+    dropped = set()
+    for i, source, port in found:
+        lookup = graph.groups[source]
+        column = group.inputs[i]
+        assert isinstance(column, np.ndarray)
+        index = calls.take(lookup.inputs[0], call_of[column])
+        if source in kept and np.array_equal(_plain(group.inputs[kept[source]]), _plain(index)):
+            dropped.add(i)
+        else:
+            kept[source] = i
+            editor.inputs[i] = CellInput(group.cell.inputs[i].name, lookup.cell.inputs[0].type)
+            group.inputs[i] = index
+        made = _inline(editor, lookup.cell, Operand("input", kept[source]))
+        editor.mapped[Operand("input", i)] = made[port]
+    for i, op in enumerate(group.cell.ops):
         editor.copy(op, i)
-    return editor.done()
+    group.cell = _without(share(editor.done()), dropped)
+    group.inputs = [c for i, c in enumerate(group.inputs) if i not in dropped]
+
+
+def _plain(column: Refs | RaggedRefs) -> Refs:
+    assert isinstance(column, np.ndarray)
+    return column
+
+
+def _inline(editor: _Editor, cell: Cell, index: Operand) -> list[Operand]:
+    """Add a look-up cell's operations to a cell being rewritten; returns its outputs there."""
+    made: list[Operand] = []
+    for op in cell.ops:
+        operands = []
+        for operand in op.operands:
+            if operand.kind == "param":
+                param = cell.params[operand.index]
+                operands.append(editor.param(param.name, param.type))
+            else:
+                operands.append(index if operand.kind == "input" else made[operand.index])
+        made.append(editor.add(replace(op, operands=tuple(operands))))
+    return [made[o.index] for o in cell.outputs]
+
+
+def _without(cell: Cell, dropped: set[int]) -> Cell:
+    """A cell without inputs that nothing reads."""
+    kept = [i for i in range(len(cell.inputs)) if i not in dropped]
+    where = {old: new for new, old in enumerate(kept)}
+
+    def move(operand: Operand) -> Operand:
+        return replace(operand, index=where[operand.index]) if operand.kind == "input" else operand
+
+    made = tuple(replace(op, operands=tuple(map(move, op.operands))) for op in cell.ops)
+    inputs = tuple(cell.inputs[i] for i in kept)
+    return replace(cell, inputs=inputs, ops=made, outputs=tuple(map(move, cell.outputs)))
 
 
 PASSES: tuple[tuple[str, Callable[[Cell, Params], Cell]], ...] = (
@@ -317,7 +370,7 @@ def run(
             cell = group.cell
             for _, rewrite in PASSES:
                 cell = rewrite(cell, params)
-            cell = share(cell, params)
+            cell = share(cell)
             cache[key] = (
                 fold_embeddings(cell, params, options.fold_bytes) if options.fold_bytes else cell
             )

@@ -61,6 +61,21 @@ def _batch_norm(
     return out, mean, var
 
 
+def _any_batch_norm(
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Any:
+    if training:
+        raise UnsupportedError(what="batch norm in training mode", remedy="call model.eval()")
+    return _batch_norm(x, weight, bias, mean, var, momentum, eps)
+
+
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     x = x.float() if half_to_float else x
     e = torch.exp(x - x.amax([dim], keepdim=True)) if x.dim() else torch.exp(x - x)
@@ -206,7 +221,8 @@ def _addmv(bias: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float 
 
 
 def _isinf(x: Tensor) -> Tensor:
-    return torch.eq(x.abs(), float("inf"))
+    infinite: Tensor = torch.eq(x.abs(), float("inf"))
+    return infinite
 
 
 def _lerp(a: Tensor, b: Tensor, weight: Any) -> Tensor:
@@ -276,6 +292,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
+    "native_batch_norm": _any_batch_norm,
     "_softmax": _softmax,
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,

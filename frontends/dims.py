@@ -136,10 +136,10 @@ def tensors(template: Any, operands: Sequence[Ref]) -> list[Ref]:
 
 POINTWISE_OPS = frozenset(
     "neg rsub exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf "
-    "reciprocal sign sgn floor ceil round trunc silu gelu logical_not bitwise_not isnan _to_copy clone "
-    "add sub mul div pow maximum "
-    "minimum fmod remainder floor_divide atan2 logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor "
-    "eq ne lt le gt ge where clamp_min clamp_max".split()
+    "reciprocal sign sgn floor ceil round trunc silu gelu logical_not bitwise_not isnan "
+    "_to_copy clone add sub mul div pow maximum minimum fmod remainder floor_divide atan2 "
+    "logical_and logical_or logical_xor bitwise_and bitwise_or bitwise_xor eq ne lt le gt ge "
+    "where clamp_min clamp_max".split()
 )
 
 

@@ -2,7 +2,7 @@
 //
 // Duty: compiled once a machine. In: a kernel's stages and a launch (runtime.h); out: rows in the arenas. Many rows of a
 // step are cut into tiles, each run through all stages by one thread while it is in cache; few rows are run by all
-// threads together, a share of the columns each. There is a barrier between steps, and none inside a tile.
+// threads together, a share of the columns each. Steps, and the stages of few rows, wait for those before.
 #include "runtime.h"
 
 #include <pthread.h>
@@ -149,33 +149,32 @@ template <class Done> void spin(Done done) {
     for (int i = 0; !done(); ++i) i < 2000 ? pause() : (void)sched_yield();
 }
 
-struct Barrier {
-    std::atomic<int64_t> arrived{0}, phase{0};
-    void wait(int64_t size) {
-        if (size == 1) return;
-        const int64_t now = phase.load(std::memory_order_relaxed);
-        if (arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
-            arrived.store(0, std::memory_order_relaxed);
-            phase.store(now + 1, std::memory_order_release);
-        } else {
-            spin([&] { return phase.load(std::memory_order_acquire) != now; });
-        }
-    }
-};
-
 // ---- The pool
 
 typedef void (*Work)(void *, int64_t part, int64_t parts);
 
+// A team never waits for a worker that has not come yet: workers join the work of a caller while it is open, and the
+// caller closes it when there is nothing left to do. So a busy machine costs time, never a stall.
 struct Pool {
     std::mutex busy, lock;
     std::condition_variable wake;
-    std::atomic<uint64_t> job{0};  // number * 256 + size of the team; 0 as size: stop
-    std::atomic<int64_t> left{0}, asleep{0};
+    std::atomic<uint64_t> job{0};   // number * 256 + size of the team; size 0: stop
+    std::atomic<uint64_t> door{0};  // number * 65536 + CLOSED + how many have joined
+    std::atomic<uint64_t> left{0};
+    std::atomic<int64_t> asleep{0};
     Work work = nullptr;
     void *context = nullptr;
     std::thread *threads[255] = {};
     int64_t count = 0;
+    static constexpr uint64_t CLOSED = 32768;
+
+    bool join(uint64_t number) {
+        uint64_t seen = door.load(std::memory_order_acquire);
+        do {
+            if (seen / 65536 != number || (seen & CLOSED)) return false;
+        } while (!door.compare_exchange_weak(seen, seen + 1, std::memory_order_acq_rel));
+        return true;
+    }
 
     void loop(int64_t index, uint64_t seen) {
         for (;;) {
@@ -189,14 +188,16 @@ struct Pool {
             seen = job.load(std::memory_order_acquire);
             const int64_t size = int64_t(seen & 255);
             if (size == 0) return;
-            if (index >= size) continue;
+            if (index >= size || !join(seen / 256)) continue;
             work(context, index, size);
-            left.fetch_sub(1, std::memory_order_acq_rel);
+            left.fetch_add(1, std::memory_order_acq_rel);
         }
     }
 
     void announce(int64_t size) {
-        job.store((job.load() / 256 + 1) * 256 + uint64_t(size));
+        const uint64_t number = job.load() / 256 + 1;
+        door.store(number * 65536);
+        job.store(number * 256 + uint64_t(size));
         if (asleep.load() == 0) return;
         std::lock_guard<std::mutex> hold(lock);
         wake.notify_all();
@@ -208,10 +209,11 @@ struct Pool {
         if (size <= 1 || !mine.try_lock()) return what(with, 0, 1);
         for (; count < size - 1; ++count) threads[count] = new std::thread(&Pool::loop, this, count + 1, job.load());
         work = what, context = with;
-        left.store(size - 1);
+        left.store(0);
         announce(size);
         what(with, 0, size);
-        spin([&] { return left.load(std::memory_order_acquire) == 0; });
+        const uint64_t joined = door.fetch_or(CLOSED) & (CLOSED - 1);
+        spin([&] { return left.load(std::memory_order_acquire) == joined; });
     }
 
     void stop() {
@@ -249,10 +251,14 @@ thread_local Scratch scratch, shared_scratch;
 struct Job {
     const Kernel *kernel;
     const Launch *launch;
-    int64_t threads;
-    char *shared;  // scratch of a tile that all threads work on
-    Barrier barrier;
-    std::atomic<int64_t> next{0};
+    char *shared;  // scratch of a tile that all threads work on; null: each has tiles of its own
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
+    alignas(64) std::atomic<int64_t> claimed[256];  // the phase that each part is claimed for next
+
+    void wait_for(int64_t count) {
+        spin([&] { return done.load(std::memory_order_acquire) >= count; });
+    }
 };
 
 inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
@@ -299,36 +305,50 @@ int64_t tile_rows(const Kernel &k, int64_t n, int64_t threads) {
     return (n + rounds * threads - 1) / (rounds * threads);
 }
 
+// Tiles are numbered through all steps; a tile begins when all of the steps before are done
 void run_tiles(Job &job, int64_t parts) {
     const Kernel &k = *job.kernel;
     const Launch &l = *job.launch;
     char *memory = scratch.get(Pointers::bytes(k) + buffer_bytes(k) * k.max_tile);
     const Pointers pointers(k, l, memory);
-    int64_t ticket = job.next.fetch_add(1), base = 0;  // tiles are numbered through all steps
+    int64_t ticket = job.next.fetch_add(1), base = 0;
     for (int64_t s = 0; s < l.num_steps; ++s) {
         const int64_t begin = l.steps[s], n = l.steps[s + 1] - begin;
-        const int64_t size = n ? tile_rows(k, n, parts) : 1, tiles = (n + size - 1) / size;
+        if (n == 0) continue;
+        const int64_t size = tile_rows(k, n, parts), tiles = (n + size - 1) / size;
+        if (ticket < base + tiles) job.wait_for(base);
         for (; ticket < base + tiles; ticket = job.next.fetch_add(1)) {
             const int64_t first = (ticket - base) * size;
             const Tile tile = pointers.tile(begin + first, first + size < n ? size : n - first, memory + Pointers::bytes(k));
             for (int64_t i = 0; i < k.num_stages; ++i) k.stages[i](tile, 0, 1);
+            job.done.fetch_add(1, std::memory_order_acq_rel);
         }
         base += tiles;
-        if (s + 1 < l.num_steps) job.barrier.wait(parts);
     }
 }
 
+// Every stage of a tile is a phase of `parts`; a thread takes its own part, whose weights are in its cache, and then
+// those that no one has begun
 void run_together(Job &job, int64_t part, int64_t parts) {
     const Kernel &k = *job.kernel;
     const Launch &l = *job.launch;
     const Pointers pointers(k, l, scratch.get(Pointers::bytes(k)));
+    int64_t phase = 0;
     for (int64_t s = 0; s < l.num_steps; ++s) {
-        for (int64_t first = l.steps[s]; first < l.steps[s + 1]; first += k.max_tile) {
+        for (int64_t first = l.steps[s]; first < l.steps[s + 1]; first += k.max_tile, phase += k.num_stages) {
+            if (job.done.load(std::memory_order_acquire) >= (phase + k.num_stages) * parts) continue;
             const int64_t n = l.steps[s + 1] - first;
             const Tile tile = pointers.tile(first, n < k.max_tile ? n : k.max_tile, job.shared);
             for (int64_t i = 0; i < k.num_stages; ++i) {
-                k.stages[i](tile, part, parts);
-                job.barrier.wait(parts);
+                for (int64_t j = 0; j < parts; ++j) {
+                    const int64_t mine = (part + j) % parts;
+                    int64_t open = phase + i;
+                    if (job.claimed[mine].load(std::memory_order_relaxed) != open) continue;
+                    if (!job.claimed[mine].compare_exchange_strong(open, open + 1, std::memory_order_acq_rel)) continue;
+                    k.stages[i](tile, mine, parts);
+                    job.done.fetch_add(1, std::memory_order_acq_rel);
+                }
+                job.wait_for((phase + i + 1) * parts);
             }
         }
     }
@@ -342,11 +362,11 @@ void work(void *context, int64_t part, int64_t parts) {
         run_tiles(job, parts);
 }
 
-// Threads are worth their barriers (about 1 us a step) and waking them (10 us a launch) or not
+// Threads are worth their synchronisation (about 1 us a step) and waking them (10 us a launch) or not
 int64_t threads_for(const Kernel &k, const Launch &l, int64_t rows) {
     const double row_ns = k.row_ns * double(rows), read_ns = k.weight_bytes / 25. * double(l.num_steps);
     const double ns = row_ns > read_ns ? row_ns : read_ns;
-    return ns < 15000. || ns < 3000. * double(l.num_steps) ? 1 : l.threads;
+    return ns < 15000. || ns < 3000. * double(l.num_steps) ? 1 : l.threads < 255 ? l.threads : 255;
 }
 
 }  // namespace
@@ -358,10 +378,11 @@ int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
     const int64_t rows = launch->steps[launch->num_steps];
     Job job;
     job.kernel = kernel, job.launch = launch;
-    job.threads = threads_for(*kernel, *launch, rows);
-    const bool few = rows < 8 * job.threads * launch->num_steps && job.threads > 1;
+    const int64_t threads = threads_for(*kernel, *launch, rows);
+    for (int64_t i = 0; i < threads; ++i) job.claimed[i].store(0, std::memory_order_relaxed);
+    const bool few = rows < 8 * threads * launch->num_steps && threads > 1;
     job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
-    pool->run(job.threads, work, &job);
+    pool->run(threads, work, &job);
     return launch->bad && memchr(launch->bad, 1, size_t(rows));
 }
 
