@@ -37,7 +37,7 @@ from cellc.launch import Backend, Kernel
 from cellc.params import Params
 from cellc.plan import Plan, Tables, make_plan, record_length
 from cellc.printer import print_cell, print_graph
-from cellc.request import Arguments, Structure, describe
+from cellc.request import Arguments, Structure, describe, kind_of, unlike
 
 MAX_PLANS = 4096
 _CHANNELS = {
@@ -115,7 +115,7 @@ class Compiler:
         self._rewritten: dict[str, Cell] = {}
         self._plans: OrderedDict[Hashable, Entry] = OrderedDict()
         self._families: dict[Hashable, _FamilyState] = {}
-        self._good: tuple[torch.Tensor, ...] | None = None
+        self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
 
     # -- plans --
@@ -163,7 +163,7 @@ class Compiler:
             self._forget()
         self.calls, self.graph = graph, traced.graph
         self.counts["plans_traced"] += 1
-        self._good = tuple(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
+        self._good = {n: kind_of(v) for n, v in self.arguments.by_name(args, kwargs).items()}
         kept, spec = traced.outputs
         bare = (
             spec == pytree.treespec_leaf() if hasattr(pytree, "treespec_leaf") else spec.is_leaf()
@@ -223,7 +223,7 @@ class Compiler:
             with evaluating(self.model):
                 return trace(self.forward, self.params.base, modules, args, kwargs, names)
         except ForwardError as error:
-            raise self._blame(error, args, kwargs, names) from error
+            raise self._blame(error, args, kwargs) from error
 
     def output_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[int, ...]]:
         """Shapes of the returned leaves (() where one is no tensor), from a trace on shapes."""
@@ -234,41 +234,32 @@ class Compiler:
         return [graph.node(v[0]).outputs[v[1]][0] if v is not None else () for v in values]
 
     def _blame(
-        self, error: ForwardError, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]
+        self, error: ForwardError, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> CellcError:
-        """Say which argument is wrong, where one visibly is: empty, or unlike those of requests
-        that worked.
-        """
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensors = [
-            (n, t) for n, t in zip(names, leaves, strict=True) if isinstance(t, torch.Tensor)
-        ]
+        """Say which argument is wrong, where one visibly is: empty, or unlike those that worked."""
         reason = str(error).splitlines()[0]
-        for k, (name, tensor) in enumerate(tensors):
-            good = self._good[k] if self._good is not None and k < len(self._good) else None
-            expected = ""
-            if good is not None and good.dtype != tensor.dtype:
-                expected = f"dtype {describe(good).split('[')[0]}, as in requests that worked"
-            elif good is not None and good.dim() != tensor.dim():
-                expected = f"{good.dim()} dimensions, as in requests that worked"
-            elif tensor.numel() == 0:
+        given = self.arguments.by_name(args, kwargs)
+        for name, value in given.items():
+            good = self._good.get(name) if self._good is not None else None
+            expected = unlike(value, good) if good is not None else None
+            if expected is None and isinstance(value, torch.Tensor) and value.numel() == 0:
                 expected = "at least one element"
-            if expected:
+            if expected is not None:
                 return RequestError(
                     argument=name,
-                    got=describe(tensor),
+                    got=describe(value),
                     expected=f"{expected} ({reason})",
                     origin=error.origin,
                 )
-        if self._good is None or not tensors:
-            got = ", ".join(f"{n}: {describe(t)}" for n, t in tensors)
+        listed = ", ".join(f"{name}: {describe(value)}" for name, value in given.items())
+        if self._good is None:
             return ForwardError(
-                f"{reason} (called with {got})", kind="on this request", origin=error.origin
+                f"{error.reason} (called with {listed})", kind=error.kind, origin=error.origin
             )
         return RequestError(
-            argument=", ".join(n for n, _ in tensors),
-            got=", ".join(describe(t) for _, t in tensors),
-            expected=f"sizes that the forward accepts ({reason})",
+            argument=", ".join(given),
+            got=listed,
+            expected=f"sizes and values that the forward accepts ({reason})",
             origin=error.origin,
         )
 

@@ -60,7 +60,7 @@ def noise(rounds: Sequence[Round[T]]) -> float | None:
 
 
 def repeat_for(work: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A work that returns its seconds a run, over as many runs as fit into `seconds`; warms it up."""
+    """A work that returns its seconds a run, mean of runs for `seconds` in all; warms it up."""
     for _ in range(2):
         work()
 

@@ -30,6 +30,10 @@ class ForwardError(CellcError):
 
     template = "the model's forward raised {kind}: {message}"
 
+    def __init__(self, message: str = "", *, kind: str, origin: str | None = None) -> None:
+        super().__init__(message, kind=kind, origin=origin)
+        self.reason, self.kind = message, kind
+
 
 class ValueReadError(CellcError):
     """The forward read a tensor's value, which is not known while tracing."""

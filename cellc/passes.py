@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from cellc import calls, ops
-from cellc.calls import CallGraph
+from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell, CellInput, CellOp, Operand, Param
 from cellc.ops import RowType
 from cellc.params import Params

@@ -95,6 +95,11 @@ class Arguments:
                 expected="tensors, numbers, strings, and tuples, lists or dicts of them",
             ) from None
 
+    def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by name, in order."""
+        spare = [f"args[{i}]" for i in range(len(self.names), len(args))]
+        return {**dict(zip([*self.names, *spare], args, strict=False)), **kwargs}
+
     def key(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Hashable:
         """Exact key of a flattened request: requests of equal keys share a plan."""
         if isinstance(tree, int):
@@ -144,7 +149,30 @@ def _culprit(message: str, names: Sequence[str]) -> str:
     return quoted[1] if len(quoted) > 2 else ", ".join(names)
 
 
-def describe(tensor: torch.Tensor) -> str:
-    """`f32[3, 4]`."""
-    name = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
-    return f"{name}[{', '.join(map(str, tensor.shape))}]"
+def kind_of(value: Any) -> tuple[Any, ...]:
+    """What requests of one model usually have in common in an argument."""
+    if isinstance(value, torch.Tensor):
+        return ("tensor", value.dtype, value.dim())
+    return (type(value).__name__,)
+
+
+def unlike(value: Any, good: tuple[Any, ...]) -> str | None:
+    """What an argument should have been, going by one that worked; None where it is alike."""
+    kind = kind_of(value)
+    if kind[0] != good[0]:
+        wanted = f"a tensor of dtype {DTYPE_NAMES[good[1]]}" if good[0] == "tensor" else good[0]
+        return f"{wanted}, as in requests that worked"
+    if kind[1:2] != good[1:2]:
+        return f"dtype {DTYPE_NAMES[good[1]]}, as in requests that worked"
+    if kind != good:
+        return f"{good[2]} dimension{'s' * (good[2] != 1)}, as in requests that worked"
+    return None
+
+
+def describe(value: Any) -> str:
+    """`f32[3, 4]`, or a Python value as it prints."""
+    if not isinstance(value, torch.Tensor):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
+    return f"{name}[{', '.join(map(str, value.shape))}]"

@@ -226,7 +226,8 @@ def _isinf(x: Tensor) -> Tensor:
 
 
 def _lerp(a: Tensor, b: Tensor, weight: Any) -> Tensor:
-    return a + weight * (b - a)
+    out: Tensor = a + weight * (b - a)
+    return out
 
 
 def _masked_fill(x: Tensor, mask: Tensor, value: Any) -> Tensor:

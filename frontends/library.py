@@ -87,6 +87,8 @@ def _loop(step: Callable[..., State], num_states: int) -> Callable[..., Any]:
                 what="a PackedSequence",
                 remedy="pass each sequence as a request of its own, unpadded",
             )
+        if x.shape[1 if batch_first else 0] == 0:
+            raise ValueError("expected a sequence of at least one position")
         states = tuple(hx) if num_states > 1 else (hx,)
         if batch_first:
             x = x.transpose(0, 1)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Hashable, Iterator
@@ -489,14 +491,33 @@ def trace(
 def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tracer.root = sys._getframe()
     try:
-        with _Functions(tracer), tracer:
-            return forward(*args, **kwargs)
+        with _quiet(), _Functions(tracer), tracer:
+            result = forward(*args, **kwargs)
+            if inspect.isgenerator(result) or inspect.iscoroutine(result):
+                raise UnsupportedError(
+                    what="a forward that is a generator or a coroutine",
+                    remedy="return the whole result",
+                    origin=f"{os.path.basename(forward.__code__.co_filename)}"
+                    f":{forward.__code__.co_firstlineno}",
+                )
+            return result
     except CellcError:
         raise
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueReadError(what=str(error.func), origin=_where(error)) from None
     except Exception as error:
         raise ForwardError(str(error), kind=type(error).__name__, origin=_where(error)) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from printing what we raise."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = disabled
 
 
 def _where(error: BaseException) -> str:

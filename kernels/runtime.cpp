@@ -1,8 +1,9 @@
 // The library that drives kernels: one thread pool a process, packed products, launches.
 //
-// Duty: compiled once a machine. In: a kernel's stages and a launch (runtime.h); out: rows in the arenas. Many rows of a
-// step are cut into tiles, each run through all stages by one thread while it is in cache; few rows are run by all
-// threads together, a share of the columns each. Steps, and the stages of few rows, wait for those before.
+// Duty: compiled once a machine. In: a kernel's stages and a launch (runtime.h); out: rows in the
+// arenas. Many rows of a step are cut into tiles, each run through all stages by one thread while
+// it is in cache; few rows are run by all threads together, a share of the columns each. Steps, and
+// the stages of few rows, wait for those before.
 #include "runtime.h"
 
 #include <pthread.h>
@@ -21,15 +22,20 @@ namespace {
 
 // ---- Products
 
-template <class T> struct Vector;
-template <> struct Vector<float> {
+template <class T>
+struct Vector;
+template <>
+struct Vector<float> {
     typedef float type __attribute__((vector_size(VBYTES), aligned(4), may_alias));
 };
-template <> struct Vector<double> {
+template <>
+struct Vector<double> {
     typedef double type __attribute__((vector_size(VBYTES), aligned(8), may_alias));
 };
 
-template <class T> struct Block {  // rows of one panel: where they begin, where partial sums are kept, where results go
+template <class T>
+struct Block {  // rows of one panel: where they begin, where partial sums are kept, where results
+                // go
     const T *const *a;
     const T *b, *bias;
     T *partial;
@@ -39,7 +45,8 @@ template <class T> struct Block {  // rows of one panel: where they begin, where
 };
 
 // M rows by W vectors of columns: acc[m][w] = sum over k, in ascending order
-template <class T, int M, int W> __attribute__((noinline)) void micro(const Block<T> &t) {
+template <class T, int M, int W>
+__attribute__((noinline)) void micro(const Block<T> &t) {
     typedef typename Vector<T>::type V;
     constexpr int64_t L = VBYTES / sizeof(T);
     V acc[M][W];
@@ -76,29 +83,37 @@ template <class T, int M, int W> __attribute__((noinline)) void micro(const Bloc
     }
 }
 
-template <class T, int W> void rows(const Block<T> &t, int64_t m) {
-    static void (*const table[])(const Block<T> &) = {micro<T, 1, W>, micro<T, 2, W>, micro<T, 3, W>, micro<T, 4, W>,
+template <class T, int W>
+void rows(const Block<T> &t, int64_t m) {
+    static void (*const table[])(const Block<T> &) = {
+        micro<T, 1, W>, micro<T, 2, W>, micro<T, 3, W>, micro<T, 4, W>,
 #if defined(__AVX512F__) || defined(__AVX__) || defined(__aarch64__)
-                                                      micro<T, 5, W>, micro<T, 6, W>
+        micro<T, 5, W>, micro<T, 6, W>
 #endif
     };
     table[m - 1](t);
 }
 
-template <class T> void columns(const Block<T> &t, int64_t m, int64_t vectors) {
+template <class T>
+void columns(const Block<T> &t, int64_t m, int64_t vectors) {
     switch (vectors) {
-        case 1: return rows<T, 1>(t, m);
-        case 2: return rows<T, 2>(t, m);
+        case 1:
+            return rows<T, 1>(t, m);
+        case 2:
+            return rows<T, 2>(t, m);
 #if defined(__AVX512F__) || defined(__aarch64__)
-        case 3: return rows<T, 3>(t, m);
-        case 4: return rows<T, 4>(t, m);
+        case 3:
+            return rows<T, 3>(t, m);
+        case 4:
+            return rows<T, 4>(t, m);
 #endif
     }
 }
 
 // m <= CHUNK rows; each panel is read from far away once, and from L2 for every block of rows
 template <class T>
-void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, int64_t k, int64_t n, int64_t begin, int64_t end) {
+void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, int64_t k,
+          int64_t n, int64_t begin, int64_t end) {
     constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
     alignas(64) T partial[CHUNK * N];
     alignas(64) T tail_bias[N];
@@ -114,15 +129,17 @@ void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, 
             const int64_t k1 = k0 + DEPTH < k ? k0 + DEPTH : k;
             for (int64_t i = 0; i < blocks; ++i) {
                 const int64_t r0 = m * i / blocks, r1 = m * (i + 1) / blocks;
-                columns<T>({a + r0, w + p * N * k + k0 * vectors * L, from, partial + r0 * vectors * L, c + r0, k0, k1, p * N,
-                            valid, k0 == 0, k1 == k},
-                           r1 - r0, vectors);
+                columns<T>(
+                    {a + r0, w + p * N * k + k0 * vectors * L, from, partial + r0 * vectors * L,
+                     c + r0, k0, k1, p * N, valid, k0 == 0, k1 == k},
+                    r1 - r0, vectors);
             }
         }
     }
 }
 
-template <class T> void pack(const T *w, int64_t k, int64_t n, T *out) {
+template <class T>
+void pack(const T *w, int64_t k, int64_t n, T *out) {
     constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
     for (int64_t j = 0; j < n; j += N) {
         const int64_t valid = n - j < N ? n - j : N, width = (valid + L - 1) / L * L;
@@ -145,7 +162,8 @@ inline void pause() {
 #endif
 }
 
-template <class Done> void spin(Done done) {
+template <class Done>
+void spin(Done done) {
     for (int i = 0; !done(); ++i) i < 2000 ? pause() : (void)sched_yield();
 }
 
@@ -153,8 +171,9 @@ template <class Done> void spin(Done done) {
 
 typedef void (*Work)(void *, int64_t part, int64_t parts);
 
-// A team never waits for a worker that has not come yet: workers join the work of a caller while it is open, and the
-// caller closes it when there is nothing left to do. So a busy machine costs time, never a stall.
+// A team never waits for a worker that has not come yet: workers join the work of a caller while it
+// is open, and the caller closes it when there is nothing left to do. So a busy machine costs time,
+// never a stall.
 struct Pool {
     std::mutex busy, lock;
     std::condition_variable wake;
@@ -207,7 +226,8 @@ struct Pool {
         std::unique_lock<std::mutex> mine(busy, std::defer_lock);
         if (size > 255) size = 255;
         if (size <= 1 || !mine.try_lock()) return what(with, 0, 1);
-        for (; count < size - 1; ++count) threads[count] = new std::thread(&Pool::loop, this, count + 1, job.load());
+        for (; count < size - 1; ++count)
+            threads[count] = new std::thread(&Pool::loop, this, count + 1, job.load());
         work = what, context = with;
         left.store(0);
         announce(size);
@@ -226,7 +246,7 @@ struct Pool {
     }
 };
 
-Pool *pool = new Pool;  // never destroyed: its threads may outlive main
+Pool *pool = new Pool;              // never destroyed: its threads may outlive main
 void forked() { pool = new Pool; }  // the child has none of the threads
 const int at_fork = pthread_atfork(nullptr, nullptr, forked);
 
@@ -265,7 +285,8 @@ inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 int64_t buffer_bytes(const Kernel &k) {
     int64_t total = 0;
-    for (int64_t b = 0; b < k.num_buffers; ++b) total += padded(k.row_bytes[k.num_inputs + k.num_outputs + b]);
+    for (int64_t b = 0; b < k.num_buffers; ++b)
+        total += padded(k.row_bytes[k.num_inputs + k.num_outputs + b]);
     return total;
 }
 
@@ -280,7 +301,9 @@ struct Pointers {
         rows = reinterpret_cast<char **>(memory) + count(k);
     }
     static int64_t count(const Kernel &k) { return k.num_inputs + k.num_outputs + k.num_buffers; }
-    static int64_t bytes(const Kernel &k) { return padded(count(k) * (1 + k.max_tile) * int64_t(sizeof(char *))); }
+    static int64_t bytes(const Kernel &k) {
+        return padded(count(k) * (1 + k.max_tile) * int64_t(sizeof(char *)));
+    }
 
     Tile tile(int64_t first, int64_t n, char *buffers) const {
         const int64_t operands = kernel.num_inputs + kernel.num_outputs;
@@ -299,7 +322,8 @@ struct Pointers {
     }
 };
 
-// Rows to a tile of a step of `n`: as many as may share scratch, a like number of tiles for every thread
+// Rows to a tile of a step of `n`: as many as may share scratch, a like number of tiles for every
+// thread
 int64_t tile_rows(const Kernel &k, int64_t n, int64_t threads) {
     const int64_t rounds = (n + k.max_tile * threads - 1) / (k.max_tile * threads);
     return (n + rounds * threads - 1) / (rounds * threads);
@@ -319,7 +343,8 @@ void run_tiles(Job &job, int64_t parts) {
         if (ticket < base + tiles) job.wait_for(base);
         for (; ticket < base + tiles; ticket = job.next.fetch_add(1)) {
             const int64_t first = (ticket - base) * size;
-            const Tile tile = pointers.tile(begin + first, first + size < n ? size : n - first, memory + Pointers::bytes(k));
+            const Tile tile = pointers.tile(begin + first, first + size < n ? size : n - first,
+                                            memory + Pointers::bytes(k));
             for (int64_t i = 0; i < k.num_stages; ++i) k.stages[i](tile, 0, 1);
             job.done.fetch_add(1, std::memory_order_acq_rel);
         }
@@ -327,16 +352,18 @@ void run_tiles(Job &job, int64_t parts) {
     }
 }
 
-// Every stage of a tile is a phase of `parts`; a thread takes its own part, whose weights are in its cache, and then
-// those that no one has begun
+// Every stage of a tile is a phase of `parts`; a thread takes its own part, whose weights are in
+// its cache, and then those that no one has begun
 void run_together(Job &job, int64_t part, int64_t parts) {
     const Kernel &k = *job.kernel;
     const Launch &l = *job.launch;
     const Pointers pointers(k, l, scratch.get(Pointers::bytes(k)));
     int64_t phase = 0;
     for (int64_t s = 0; s < l.num_steps; ++s) {
-        for (int64_t first = l.steps[s]; first < l.steps[s + 1]; first += k.max_tile, phase += k.num_stages) {
-            if (job.done.load(std::memory_order_acquire) >= (phase + k.num_stages) * parts) continue;
+        for (int64_t first = l.steps[s]; first < l.steps[s + 1];
+             first += k.max_tile, phase += k.num_stages) {
+            if (job.done.load(std::memory_order_acquire) >= (phase + k.num_stages) * parts)
+                continue;
             const int64_t n = l.steps[s + 1] - first;
             const Tile tile = pointers.tile(first, n < k.max_tile ? n : k.max_tile, job.shared);
             for (int64_t i = 0; i < k.num_stages; ++i) {
@@ -344,7 +371,9 @@ void run_together(Job &job, int64_t part, int64_t parts) {
                     const int64_t mine = (part + j) % parts;
                     int64_t open = phase + i;
                     if (job.claimed[mine].load(std::memory_order_relaxed) != open) continue;
-                    if (!job.claimed[mine].compare_exchange_strong(open, open + 1, std::memory_order_acq_rel)) continue;
+                    if (!job.claimed[mine].compare_exchange_strong(open, open + 1,
+                                                                   std::memory_order_acq_rel))
+                        continue;
                     k.stages[i](tile, mine, parts);
                     job.done.fetch_add(1, std::memory_order_acq_rel);
                 }
@@ -362,9 +391,11 @@ void work(void *context, int64_t part, int64_t parts) {
         run_tiles(job, parts);
 }
 
-// Threads are worth their synchronisation (about 1 us a step) and waking them (10 us a launch) or not
+// Threads are worth their synchronisation (about 1 us a step) and waking them (10 us a launch) or
+// not
 int64_t threads_for(const Kernel &k, const Launch &l, int64_t rows) {
-    const double row_ns = k.row_ns * double(rows), read_ns = k.weight_bytes / 25. * double(l.num_steps);
+    const double row_ns = k.row_ns * double(rows),
+                 read_ns = k.weight_bytes / 25. * double(l.num_steps);
     const double ns = row_ns > read_ns ? row_ns : read_ns;
     return ns < 15000. || ns < 3000. * double(l.num_steps) ? 1 : l.threads < 255 ? l.threads : 255;
 }
@@ -380,7 +411,9 @@ int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
     job.kernel = kernel, job.launch = launch;
     const int64_t threads = threads_for(*kernel, *launch, rows);
     for (int64_t i = 0; i < threads; ++i) job.claimed[i].store(0, std::memory_order_relaxed);
-    const bool few = rows < 8 * threads * launch->num_steps && threads > 1;
+    const bool large =
+        kernel->weight_bytes > 2e6;  // more than L2 holds: reading it once is worth more
+    const bool few = rows < (large ? 20 : 8) * threads * launch->num_steps && threads > 1;
     job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
     pool->run(threads, work, &job);
     return launch->bad && memchr(launch->bad, 1, size_t(rows));
@@ -397,7 +430,8 @@ int64_t cellc_num_workers() { return pool->count; }
 int64_t cellc_panel_bytes() { return NV * VBYTES; }
 
 void *cellc_alloc(int64_t bytes) {
-    const size_t page = bytes >= (1 << 20) ? (1 << 21) : 4096, size = (size_t(bytes) + page - 1) / page * page;
+    const size_t page = bytes >= (1 << 20) ? (1 << 21) : 4096,
+                 size = (size_t(bytes) + page - 1) / page * page;
     void *memory = aligned_alloc(page, size ? size : page);
 #ifdef MADV_HUGEPAGE
     if (memory && page > 4096) madvise(memory, size, MADV_HUGEPAGE);

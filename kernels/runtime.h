@@ -1,7 +1,8 @@
 // The C++ runtime of generated kernels: launches, thread pool, packed products, vector mathematics.
 //
-// Duty: what every generated kernel includes: its interface to runtime.cpp, which drives it, and its mathematics.
-// Reductions and products add in an order that does not depend on the batch: a row's result never does.
+// Duty: what every generated kernel includes: its interface to runtime.cpp, which drives it, and
+// its mathematics. Reductions and products add in an order that does not depend on the batch: a
+// row's result never does.
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -11,7 +12,8 @@ namespace cellc {
 
 // ---- What Python fills in (cpp.py), and what a kernel exports
 
-struct Operand {  // one cell input or output: arena, slots [N]; of a ragged input also offsets [N + 1]
+struct Operand {  // one cell input or output: arena, slots [N]; of a ragged input also offsets [N +
+                  // 1]
     char *base;
     const int32_t *slots, *offsets;
 };
@@ -27,15 +29,22 @@ struct Launch {  // followed by one Operand a cell input, then one a cell output
 
 struct Runtime;
 
-struct Tile {  // some rows of one step; at[x][r] is row r of input, output or buffer x, in this order
+struct Tile {  // some rows of one step; at[x][r] is row r of input, output or buffer x, in this
+               // order
     int64_t rows, first;
     char *const *const *at;
     const void *const *params;
     const Operand *operands;
     uint8_t *bad;
     const Runtime *runtime;
-    template <class T> T *row(int64_t x, int64_t r) const { return reinterpret_cast<T *>(at[x][r]); }
-    template <class T> const T *param(int64_t p) const { return static_cast<const T *>(params[p]); }
+    template <class T>
+    T *row(int64_t x, int64_t r) const {
+        return reinterpret_cast<T *>(at[x][r]);
+    }
+    template <class T>
+    const T *param(int64_t p) const {
+        return static_cast<const T *>(params[p]);
+    }
 };
 
 typedef void (*Stage)(const Tile &, int64_t part, int64_t parts);
@@ -45,13 +54,15 @@ struct Kernel {
     const int64_t *row_bytes;  // of inputs (ragged: 0), outputs, buffers
     int64_t num_stages;
     const Stage *stages;
-    int64_t max_tile;                // rows that share scratch
-    double row_ns, weight_bytes;     // estimated cost of a row, and what a step must read at least
+    int64_t max_tile;             // rows that share scratch
+    double row_ns, weight_bytes;  // estimated cost of a row, and what a step must read at least
 };
 
 struct Runtime {
-    void (*gemm_f32)(const float *const *, int64_t, const float *, const float *, float *const *, int64_t, int64_t, int64_t, int64_t);
-    void (*gemm_f64)(const double *const *, int64_t, const double *, const double *, double *const *, int64_t, int64_t, int64_t, int64_t);
+    void (*gemm_f32)(const float *const *, int64_t, const float *, const float *, float *const *,
+                     int64_t, int64_t, int64_t, int64_t);
+    void (*gemm_f64)(const double *const *, int64_t, const double *, const double *,
+                     double *const *, int64_t, int64_t, int64_t, int64_t);
 };
 
 // ---- Splitting a stage between threads
@@ -61,14 +72,16 @@ struct Range {
 };
 
 static inline Range split(int64_t n, int64_t part, int64_t parts, int64_t unit = 1) {
-    int64_t units = (n + unit - 1) / unit, begin = units * part / parts * unit, end = units * (part + 1) / parts * unit;
+    int64_t units = (n + unit - 1) / unit, begin = units * part / parts * unit,
+            end = units * (part + 1) / parts * unit;
     return {begin, end < n ? end : n};
 }
 
 struct Share {  // of a map: some of the rows, or of all rows some of the points
     Range rows, points;
     Share(int64_t n, int64_t size, int64_t part, int64_t parts)
-        : rows(n < parts ? Range{0, n} : split(n, part, parts)), points(n < parts ? split(size, part, parts, 16) : Range{0, size}) {}
+        : rows(n < parts ? Range{0, n} : split(n, part, parts)),
+          points(n < parts ? split(size, part, parts, 16) : Range{0, size}) {}
 };
 
 // ---- Products: out rows [m, N] = x rows [m, K] @ packed weight + bias
@@ -84,14 +97,17 @@ enum { VBYTES = 16, MR = 4, NV = 2 };
 #endif
 enum { CHUNK = 48, DEPTH = 1024 };  // rows, and depth, that one panel is used for while it is in L2
 
-template <class T> constexpr int64_t panel_columns() { return NV * VBYTES / int64_t(sizeof(T)); }
+template <class T>
+constexpr int64_t panel_columns() {
+    return NV * VBYTES / int64_t(sizeof(T));
+}
 
-static inline void gemm(const Runtime *rt, const float *const *a, int64_t m, const float *w, const float *bias, float *const *c,
-                        int64_t k, int64_t n, Range p) {
+static inline void gemm(const Runtime *rt, const float *const *a, int64_t m, const float *w,
+                        const float *bias, float *const *c, int64_t k, int64_t n, Range p) {
     rt->gemm_f32(a, m, w, bias, c, k, n, p.begin, p.end);
 }
-static inline void gemm(const Runtime *rt, const double *const *a, int64_t m, const double *w, const double *bias,
-                        double *const *c, int64_t k, int64_t n, Range p) {
+static inline void gemm(const Runtime *rt, const double *const *a, int64_t m, const double *w,
+                        const double *bias, double *const *c, int64_t k, int64_t n, Range p) {
     rt->gemm_f64(a, m, w, bias, c, k, n, p.begin, p.end);
 }
 
@@ -100,8 +116,8 @@ struct Matrix {  // `count` rows of a view of row operand x: the i-th begins at 
 };
 
 template <class T>
-static inline void product(const Tile &t, Matrix x, int64_t depth, int64_t columns, int64_t weight, int64_t bias, int64_t out,
-                           int64_t part, int64_t parts) {
+static inline void product(const Tile &t, Matrix x, int64_t depth, int64_t columns, int64_t weight,
+                           int64_t bias, int64_t out, int64_t part, int64_t parts) {
     Range panels = split((columns + panel_columns<T>() - 1) / panel_columns<T>(), part, parts);
     const T *a[CHUNK];
     T *c[CHUNK];
@@ -114,13 +130,16 @@ static inline void product(const Tile &t, Matrix x, int64_t depth, int64_t colum
             if (++i == x.count) i = 0, ++r;
         }
         total -= m;
-        gemm(t.runtime, a, m, t.param<T>(weight), bias < 0 ? nullptr : t.param<T>(bias), c, depth, columns, panels);
+        gemm(t.runtime, a, m, t.param<T>(weight), bias < 0 ? nullptr : t.param<T>(bias), c, depth,
+             columns, panels);
     }
 }
 
-// ---- Mathematics, as torch has it; float versions are branch-free, so that loops over them become vector code
+// ---- Mathematics, as torch has it; float versions are branch-free, so that loops over them become
+// vector code
 
-template <class To, class From> static inline To bits(From x) {
+template <class To, class From>
+static inline To bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "");
     To y;
     memcpy(&y, &x, sizeof y);
@@ -166,7 +185,7 @@ static inline double exp_(double x) { return exp(x); }
 static inline double tanh_(double x) { return tanh(x); }
 static inline double sigmoid(double x) { return 1. / (1. + exp(-x)); }
 
-#define CELLC_LIBM(name, f32, f64)                          \
+#define CELLC_LIBM(name, f32, f64)                       \
     static inline float name(float x) { return f32(x); } \
     static inline double name(double x) { return f64(x); }
 CELLC_LIBM(log_, logf, log)
@@ -189,23 +208,60 @@ static inline double pow_(double a, double b) { return pow(a, b); }
 static inline float atan2_(float a, float b) { return atan2f(a, b); }
 static inline double atan2_(double a, double b) { return atan2(a, b); }
 
-template <class T> static inline T floor_(T x) { return x; }
-template <class T> static inline T ceil_(T x) { return x; }
-template <class T> static inline T round_(T x) { return x; }
-template <class T> static inline T trunc_(T x) { return x; }
-template <class T> static inline T abs_(T x) { return x < 0 ? -x : x; }
+template <class T>
+static inline T floor_(T x) {
+    return x;
+}
+template <class T>
+static inline T ceil_(T x) {
+    return x;
+}
+template <class T>
+static inline T round_(T x) {
+    return x;
+}
+template <class T>
+static inline T trunc_(T x) {
+    return x;
+}
+template <class T>
+static inline T abs_(T x) {
+    return x < 0 ? -x : x;
+}
 static inline float abs_(float x) { return __builtin_fabsf(x); }
 static inline double abs_(double x) { return __builtin_fabs(x); }
-template <class T> static inline T sign(T x) { return T((x > 0) - (x < 0)); }
-template <class T> static inline T relu(T x) { return x < 0 ? T(0) : x; }
-template <class T> static inline T silu(T x) { return x / (T(1) + exp_(-x)); }
-template <class T> static inline T softplus(T x) { return x > 20 ? x : log1p_(exp_(x)); }
-template <class T> static inline T gelu(T x) { return x * T(0.5) * (T(1) + erf_(x * T(0.70710678118654752440))); }
-template <class T> static inline T gelu_tanh(T x) {
+template <class T>
+static inline T sign(T x) {
+    return T((x > 0) - (x < 0));
+}
+template <class T>
+static inline T relu(T x) {
+    return x < 0 ? T(0) : x;
+}
+template <class T>
+static inline T silu(T x) {
+    return x / (T(1) + exp_(-x));
+}
+template <class T>
+static inline T softplus(T x) {
+    return x > 20 ? x : log1p_(exp_(x));
+}
+template <class T>
+static inline T gelu(T x) {
+    return x * T(0.5) * (T(1) + erf_(x * T(0.70710678118654752440)));
+}
+template <class T>
+static inline T gelu_tanh(T x) {
     return T(0.5) * x * (T(1) + tanh_(T(0.79788456080286535588) * (x + T(0.044715) * x * x * x)));
 }
-template <class T> static inline T maximum(T a, T b) { return a > b || a != a ? a : b; }
-template <class T> static inline T minimum(T a, T b) { return a < b || a != a ? a : b; }
+template <class T>
+static inline T maximum(T a, T b) {
+    return a > b || a != a ? a : b;
+}
+template <class T>
+static inline T minimum(T a, T b) {
+    return a < b || a != a ? a : b;
+}
 
 static inline float remainder_(float a, float b) {
     float m = fmodf(a, b);
@@ -215,7 +271,8 @@ static inline double remainder_(double a, double b) {
     double m = fmod(a, b);
     return m != 0 && (b < 0) != (m < 0) ? m + b : m;
 }
-template <class T> static inline T floor_div(T a, T b) {
+template <class T>
+static inline T floor_div(T a, T b) {
     if (b == 0) return a / b;
     T m = fmod_(a, b), q = (a - m) / b;
     if (m != 0 && (b < 0) != (m < 0)) q -= 1;
@@ -225,21 +282,25 @@ template <class T> static inline T floor_div(T a, T b) {
 }
 
 // Integers: a division by zero makes the row bad; the lowest number by -1 wraps
-template <class T> static inline T int_fmod(T a, T b, uint8_t *bad) {
+template <class T>
+static inline T int_fmod(T a, T b, uint8_t *bad) {
     if (b == 0) return *bad = 1, T(0);
     return sizeof(T) >= 4 && b == T(-1) ? T(0) : T(a % b);
 }
-template <class T> static inline T int_remainder(T a, T b, uint8_t *bad) {
+template <class T>
+static inline T int_remainder(T a, T b, uint8_t *bad) {
     T m = int_fmod(a, b, bad);
     return m != 0 && (m < 0) != (b < 0) ? T(m + b) : m;
 }
-template <class T> static inline T int_floor_div(T a, T b, uint8_t *bad) {
+template <class T>
+static inline T int_floor_div(T a, T b, uint8_t *bad) {
     if (b == 0) return *bad = 1, T(0);
     if (T(-1) < 0 && b == T(-1)) return T(-a);
     T q = T(a / b);
     return T(a % b) != 0 && (a < 0) != (b < 0) ? T(q - 1) : q;
 }
-template <class T> static inline T int_pow(T a, T b) {
+template <class T>
+static inline T int_pow(T a, T b) {
     if (b < 0) return a == 1 ? T(1) : a == T(-1) ? (b % 2 ? T(-1) : T(1)) : T(0);
     T y = 1;
     for (; b; b >>= 1, a = T(a * a))
@@ -251,51 +312,103 @@ static inline int64_t checked(int64_t index, int64_t limit, uint8_t *bad) {
     if (!inside) *bad = 1;
     return inside ? index : 0;
 }
-template <class T> static inline uint8_t u8(T x) { return uint8_t(int64_t(x)); }
+template <class T>
+static inline uint8_t u8(T x) {
+    return uint8_t(int64_t(x));
+}
 
 // ---- Reductions over values already computed, [n] contiguous; LANES partial results, then a tree
 
 enum { VALUES = 512, LANES = 32 };  // VALUES are computed at a time
 
-template <class T> constexpr T lowest(T) { return T(-1) < T(0) ? T(uint64_t(1) << (8 * sizeof(T) - 1)) : T(0); }
-template <class T> constexpr T highest(T x) { return T(~lowest(x)); }
+template <class T>
+constexpr T lowest(T) {
+    return T(-1) < T(0) ? T(uint64_t(1) << (8 * sizeof(T) - 1)) : T(0);
+}
+template <class T>
+constexpr T highest(T x) {
+    return T(~lowest(x));
+}
 constexpr float lowest(float) { return -INFINITY; }
 constexpr float highest(float) { return INFINITY; }
 constexpr double lowest(double) { return -INFINITY; }
 constexpr double highest(double) { return INFINITY; }
 
 struct Value {
-    template <class O, class T> static O from(T x) { return O(x); }
+    template <class O, class T>
+    static O from(T x) {
+        return O(x);
+    }
 };
 struct Truth {
-    template <class O, class T> static O from(T x) { return O(x != 0); }
+    template <class O, class T>
+    static O from(T x) {
+        return O(x != 0);
+    }
 };
 struct Sum : Value {
-    template <class T> static T first() { return T(0); }
-    template <class T> static T join(T a, T b) { return T(a + b); }
+    template <class T>
+    static T first() {
+        return T(0);
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return T(a + b);
+    }
 };
 struct Prod : Value {
-    template <class T> static T first() { return T(1); }
-    template <class T> static T join(T a, T b) { return T(a * b); }
+    template <class T>
+    static T first() {
+        return T(1);
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return T(a * b);
+    }
 };
 struct Amax : Value {
-    template <class T> static T first() { return lowest(T(0)); }
-    template <class T> static T join(T a, T b) { return b > a || b != b ? b : a; }
+    template <class T>
+    static T first() {
+        return lowest(T(0));
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return b > a || b != b ? b : a;
+    }
 };
 struct Amin : Value {
-    template <class T> static T first() { return highest(T(0)); }
-    template <class T> static T join(T a, T b) { return b < a || b != b ? b : a; }
+    template <class T>
+    static T first() {
+        return highest(T(0));
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return b < a || b != b ? b : a;
+    }
 };
 struct Any : Truth {
-    template <class T> static T first() { return T(0); }
-    template <class T> static T join(T a, T b) { return T(a | b); }
+    template <class T>
+    static T first() {
+        return T(0);
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return T(a | b);
+    }
 };
 struct All : Truth {
-    template <class T> static T first() { return T(1); }
-    template <class T> static T join(T a, T b) { return T(a & b); }
+    template <class T>
+    static T first() {
+        return T(1);
+    }
+    template <class T>
+    static T join(T a, T b) {
+        return T(a & b);
+    }
 };
 
-template <class Op, class T> struct Lanes {
+template <class Op, class T>
+struct Lanes {
     T lane[LANES];
     Lanes() {
         for (int l = 0; l < LANES; ++l) lane[l] = Op::template first<T>();
@@ -315,14 +428,16 @@ template <class Op, class T> struct Lanes {
 };
 
 // The first position of the extreme value; nan is the most extreme
-template <class Op, class T> struct Arg {
+template <class Op, class T>
+struct Arg {
     T best = T(0);
     int64_t at = -1, seen = 0;
     void add(const T *x, int64_t n) {
         Lanes<Op, T> lanes;
         lanes.add(x, n);
         const T y = lanes.result();
-        if (at < 0 || (best == best && (y != y || (y != best && Op::template join<T>(best, y) == y)))) {
+        if (at < 0 ||
+            (best == best && (y != y || (y != best && Op::template join<T>(best, y) == y)))) {
             int64_t i = 0;
             while (!(x[i] == y || (y != y && x[i] != x[i]))) ++i;
             best = y, at = seen + i;
@@ -334,25 +449,30 @@ template <class Op, class T> struct Arg {
 // ---- Ragged vectors of rows: out[r] = op over rows slots[offsets[r]:offsets[r + 1]] of input x
 
 template <class Op, class T, class O>
-static inline void ragged(const Tile &t, int64_t x, int64_t size, int64_t out, bool mean, bool some, Range share) {
+static inline void ragged(const Tile &t, int64_t x, int64_t size, int64_t out, bool mean, bool some,
+                          Range share) {
     const Operand &rows = t.operands[x];
     for (int64_t r = share.begin; r < share.end; ++r) {
         const int64_t begin = rows.offsets[t.first + r], end = rows.offsets[t.first + r + 1];
         O *__restrict y = t.row<O>(out, r);
-        for (int64_t i = 0; i < size; ++i) y[i] = some && begin == end ? O(0) : Op::template first<O>();
+        for (int64_t i = 0; i < size; ++i)
+            y[i] = some && begin == end ? O(0) : Op::template first<O>();
         if (some && begin == end) t.bad[r] = 1;
         for (int64_t j = begin; j < end; ++j) {
             const T *__restrict row = reinterpret_cast<const T *>(rows.base) + size * rows.slots[j];
-            for (int64_t i = 0; i < size; ++i) y[i] = Op::template join<O>(y[i], Op::template from<O>(row[i]));
+            for (int64_t i = 0; i < size; ++i)
+                y[i] = Op::template join<O>(y[i], Op::template from<O>(row[i]));
         }
         if (mean)
             for (int64_t i = 0; i < size; ++i) y[i] = y[i] / O(end - begin);
     }
 }
 
-// ---- Products of data with data: c[m, n] = sum over k of a[m, k] b[k, n], any strides, c contiguous
+// ---- Products of data with data: c[m, n] = sum over k of a[m, k] b[k, n], any strides, c
+// contiguous
 
-template <class T> static inline T dot(const T *a, const T *b, int64_t n) {
+template <class T>
+static inline T dot(const T *a, const T *b, int64_t n) {
     T lane[LANES] = {};
     int64_t i = 0;
     for (; i + LANES <= n; i += LANES)
@@ -364,8 +484,8 @@ template <class T> static inline T dot(const T *a, const T *b, int64_t n) {
 }
 
 template <class T>
-static void matmul(const T *__restrict a, int64_t am, int64_t ak, const T *__restrict b, int64_t bk, int64_t bn, T *__restrict c,
-                   int64_t M, int64_t N, int64_t K) {
+static void matmul(const T *__restrict a, int64_t am, int64_t ak, const T *__restrict b, int64_t bk,
+                   int64_t bn, T *__restrict c, int64_t M, int64_t N, int64_t K) {
     if (ak == 1 && bk == 1) {
         for (int64_t m = 0; m < M; ++m)
             for (int64_t n = 0; n < N; ++n) c[m * N + n] = dot(a + m * am, b + n * bn, K);

@@ -45,7 +45,7 @@ def pair(backend: CppBackend, cell: Cell, seed: int = 0) -> tuple[CppKernel, Ker
 
 SIZED = {
     f"{name}-H{H}-{dtype}": make
-    for H, dtype in ((1, "f32"), (17, "f32"), (64, "f32"), (17, "f64"))
+    for H, dtype in ((17, "f32"), (64, "f32"), (17, "f64"))
     for name, make in {
         "lstm": lambda H=H, d=dtype: kc.lstm_cell(H + 4, H, d),
         "lstm_folded": lambda H=H, d=dtype: kc.lstm_folded(11, H, d),
@@ -240,7 +240,7 @@ def random_cell(seed: int) -> Cell:
     return b.cell(f"random{seed}", *outputs)
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", range(16))
 def test_random_cell(backend: CppBackend, seed: int) -> None:
     cell = random_cell(seed)
     kernel, reference = pair(backend, cell)
