@@ -47,7 +47,7 @@ def config(seconds: float | None, output: str, *, quick: bool) -> Config:
     if quick:
         chosen = Config(
             path, True, hidden=32, max_tokens=24, num_sentences=64, at_once=32, rounds=2,
-            sample_seconds=0.01, shares=(0.4, 0.7), seconds=0.2, load_rounds=1,
+            sample_seconds=0.01, shares=(0.4, 0.7), seconds=0.2, load_rounds=1, patience=0.5,
         )  # fmt: skip
     else:
         chosen = Config(path)
@@ -148,7 +148,8 @@ def _how(demo: Demo) -> list[str]:
     chosen = demo.config
     return [
         "Both sides get the same token tensors and use the same weights and number of threads.",
-        f"Throughput: median of {chosen.rounds} rounds, sides alternated, both warmed up. PyTorch "
+        f"Throughput: median of {chosen.rounds} rounds, each the median of its runs, sides "
+        "alternated, both warmed up. PyTorch "
         f"sorts sentences by length, pads buckets of width {WIDTH}, and takes each sentence's last "
         "state, in inference mode. A sentence alone: compiled(x) against model(x).",
         f"Load: Poisson arrivals, open loop, {chosen.load_rounds} runs of "
@@ -159,8 +160,8 @@ def _how(demo: Demo) -> list[str]:
         f"{len(demo.corpus.sentences):,} sentences that were all there at once.",
         "Results under load were compared with model(x) too.",
         "Where the system tells how busy it is, rounds in which other programs took "
-        f"{report.QUIET:.0%} of the machine or more were repeated (at most as many again) and the "
-        "quietest kept.",
+        f"{report.QUIET:.0%} of the machine or more were repeated (for {chosen.patience:g} seconds "
+        "in all) and the quietest kept.",
     ]
 
 

@@ -37,19 +37,26 @@ class Round(Generic[T]):
         return self.others is None or self.others < QUIET
 
 
+@dataclass
+class Patience:
+    """Seconds that are left for more rounds than were wanted, because those were disturbed."""
+
+    seconds: float
+
+
 def alternate(
-    works: Sequence[Callable[[], T]],
-    wanted: int,
-    most: int,
-    tick: Callable[[], None] = lambda: None,
+    works: Sequence[Callable[[], T]], wanted: int, most: int, patience: Patience
 ) -> list[Round[T]]:
     """The `wanted` quietest of up to `most` rounds; ends as soon as that many were quiet."""
     rounds: list[Round[T]] = []
     while len(rounds) < most and sum(r.quiet for r in rounds) < wanted:
-        before = _cpu_seconds()
+        if len(rounds) >= wanted and patience.seconds <= 0:
+            break
+        start, before = time.perf_counter(), _cpu_seconds()
         results = tuple(work() for work in works)
         rounds.append(Round(results, _share_of_others(before, _cpu_seconds())))
-        tick()
+        if len(rounds) > wanted:
+            patience.seconds -= time.perf_counter() - start
     return sorted(rounds, key=lambda r: r.others or 0.0)[:wanted]
 
 
@@ -60,16 +67,18 @@ def noise(rounds: Sequence[Round[T]]) -> float | None:
 
 
 def repeat_for(work: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A work that returns its seconds a run, mean of runs for `seconds` in all; warms it up."""
+    """A work that returns its seconds a run: the median of runs for `seconds` in all. Warms up."""
     for _ in range(2):
         work()
 
     def timed() -> float:
-        count, start = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - start) < seconds or not count:
+        times: list[float] = []
+        end = time.perf_counter() + seconds
+        while not times or time.perf_counter() < end:
+            start = time.perf_counter()
             work()
-            count += 1
-        return elapsed / count
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
 
     return timed
 

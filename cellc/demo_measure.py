@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cellc import demo_bench as bench
 from cellc.compiled import Compiled
-from cellc.demo_bench import Round, Served
+from cellc.demo_bench import Patience, Round, Served
 from cellc.demo_padded import PaddedServer, run_bucketed
 from cellc.demo_steps import Steps
 from cellc.demo_text import MAX_TOKENS, Classifier, Corpus
@@ -46,6 +46,7 @@ class Config:
     shares: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9)
     seconds: float = 2.0
     load_rounds: int = 2
+    patience: float = 15.0  # seconds for repeating what other programs disturbed
 
 
 @dataclass
@@ -59,6 +60,10 @@ class Demo:
     model: Classifier
     expected: list[Tensor] = field(default_factory=list)
     others: list[float] = field(default_factory=list)  # share of the machine, a measurement
+    patience: Patience = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.patience = Patience(self.config.patience)
 
     def note(self, rounds: Sequence[Round[Any]]) -> None:
         share = bench.noise(rounds)
@@ -122,9 +127,9 @@ def _against(
 ) -> list[float]:
     """Median seconds of both, alternated."""
     chosen = demo.config
-    with demo.steps.step(f"measuring {what}") as tick:
+    with demo.steps.step(f"measuring {what}"):
         works = [bench.repeat_for(work, chosen.sample_seconds) for work in (cellular, padded)]
-        rounds = bench.alternate(works, chosen.rounds, 2 * chosen.rounds, tick)
+        rounds = bench.alternate(works, chosen.rounds, 2 * chosen.rounds, demo.patience)
     demo.note(rounds)
     return bench.medians(rounds)
 
@@ -166,7 +171,7 @@ def _load(
         seconds = chosen.seconds / chosen.load_rounds
         load = bench.make_load(rate, seconds, len(sentences), seed=number)
         works = [lambda s=s: bench.serve(s, sentences, load) for s in servers.values()]  # noqa: B023
-        kept += bench.alternate(works, 1, 2)
+        kept += bench.alternate(works, 1, 2, demo.patience)
         tick()
     demo.note(kept)
     return list(zip(*(r.results for r in kept), strict=True))

@@ -60,9 +60,9 @@ def sentence(found: Findings) -> str:
     """What came out, in one sentence of measured numbers."""
     many, alone = found.comparisons[:2]
     busy = found.others is not None and found.others >= QUIET
-    where = f"while other programs took up to {found.others:.0%} of it " if busy else ""
+    where = f", while other programs took up to {found.others:.0%} of it, " if busy else ""
     parts = [
-        f"On this machine {where}cellc ran {many.what} {many.better:.2f} times as fast as "
+        f"On this machine{where or ' '}cellc ran {many.what} {many.better:.2f} times as fast as "
         f"bucketed padding in PyTorch ({many.cellular} against {many.padded})",
         f"{alone.what} in {alone.cellular} against {alone.padded}",
     ]

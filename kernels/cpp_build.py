@@ -71,7 +71,8 @@ def flags() -> list[str]:
 
 
 def _key(source: str, compiler: str) -> str:
-    parts = [source, (HERE / "runtime.h").read_text(), *flags(), _version(compiler), _processor()]
+    headers = [path.read_text() for path in sorted(HERE.glob("*.h"))]
+    parts = [source, *headers, *flags(), _version(compiler), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 

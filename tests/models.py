@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-I, H, V = 5, 8, 11  # noqa: E741  input size, hidden size, vocabulary
+I, H, V = 5, 8, 11  # noqa: E741 - input size, hidden size, vocabulary
 LENGTHS = (7, 1, 4, 16, 2, 9, 3, 12, 5, 15, 6, 10, 8, 14, 11, 13)
 
 
 @dataclass(frozen=True)
 class Example:
-    """A model and its requests; `recurrent`: {number of calls per position: cells}, where stated."""
+    """A model and its requests; `request(n)` is one of length n."""
 
     make: Callable[[], Any]
     request: Callable[[int], Any]
-    steps: int = 1  # longest-to-shortest factor: positions a unit of length
 
     def model(self) -> Any:
         torch.manual_seed(0)
@@ -33,8 +32,7 @@ class Example:
         return model.eval() if isinstance(model, nn.Module) else model
 
     def requests(self, lengths: Sequence[int] = LENGTHS) -> list[Any]:
-        generator = torch.random.fork_rng()
-        with generator:
+        with torch.random.fork_rng():
             torch.manual_seed(1)
             return [self.request(n) for n in lengths]
 
@@ -567,7 +565,7 @@ class PeepholeLstm(nn.Module):
 
 @example(vectors)
 class CoupledGates(nn.Module):
-    """c = f * c + (1 - f) * g, output of every second... no: of every position."""
+    """The input gate is what the forget gate leaves: c = f * c + (1 - f) * g."""
 
     def __init__(self) -> None:
         super().__init__()

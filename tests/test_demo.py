@@ -127,7 +127,7 @@ def test_alternate_keeps_the_quietest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_share_of_others", lambda before, after: next(shares))
     done: list[str] = []
     works = [lambda n=name: done.append(n) or len(done) for name in "ab"]
-    rounds = bench.alternate(works, 3, 5)
+    rounds = bench.alternate(works, 3, 5, bench.Patience(60))
     assert done == ["a", "b"] * 5
     assert [r.results for r in rounds] == [(3, 4), (9, 10), (7, 8)]
     assert bench.noise(rounds) == 0.2
@@ -136,8 +136,18 @@ def test_alternate_keeps_the_quietest(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alternate_ends_early_on_a_quiet_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_share_of_others", lambda before, after: None)
-    rounds = bench.alternate([lambda: 1.0], 3, 9)
+    rounds = bench.alternate([lambda: 1.0], 3, 9, bench.Patience(60))
     assert len(rounds) == 3 and bench.noise(rounds) is None
+
+
+def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_share_of_others", lambda before, after: 0.5)
+    patience = bench.Patience(0.03)
+    rounds = bench.alternate([lambda: time.sleep(0.02)], 2, 99, patience)
+    assert len(rounds) == 2 and -0.5 < patience.seconds <= 0
+    done: list[int] = []
+    bench.alternate([lambda: done.append(1)], 3, 99, patience)
+    assert len(done) == 3
 
 
 def test_load_is_poisson_and_the_same_each_time() -> None:
@@ -194,7 +204,9 @@ def test_sentence_says_what_was_measured() -> None:
 
 def test_a_busy_machine_is_not_hidden() -> None:
     assert caveats(findings()) == [] == caveats(findings(None))
-    assert "while other programs took up to 40% of it" in sentence(findings(0.4))
+    assert "On this machine, while other programs took up to 40% of it, cellc ran" in sentence(
+        findings(0.4)
+    )
     assert "up to 40%" in caveats(findings(0.4))[0]
 
 

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cellc
+from cellc.compiled import _as_call
 from cellc.compiler import evaluating
+
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
 
 def call(model: Any, request: Any) -> Any:
