@@ -414,7 +414,7 @@ class Engine:
                 index = ragged_range(table[k].astype(np.int64), lengths.astype(np.int64))
                 offsets = np.zeros(len(lengths) + 1, np.int32)
                 np.cumsum(lengths, out=offsets[1:])
-                inputs.append(Ragged(offsets, self._scheduler.records[index]))
+                inputs.append(Ragged(offsets, self._scheduler.entries[index]))
                 k += 2
             else:
                 inputs.append(table[k])

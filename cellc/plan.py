@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -62,7 +63,8 @@ class OutputRows:
 class Plan:
     """Arrays over calls, in cell order: see the column names above.
 
-    `records` holds, for each call, its inputs' and outputs' slots side by side (a ragged input
+    The successors of a call are told when it is scheduled; the next call of its chain is not among
+    them, since whoever schedules a chain goes on to it by number. `records` holds, for each call, its inputs' and outputs' slots side by side (a ragged input
     holds where its vector starts in `records` and how long it is); `record_base[i]` says what to
     add to entry i: the base of row type t, of the records themselves (num types), or nothing (num
     types + 1).
@@ -83,14 +85,42 @@ class Plan:
     def num_calls(self) -> int:
         return len(self.calls)
 
-    @property
-    def nbytes(self) -> int:
-        return (
-            self.calls.nbytes
-            + self.records.nbytes
-            + self.record_base.nbytes
-            + self.successors.nbytes
+    @cached_property
+    def block(self) -> tuple[I32, I32]:
+        """Calls, records and successors in one array of whole table rows, and what to add to each
+        entry: the base of row type t, the block's first entry (num types), its first call (+ 1),
+        the request's number (+ 2), or nothing (+ 3).
+        """
+        types, num_calls = len(self.num_slots), self.num_calls
+        records_at = num_calls * NUM_COLUMNS
+        successors_at = records_at + len(self.records)
+        calls = self.calls.copy()
+        calls[:, RECORD] += records_at
+        calls[:, SUCCESSOR] += successors_at
+        columns = np.full(NUM_COLUMNS, types + 3, np.int32)
+        columns[[RECORD, SUCCESSOR]], columns[REQUEST] = types, types + 2
+        base = np.where(self.record_base == types + 1, types + 3, self.record_base)
+        records = self.records + np.where(self.record_base == types, records_at, 0)
+        pad = -(successors_at + len(self.successors)) % NUM_COLUMNS
+        filler = np.zeros(pad, np.int32)
+        entries = (calls.reshape(-1), records, self.successors, filler)
+        bases = (
+            np.tile(columns, num_calls),
+            base,
+            np.full(len(self.successors), types + 1),
+            filler + types + 3,
         )
+        return np.concatenate(entries).astype(np.int32), np.concatenate(bases).astype(np.int32)
+
+    @cached_property
+    def span(self) -> I64:
+        """0, 1, .. over the block."""
+        return np.arange(len(self.block[0]))
+
+    @property
+    def num_rows(self) -> int:
+        """Table rows that the block takes."""
+        return len(self.block[0]) // NUM_COLUMNS
 
     def __str__(self) -> str:
         lines = [f"# plan: {self.num_calls} calls, {len(self.ready)} ready at once"]
@@ -166,7 +196,7 @@ class _Planner:
             data,
             self._outputs(),
             tuple(ids),
-            tuple(self._depths(missing, successors, first, counts)),
+            tuple(self._depths(missing)),
         )
 
     # -- dependencies --
@@ -195,23 +225,25 @@ class _Planner:
         same = np.searchsorted(self.starts, sources, "right") == np.searchsorted(
             self.starts, targets, "right"
         )
-        edges = np.bincount(targets[linked & same], minlength=total)
+        self.chained = linked & same
+        edges = np.bincount(targets[self.chained], minlength=total)
         ends = np.flatnonzero(np.append(edges[1:] == 0, True)) if total else np.zeros(0, np.int64)
         chain = ends[np.searchsorted(ends, np.arange(total))] - np.arange(total) + 1
         self.sources, self.targets = sources, targets
         return chain, edges
 
     def _successors(self) -> tuple[I32, I64, I64, I64]:
+        """(successors but for chains, where each call's begin, how many, what each call waits for)."""
         total = int(self.starts[-1])
-        order = np.argsort(self.sources, kind="stable")
-        counts = np.bincount(self.sources, minlength=total)
-        first = np.cumsum(counts) - counts
+        others = ~self.chained
+        successors, first, counts = _by_source(self.sources[others], self.targets[others], total)
         missing = np.bincount(self.targets, minlength=total)
-        return self.targets[order].astype(np.int32), first, counts, missing
+        return successors.astype(np.int32), first, counts, missing
 
-    def _depths(self, missing: I64, successors: I32, first: I64, counts: I64) -> list[int]:
+    def _depths(self, missing: I64) -> list[int]:
         """A depth a cell; raises VerifyError where calls wait for each other in a circle."""
         left, total = missing.copy(), int(self.starts[-1])
+        successors, first, counts = _by_source(self.sources, self.targets, total)
         ready = np.flatnonzero(left == 0)
         seen, level = 0, 0
         cell_of = np.searchsorted(self.starts, np.arange(total), "right") - 1
@@ -399,6 +431,13 @@ def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
     )
     order = tuple(next(row) if r else next(position) for r in row_dims)
     return None if order == tuple(range(len(order))) else order
+
+
+def _by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
+    """Edges by source: (targets, where each source's begin, how many it has)."""
+    order = np.argsort(sources, kind="stable")
+    counts = np.bincount(sources, minlength=total)
+    return targets[order], np.cumsum(counts) - counts, counts
 
 
 def record_length(cell: Cell) -> int:

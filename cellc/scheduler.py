@@ -90,11 +90,9 @@ class Scheduler:
         self.max_batch, self.policy = max_batch, policy
         self.record_lengths: dict[int, int] = {}
         self.priority: dict[int, int] = {}
-        self._calls = Flat(np.zeros((1024, NUM_COLUMNS), np.int32))
-        self._records = Flat(np.zeros(4096, np.int32))
-        self._successors = Flat(np.zeros(4096, np.int32))
+        self._table = Flat(np.zeros((8192, NUM_COLUMNS), np.int32))  # blocks of plans
         self._queues: dict[int, _Queue] = {}
-        self._requests: dict[int, tuple[Plan, int, int, int]] = {}
+        self._requests: dict[int, tuple[Plan, int]] = {}  # plan, first call
         self._left = np.zeros(64, np.int64)
         self._tick = 0
 
@@ -107,36 +105,33 @@ class Scheduler:
         return len(self._requests)
 
     @property
-    def records(self) -> I32:
-        """The flat records, for ragged inputs: a record's start and length point into it."""
-        return self._records.data
+    def entries(self) -> I32:
+        """The table as one array, for ragged inputs: a record's start and length point into it."""
+        return self._table.data.reshape(-1)
 
     # -- requests --
 
     def add(self, plan: Plan, requests: Sequence[int], bases: npt.NDArray[np.int64]) -> None:
         """Admit requests of one plan; `bases` [m, row types]: first slots of their regions."""
         self._tick += 1
-        m, n = len(requests), plan.num_calls
-        calls = self._calls.allocate(n, m)
-        records = self._records.allocate(len(plan.records), m)
-        successors = self._successors.allocate(len(plan.successors), m)
+        m, types = len(requests), bases.shape[1]
+        first = self._table.allocate(plan.num_rows, m)
         self._reserve(max(requests))
-        held = zip(requests, calls.tolist(), records.tolist(), successors.tolist(), strict=True)
-        for request, *places in held:
-            self._requests[request] = (plan, *places)
-        self._left[np.asarray(requests)] = n
-        offset = np.zeros((m, 1, NUM_COLUMNS), np.int32)
-        offset[:, 0, RECORD], offset[:, 0, SUCCESSOR] = records, successors
-        offset[:, 0, REQUEST] = requests
-        self._calls.data[calls[:, None] + np.arange(n)] = plan.calls + offset
-        full = np.concatenate([bases, records[:, None], np.zeros((m, 1), np.int64)], 1)
-        self._records.data[records[:, None] + np.arange(len(plan.records))] = (
-            plan.records + full[:, plan.record_base]
-        )
-        self._successors.data[successors[:, None] + np.arange(len(plan.successors))] = (
-            plan.successors + calls[:, None]
-        )
-        self._push((calls[:, None] + plan.ready).reshape(-1))
+        for request, call in zip(requests, first.tolist(), strict=True):
+            self._requests[request] = (plan, call)
+        self._left[np.asarray(requests)] = plan.num_calls
+        block, base = plan.block
+        added = np.zeros((m, types + 4), np.int32)
+        added[:, :types] = bases
+        added[:, types], added[:, types + 1] = first * NUM_COLUMNS, first
+        added[:, types + 2] = requests
+        if m == 1:
+            start = int(first[0]) * NUM_COLUMNS
+            self.entries[start : start + len(block)] = block + added[0, base]
+        else:
+            place = first[:, None] * NUM_COLUMNS + plan.span
+            self.entries[place] = block + added[:, base]
+        self._push((first[:, None] + plan.ready).reshape(-1))
 
     def _reserve(self, request: int) -> None:
         if request >= len(self._left):
@@ -146,8 +141,8 @@ class Scheduler:
         """Forget a request: none of its calls runs any more."""
         if request not in self._requests:
             return
-        _, first, _, _ = self._requests[request]
-        last = first + self._requests[request][0].num_calls
+        plan, first = self._requests[request]
+        last = first + plan.num_calls
         for queue in self._queues.values():
             kept = [
                 (c[(c < first) | (c >= last)], t)
@@ -161,15 +156,12 @@ class Scheduler:
 
     def release(self, requests: Sequence[int]) -> None:
         """Free finished requests' places in the arrays."""
-        by_plan: dict[int, list[tuple[Plan, int, int, int]]] = {}
+        by_size: dict[int, list[int]] = {}
         for request in requests:
-            held = self._requests.pop(request)
-            by_plan.setdefault(id(held[0]), []).append(held)
-        for group in by_plan.values():
-            plan = group[0][0]
-            self._calls.free([h[1] for h in group], plan.num_calls)
-            self._records.free([h[2] for h in group], len(plan.records))
-            self._successors.free([h[3] for h in group], len(plan.successors))
+            plan, first = self._requests.pop(request)
+            by_size.setdefault(plan.num_rows, []).append(first)
+        for size, starts in by_size.items():
+            self._table.free(starts, size)
 
     # -- launches --
 
@@ -180,17 +172,15 @@ class Scheduler:
             return None
         self._tick += 1
         heads = self._queues[cell].pop(self.max_batch)
-        calls, steps = self._expand(heads, max_steps)
-        table = self._calls.data
-        rows = table[calls]
-        record = rows[:, RECORD].astype(np.int64)
-        slots = self._records.data[record[None, :] + self._span(cell)]
-        self._wake(calls, rows)
+        calls, steps, ends = self._expand(heads, max_steps)
+        rows = self._table.data[calls]
+        slots = self.entries[rows[:, RECORD] + self._span(cell)]
+        self._wake(calls, rows, ends)
         return Batch(cell, calls, steps, slots, self._finish(rows[:, REQUEST]))
 
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
         """The request of each call."""
-        requests: I32 = self._calls.data[calls, REQUEST]
+        requests: I32 = self._table.data[calls, REQUEST]
         return requests
 
     def _span(self, cell: int) -> npt.NDArray[np.int64]:
@@ -213,44 +203,50 @@ class Scheduler:
 
     def _expand(
         self, heads: npt.NDArray[np.int64], max_steps: int | None
-    ) -> tuple[npt.NDArray[np.int64], I32]:
-        """Follow chains from their ready heads: (calls step by step, offsets of the steps)."""
-        lengths = self._calls.data[heads, CHAIN]
+    ) -> tuple[npt.NDArray[np.int64], I32, npt.NDArray[np.int64]]:
+        """Follow chains from ready heads: (calls step by step, steps' offsets, chains' last calls)."""
+        table = self._table.data
+        lengths = table[heads, CHAIN]
         longest = int(lengths.max())
         if max_steps is not None:
             longest = min(longest, max_steps)
         if longest <= 1:
-            return heads, np.array([0, len(heads)], np.int32)
-        calls = heads + np.arange(longest)[:, None]  # [K, B]
-        valid = np.arange(longest)[:, None] < lengths
-        inside = self._calls.data[np.where(valid, calls, heads)]
-        follows = inside[1:, :, MISSING] == inside[1:, :, EDGES]
+            return heads, np.array([0, len(heads)], np.int32), heads
+        number = np.arange(longest)[:, None]
+        valid = number < lengths  # [K, B]
+        inside = heads + np.minimum(number[1:], lengths - 1)
+        follows = table[inside, MISSING] == table[inside, EDGES]
         valid[1:] &= np.logical_and.accumulate(follows, 0)
         counts = valid.sum(0)
         order = np.argsort(-counts, kind="stable")
-        valid, calls = valid[:, order], calls[:, order]
-        sizes = valid.sum(1)
-        sizes = sizes[sizes > 0]
+        heads, counts = heads[order], counts[order]
+        sizes = np.searchsorted(-counts, -np.arange(counts[0]), "left")  # rows of step k
         steps = np.zeros(len(sizes) + 1, np.int32)
         np.cumsum(sizes, out=steps[1:])
-        return calls[valid], steps
+        calls = (heads + number[: len(sizes)])[number[: len(sizes)] < counts]
+        return calls, steps, heads + counts - 1
 
-    def _wake(self, calls: npt.NDArray[np.int64], rows: I32) -> None:
+    def _wake(self, calls: npt.NDArray[np.int64], rows: I32, ends: npt.NDArray[np.int64]) -> None:
         """Tell successors; those that wait for nothing more are ready."""
-        missing = self._calls.data[:, MISSING]
+        table = self._table.data
+        missing = table[:, MISSING]
         missing[calls] = SCHEDULED
-        counts = rows[:, NUM_SUCCESSORS].astype(np.int64)
-        index = ragged_range(rows[:, SUCCESSOR].astype(np.int64), counts)
-        woken = self._successors.data[index].astype(np.int64)
-        np.subtract.at(missing, woken, 1)
-        ready = woken[missing[woken] == 0]
-        if len(ready):
-            self._push(_unique(ready))
+        following = ends[table[ends, CHAIN] > 1] + 1
+        missing[following] -= table[following, EDGES]
+        ready = following[missing[following] == 0]
+        counts = rows[:, NUM_SUCCESSORS]
+        if counts.any():
+            telling = np.flatnonzero(counts)
+            index = ragged_range(rows[telling, SUCCESSOR], counts[telling])
+            woken = self.entries[index]
+            np.subtract.at(missing, woken, 1)
+            ready = np.concatenate([ready, _unique(woken[missing[woken] == 0])])
+        self._push(ready)
 
     def _push(self, calls: npt.NDArray[np.int64]) -> None:
         if len(calls) == 0:
             return
-        cells = self._calls.data[calls, CELL]
+        cells = self._table.data[calls, CELL]
         first = int(cells[0])
         if (cells == first).all():
             self._queue(first).push(calls, self._tick)
@@ -269,9 +265,9 @@ class Scheduler:
         return np.unique(done).tolist() if len(done) else []
 
 
-def _unique(calls: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+def _unique(calls: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
     """Each call once, in order of first appearance."""
-    if len(calls) == 1:
+    if len(calls) <= 1:
         return calls
     values, first = np.unique(calls, return_index=True)
     return calls[np.sort(first)] if len(values) < len(calls) else calls

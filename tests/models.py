@@ -1,7 +1,8 @@
 """Recurrent models as their users write them: nothing here knows of cellc.
 
-Every model's structure follows from shapes and Python values alone. `MODELS` maps a name to an `Example`: how to make
-the model, and requests of lengths 1 to 16. Sizes are small; what matters is how the code is written.
+Every model's structure follows from shapes and Python values alone. `MODELS` maps a name to an
+`Example`: how to make the model, and requests of lengths 1 to 16. Sizes are small; what matters is
+how the code is written.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def add(name: str, make: Callable[[], Any], request: Callable[[int], Any]) -> No
     MODELS[name] = Example(make, request)
 
 
-# -- requests ------------------------------------------------------------------------------------------------
+# -- requests --------------------------------------------------------------------------------------
 
 
 def tokens(n: int) -> Tensor:
@@ -77,7 +78,7 @@ def batch_of(size: int, *, first: bool = False) -> Callable[[int], Tensor]:
     return make
 
 
-# -- library modules -----------------------------------------------------------------------------------------
+# -- library modules -------------------------------------------------------------------------------
 
 _KINDS: dict[str, Callable[..., nn.RNNBase]] = {
     "lstm": nn.LSTM,
@@ -243,7 +244,7 @@ class SinusoidBuffer(nn.Module):
         return self.lstm(x)[0][-1]
 
 
-# -- loops over library cells --------------------------------------------------------------------------------
+# -- loops over library cells ----------------------------------------------------------------------
 
 
 @example(vectors)
@@ -428,7 +429,7 @@ class FlippedDirection(nn.Module):
         return self.run(x) + self.run(x.flip(0)).flip(0)
 
 
-# -- cells written by hand -----------------------------------------------------------------------------------
+# -- cells written by hand -------------------------------------------------------------------------
 
 
 def loop(step: Callable[[Tensor, Any], Any], x: Tensor, state: Any) -> Tensor:

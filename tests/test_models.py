@@ -1,4 +1,4 @@
-"""Every model of tests/models.py equals eager PyTorch, on every backend that runs here, in any order of lengths."""
+"""Every model of tests/models.py equals eager PyTorch: every backend, any order of lengths."""
 
 from __future__ import annotations
 
@@ -89,14 +89,7 @@ def test_same_plans_as_traced(name: str) -> None:
     compiler = compiled._compiler
     compiled.map(spec.requests([1, 16, 8, 2, 12]))
     for request in spec.requests([3, 5, 6, 7, 9, 10, 11, 13, 14, 15]):
-        args = (
-            request
-            if isinstance(request, tuple)
-            else ()
-            if isinstance(request, dict)
-            else (request,)
-        )
-        args, kwargs = compiler.arguments.bind(args, request if isinstance(request, dict) else {})
+        args, kwargs = compiler.arguments.bind(*_as_call(request))
         structure = compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs))
         if compiler._derived(structure) is not None:
             assert compiler.check_family(structure, args, kwargs)
@@ -141,7 +134,7 @@ def groups_of(model: nn.Module, request: Tensor) -> list[Any]:
 @pytest.mark.parametrize("by_hand", [False, True])
 @pytest.mark.parametrize("length", [2, 7])
 def test_cells_of_lstm(layers: int, directions: int, by_hand: bool, length: int) -> None:
-    """One recurrent cell a layer and direction, called once a position, input projection outside."""
+    """One recurrent cell a layer and direction, called once a position; projections outside."""
     model = (
         HandLstm(layers, directions)
         if by_hand
