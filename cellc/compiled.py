@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ class Compiled:
             policy=options.policy,
             memory_limit=options.memory_limit,
         )
-        self._batch_dim = batch_dim
+        self._batch_dim, self._max_queue = batch_dim, max_queue
         self._batch_outputs: dict[Any, list[int | None]] = {}
         self._dtype, self._device, self._source = dtype, device, source
         self._pid = os.getpid()
@@ -171,12 +171,15 @@ class Compiled:
         if self._batch_dim is not None:
             return [self._batched(args, kwargs) for args, kwargs in calls]
         tickets = self._tickets(calls)
-        self._engine.enqueue(tickets)
-        try:
-            self._engine.run(tickets)
-        except BaseException:
-            self._engine.cancel(tickets)
-            raise
+        portion = self._max_queue or max(len(tickets), 1)
+        for start in range(0, len(tickets), portion):
+            part = tickets[start : start + portion]
+            self._engine.enqueue(part)
+            try:
+                self._engine.run(part)
+            except BaseException:
+                self._engine.cancel(part)
+                raise
         for ticket in tickets:
             if ticket.error is not None:
                 raise ticket.error
@@ -477,6 +480,7 @@ def compile(
             what="carry (sessions)", remedy="pass the state as an argument and return it"
         )
     chosen = _options(options)
+    _check_counts(max_batch=max_batch, max_queue=max_queue)
     source = model
     place = _device(model, device)
     if dtype is not None or _moves(model, place):
@@ -499,7 +503,19 @@ def _options(options: Mapping[str, Any] | None) -> Options:
     unknown = set(options or {}) - known
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
-    return Options(**(options or {}))
+    chosen = Options(**(options or {}))
+    if chosen.policy not in get_args(Policy):
+        raise UnsupportedError(
+            what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
+        )
+    _check_counts(memory_limit=chosen.memory_limit)
+    return chosen
+
+
+def _check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and (not isinstance(count, int) or count < 1):
+            raise UnsupportedError(what=f"{name}={count!r}", remedy="use an integer of at least 1")
 
 
 def _device(model: Any, device: torch.device | str | None) -> torch.device:

@@ -48,6 +48,8 @@ _CHANNELS = {
     "plan": "plan",
 }
 
+_TRACING = threading.RLock()  # tracing turns modules to eval mode, which others must not see
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -81,7 +83,7 @@ class Stage:
 class _FamilyState:
     family: Family = field(default_factory=Family)
     entry: Entry | None = None
-    shaped: bool = True  # do all members return the same pytree and Python values?
+    shaped: bool = True  # may sizes between traced ones be derived?
 
 
 class Compiler:
@@ -173,7 +175,7 @@ class Compiler:
         self._stage("plan", plan)
         self.make_kernels(plan)
         entry = Entry(plan, tuple(kept), None if one else spec, tensor_names, self._roles.version)
-        self._learn(structure, graph, entry)
+        self._learn(structure, graph, entry, traced.may_branch)
         return entry
 
     def _forget(self) -> None:
@@ -184,12 +186,15 @@ class Compiler:
         self._plans.clear()
         self._families.clear()
 
-    def _learn(self, structure: Structure, graph: CallGraph, entry: Entry) -> None:
+    def _learn(
+        self, structure: Structure, graph: CallGraph, entry: Entry, may_branch: bool
+    ) -> None:
         state = self._families.setdefault(structure.family, _FamilyState())
         state.family.learn(structure.sizes, graph)
         if state.entry is not None:
             same = state.entry.returned == entry.returned and state.entry.spec == entry.spec
             state.shaped = state.shaped and same
+        state.shaped = state.shaped and not may_branch
         state.entry = entry
 
     def check_family(
@@ -220,7 +225,7 @@ class Compiler:
     def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Trace:
         modules = module_names(self.model)
         try:
-            with evaluating(self.model):
+            with _TRACING, evaluating(self.model):
                 return trace(self.forward, self.params.base, modules, args, kwargs, names)
         except ForwardError as error:
             raise self._blame(error, args, kwargs) from error

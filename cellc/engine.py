@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, InvalidStateError
@@ -35,7 +36,7 @@ from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
 
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
-ALONE, SHARED = 4e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
 
 
 @dataclass(slots=True)
@@ -81,8 +82,9 @@ class Engine:
         self._scheduler = Scheduler(max_batch=max_batch or 512, policy=policy)
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
-        self._arenas = Arenas(compiler.tables, compiler.params, compiler.device, memory_limit)
-        self._max_queue = max_queue
+        self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
+        self._max_queue, self._memory_limit = max_queue, memory_limit
+        self._live_bytes = 0  # of regions given out
         self._inbox: deque[Ticket] = deque()
         self._live: dict[int, Ticket] = {}
         self._numbers: list[int] = []
@@ -157,8 +159,12 @@ class Engine:
         with self._turn:
             if self._background is None or not self._background.is_alive():
                 self._background = threading.Thread(
-                    target=self._serve, name="cellc-engine", daemon=True
+                    target=_serve,
+                    args=(weakref.ref(self), self._turn),
+                    name="cellc-engine",
+                    daemon=True,
                 )
+                weakref.finalize(self, _wake, self._turn)
                 self._background.start()
             self._turn.notify_all()
 
@@ -202,21 +208,24 @@ class Engine:
 
     # -- threads --
 
-    def _serve(self) -> None:
-        """The background loop: runs while there is work, sleeps otherwise, ends with close."""
-        while True:
-            with self._turn:
-                while not (self._inbox or self._live) or self._loop.locked():
-                    if self._closing:
-                        return
-                    self._turn.wait()
-            if self._loop.acquire(blocking=False):
-                try:
-                    while self._inbox or self._live:
-                        self.step()
-                finally:
-                    self._loop.release()
-                    self._hand_over()
+    def serve_once(self) -> bool:
+        """One round of the background thread: run while there is work. False when it should end."""
+        with self._turn:
+            if not (self._inbox or self._live) or self._loop.locked():
+                return not self._closing
+        if self._loop.acquire(blocking=False):
+            try:
+                while self._inbox or self._live:
+                    self.step()
+            finally:
+                self._loop.release()
+                self._hand_over()
+        return True
+
+    @property
+    def idle(self) -> bool:
+        """Nothing for a background thread to do now."""
+        return not (self._inbox or self._live) or self._loop.locked()
 
     def _hand_over(self) -> None:
         """The loop is free: wake whoever waits for it or for results."""
@@ -299,13 +308,22 @@ class Engine:
 
     def step(self) -> None:
         """One turn of the loop; the caller holds the loop."""
-        self._admit()
-        batch = self._schedule()
-        if batch is None:
-            return
-        failed = self._launch(batch, self._tables(batch))
-        finished = self._complete(batch, failed)
-        self._deliver(finished)
+        try:
+            self._admit()
+            batch = self._schedule()
+            if batch is None:
+                return
+            failed = self._launch(batch, self._tables(batch))
+            finished = self._complete(batch, failed)
+            self._deliver(finished)
+        except Exception as error:  # ours: what is in flight fails with it, the engine goes on
+            self._fail_all(error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for ticket in list(self._live.values()):
+            self._scheduler.cancel(ticket.number)
+            self._retire([ticket])
+            self._finish(ticket, error=error)
 
     def _admit(self) -> None:
         """Give waiting requests regions and copy their data in; those of one plan together."""
@@ -317,19 +335,20 @@ class Engine:
             while self._inbox and room > 0:
                 ticket = self._inbox[0]
                 key = id(ticket.entry)
-                if key not in groups and not self._fits(ticket.entry) and (self._live or groups):
+                if key not in groups and not self._arenas.prepare(ticket.entry.plan):
+                    break
+                needed = self._arenas.bytes_of(ticket.entry.plan)
+                if self._live_bytes + needed > self._memory_limit and (self._live or groups):
                     break
                 self._inbox.popleft()
                 if ticket.future is not None and not ticket.future.set_running_or_notify_cancel():
                     ticket.done = True
                     continue
                 room -= 1
+                self._live_bytes += needed
                 groups.setdefault(key, []).append(ticket)
         for tickets in groups.values():
             self._admit_group(tickets)
-
-    def _fits(self, entry: Entry) -> bool:
-        return self._arenas.prepare(entry.plan) and self._arenas.fits(entry.plan)
 
     def _admit_group(self, tickets: list[Ticket]) -> None:
         entry = tickets[0].entry
@@ -337,6 +356,7 @@ class Engine:
         bases = self._arenas.allocate(plan, len(tickets))
         errors = self._copy_in(tickets, bases)
         if errors:
+            self._live_bytes -= len(errors) * self._arenas.bytes_of(plan)
             self._arenas.free(plan, bases[sorted(errors)])
             for i, error in errors.items():
                 self._finish(tickets[i], error=error)
@@ -379,10 +399,9 @@ class Engine:
 
     def _launch(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
         """Run a batch; returns the requests that failed, with why."""
-        kernel = self.compiler.kernel(batch.cell)
         start = time.perf_counter()
         try:
-            invalid = kernel(launch, self._arenas)
+            invalid = self.compiler.kernel(batch.cell)(launch, self._arenas)
         except Exception as error:
             requests = self._scheduler.requests_of(batch.calls)
             return dict.fromkeys(np.unique(requests).tolist(), error)
@@ -467,6 +486,7 @@ class Engine:
             self._numbers.append(ticket.number)
             by_plan.setdefault(id(ticket.entry), []).append(ticket)
         for group in by_plan.values():
+            self._live_bytes -= len(group) * self._arenas.bytes_of(group[0].entry.plan)
             self._arenas.free(group[0].entry.plan, np.stack([t.bases for t in group]))
 
     def _finish(
@@ -485,6 +505,26 @@ class Engine:
                     ticket.future.set_exception(error)
             except InvalidStateError:  # cancelled while it ran
                 pass
+
+
+def _serve(engine: weakref.ref[Engine], turn: threading.Condition) -> None:
+    """The background thread: sleeps when there is nothing to do, ends with close or with its engine.
+
+    Between rounds it holds no reference to the engine, so that one dropped without close is freed.
+    """
+    while True:
+        strong = engine()
+        if strong is None or not strong.serve_once():
+            return
+        with turn:
+            if strong.idle and not strong.closed:
+                del strong
+                turn.wait()
+
+
+def _wake(turn: threading.Condition) -> None:
+    with turn:
+        turn.notify_all()
 
 
 def _bad_index(cell: Cell | None) -> RequestError:

@@ -14,6 +14,7 @@ may truncate or branch at some length.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,11 +60,10 @@ class _Member:
 
     def fit(self) -> None:
         sizes = np.array([s.sizes for s in self.samples], float)
-        varying = np.flatnonzero((sizes != sizes[0]).any(0))
-        basis = np.concatenate([np.ones((len(sizes), 1)), sizes[:, varying]], 1)
-        basis, varying = _independent(basis.astype(np.float64), varying)
-        self.coefficients, self.varying = None, tuple(varying.tolist())
-        if len(sizes) < basis.shape[1] + 1:
+        self.varying = _independent(sizes)
+        self.coefficients = None
+        basis = self._basis(sizes)
+        if len(basis) < basis.shape[1] + 1 or np.linalg.matrix_rank(basis) < basis.shape[1]:
             return
         numbers = _filled(np.stack([s.numbers for s in self.samples]))
         if numbers is None:
@@ -71,6 +71,12 @@ class _Member:
         solution, *_ = np.linalg.lstsq(basis, numbers, rcond=None)
         if np.abs(basis @ solution - numbers).max(initial=0) < 1e-6:
             self.coefficients = np.asarray(solution, np.float64)
+
+    def _basis(self, sizes: Floats) -> Floats:
+        """1, the varying sizes, and their products: what a count may be a sum of."""
+        kept = [sizes[:, i] for i in self.varying]
+        products = [a * b for k, a in enumerate(kept) for b in kept[:k]]
+        return np.stack([np.ones(len(sizes)), *kept, *products], 1)
 
     def covers(self, sizes: Sequence[int]) -> bool:
         """Do `sizes` lie between those of the samples, and agree where those do not vary?"""
@@ -85,14 +91,15 @@ class _Member:
     def _tied(self, sizes: Sequence[int]) -> bool:
         """Sizes that always moved together must do so now."""
         known = np.array([s.sizes for s in self.samples], float)
-        basis = np.concatenate([np.ones((len(known), 1)), known[:, list(self.varying)]], 1)
+        columns = list(self.varying)
+        basis = np.concatenate([np.ones((len(known), 1)), known[:, columns]], 1)
         solution, *_ = np.linalg.lstsq(basis, known, rcond=None)
-        wanted = np.array([1.0, *(sizes[i] for i in self.varying)])
+        wanted = np.array([1.0, *(sizes[i] for i in columns)])
         return bool(np.abs(wanted @ solution - np.array(sizes)).max(initial=0) < 1e-6)
 
     def predict(self, sizes: Sequence[int]) -> npt.NDArray[np.int64] | None:
         assert self.coefficients is not None
-        numbers = np.array([1.0, *(sizes[i] for i in self.varying)]) @ self.coefficients
+        numbers = (self._basis(np.array([sizes], float)) @ self.coefficients)[0]
         whole = np.rint(numbers)
         if np.abs(whole - numbers).max(initial=0) > 1e-4:
             return None
@@ -114,17 +121,15 @@ def _filled(numbers: Floats) -> Floats | None:
     return np.where(unknown, known, numbers)
 
 
-def _independent(
-    basis: Floats, varying: npt.NDArray[np.int64]
-) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Drop sizes that are affine functions of the others (two inputs of one length)."""
+def _independent(sizes: Floats) -> tuple[int, ...]:
+    """Sizes that vary, but for those that are affine in the others (two inputs of one length)."""
     kept: list[int] = []
-    columns = basis[:, :1]
-    for i in range(len(varying)):
-        wider = np.concatenate([columns, basis[:, i + 1 : i + 2]], 1)
+    columns = np.ones((len(sizes), 1))
+    for i in np.flatnonzero((sizes != sizes[0]).any(0)).tolist():
+        wider = np.concatenate([columns, sizes[:, i : i + 1]], 1)
         if np.linalg.matrix_rank(wider) > columns.shape[1]:
             columns, kept = wider, [*kept, i]
-    return columns, varying[kept]
+    return tuple(kept)
 
 
 class Family:
@@ -330,7 +335,7 @@ def _build(
     member: _Member,
     numbers: npt.NDArray[np.int64],
     shapes: Sequence[tuple[int, ...]],
-) -> CallGraph:
+) -> CallGraph | None:
     b = _Builder(numbers)
     data = []
     for leaf, name, type, row_dims in form.data:
@@ -361,10 +366,12 @@ def _build(
         ]
         groups.append(CallGroup(cell, inputs, made))
     refs = [b.column(next(kinds)) for _ in form.outputs]
-    outputs = []
+    outputs: list[RowOutput] = []
     for ref, (type, row_dims) in zip(refs, form.outputs, strict=True):
         shape = tuple(b.take(len(row_dims)))
         outer = tuple(b.take(sum(not r for r in row_dims)))
+        if math.prod(outer) != len(ref):
+            return None
         outputs.append(RowOutput(ref.reshape(outer), type, shape, row_dims))
     return CallGraph(groups, data, b.constants, outputs, b.num_values)
 

@@ -166,15 +166,18 @@ def _biased(cell: Cell, op: CellOp, uses: dict[Operand, int]) -> tuple[CellOp, O
 
 def fuse_products(cell: Cell, params: Params) -> Cell:
     """Products that share their input become one product, cut afterwards."""
-    groups: dict[object, list[int]] = {}
-    for i, op in enumerate(cell.ops):
-        if op.op == "linear":
-            key = (op.operands[0], len(op.operands), op.type.dtype)
-            groups.setdefault(key, []).append(i)
-    shared = [members for members in groups.values() if len(members) > 1]
-    for members in shared:
-        cell = _fuse(cell, members, params)
-    return cell
+    tried: set[object] = set()
+    while True:
+        groups: dict[object, list[int]] = {}
+        for i, op in enumerate(cell.ops):
+            if op.op == "linear":
+                key = (op.operands[0], len(op.operands), op.type.dtype)
+                groups.setdefault(key, []).append(i)
+        found = [m for k, m in groups.items() if len(m) > 1 and cell.ops[m[0]] not in tried]
+        if not found:
+            return cell
+        tried.add(cell.ops[found[0][0]])
+        cell = _fuse(cell, found[0], params)
 
 
 def _fuse(cell: Cell, members: Sequence[int], params: Params) -> Cell:

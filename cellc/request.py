@@ -104,8 +104,7 @@ class Arguments:
         """Exact key of a flattened request: requests of equal keys share a plan."""
         if isinstance(tree, int):
             return (tree, *[(t.shape, t.dtype) for t in tensors])
-        values = tuple((type(v), v) for v in rest if v is not None)
-        return (tree[0], tree[1], values, *[(t.shape, t.dtype) for t in tensors])
+        return (tree[0], tree[1], _values(rest, tree), *[(t.shape, t.dtype) for t in tensors])
 
     def structure(
         self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any
@@ -113,7 +112,7 @@ class Arguments:
         """The request's structure; Python values are compared by type and value."""
         shapes = tuple(tuple(t.shape) for t in tensors)
         kinds = tuple((len(t.shape), t.dtype) for t in tensors)
-        values = tuple((type(v), v) for v in rest if v is not None)
+        values = _values(rest, tree)
         key = self.key(tensors, rest, tree)
         family = (tree if isinstance(tree, int) else (tree[0], tree[1]), kinds, values)
         return Structure(key, family, tuple(s for shape in shapes for s in shape), shapes)
@@ -132,6 +131,17 @@ class Arguments:
                 name = str(number.key)
             names.append(name + pytree.keystr(tuple(rest)))
         return names
+
+
+def _values(rest: Sequence[Any], tree: Any) -> Hashable:
+    """Python values of a request, in place; equal only where they act alike (1, True and 1.0 do not)."""
+    if isinstance(tree, int):
+        return ()
+    return tuple(
+        (type(value), repr(value) if isinstance(value, (float, complex)) else value)
+        for value, is_tensor in zip(rest, tree[1], strict=True)
+        if not is_tensor
+    )
 
 
 def _spec_key(spec: Any) -> Hashable:

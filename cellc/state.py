@@ -22,16 +22,17 @@ from cellc.regions import Regions, size_class
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14
+MAX_SIZES = 4096
 
 
 class Arenas(Mapping[RowType, torch.Tensor]):
     """Arenas by row type. Row types are numbered by `tables`."""
 
     def __init__(
-        self, tables: Tables, params: Mapping[str, torch.Tensor], device: torch.device, limit: int
+        self, tables: Tables, params: Mapping[str, torch.Tensor], device: torch.device
     ) -> None:
         self._tables, self._params, self._device = tables, params, device
-        self._limit = limit
+        self._bytes: dict[int, tuple[Plan, int]] = {}
         self._tensors: dict[RowType, torch.Tensor] = {}
         self._views: list[npt.NDArray[Any] | None] = []
         self._types: list[RowType] = []
@@ -117,17 +118,16 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     # -- regions --
 
-    def fits(self, plan: Plan) -> bool:
-        """Can a request of this plan get its regions without growing past the limit?"""
-        if self.nbytes <= self._limit // 2:
-            return True
-        for number, size in enumerate(plan.num_slots):
-            if size:
-                row = max(self._types[number].nbytes, 1)
-                spare = max(self._limit - self.nbytes, 0) // (2 * row)
-                if not self._regions[number].fits(size, self._regions[number].capacity + spare):
-                    return False
-        return True
+    def bytes_of(self, plan: Plan) -> int:
+        """Bytes of one request's regions."""
+        known = self._bytes.get(id(plan))
+        if known is None or known[0] is not plan:
+            sizes = zip(plan.num_slots, self._types, strict=False)
+            known = plan, sum(size_class(size) * type.nbytes for size, type in sizes)
+            self._bytes[id(plan)] = known
+            if len(self._bytes) > MAX_SIZES:
+                self._bytes.pop(next(iter(self._bytes)))
+        return known[1]
 
     def idle(self) -> bool:
         return all(r.live == 0 for r in self._regions)
@@ -225,7 +225,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
 def _arrange(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
     """[positions flattened, *row] in the order of the tensor's dimensions."""
-    shaped = flat.view(*rows.positions, *flat.shape[1:])
+    shaped = flat.view((*rows.positions, *flat.shape[1:]))
     if rows.order is None:
         return shaped
     return shaped.permute(rows.order).contiguous()

@@ -105,7 +105,8 @@ def _loop(step: Callable[..., State], num_states: int) -> Callable[..., Any]:
                     out, state = _direction(step, x, start, weights, has_biases, direction == 1)
                 outputs.append(out)
                 last.append(state)
-            x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
+            with scope(("layer", layer)):
+                x = outputs[0] if directions == 1 else torch.cat(outputs, -1)
         y = x.transpose(0, 1) if batch_first else x
         return (y, *(torch.stack([s[i] for s in last]) for i in range(num_states)))
 

@@ -29,6 +29,7 @@ import torch
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
@@ -38,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
 from cellc.frontends import decompose, library
+from cellc.frontends.branching import CodesSeen
 from cellc.graph import Graph, Ref, Template
 
 aten = torch.ops.aten
@@ -58,10 +60,6 @@ IDENTITY = {
     aten.lift.default,
     aten.contiguous.default,
 }
-RANDOM = frozenset(
-    "rand randn randint rand_like randn_like randint_like bernoulli normal "
-    "multinomial uniform exponential native_dropout randperm".split()
-)
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 SMALL_CONSTANT = 4096  # elements; smaller captured tensors are named by content, larger by identity
 
@@ -102,7 +100,10 @@ class _Functions(TorchFunctionMode):
         tracer = self.tracer
         if tracer.depth == 0:
             tracer.ordinal = 0
-        loop = library.LOOPS.get(getattr(func, "__name__", ""))
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__") and isinstance(args[0], FakeTensor):
+            raise ValueReadError(what=f"with .{name}()", origin=tracer.origin())
+        loop = library.LOOPS.get(name)
         if loop is not None and tracer.depth == 0:
             with self:
                 return loop(*args, **(kwargs or {}), scope=tracer.scope)
@@ -167,7 +168,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape, dtype = tuple(tensor.shape), _dtype_name(tensor.dtype)
         if name is not None:
             return self.graph.add_param(name, shape, dtype), 0
-        if isinstance(tensor, torch._subclasses.FakeTensor):
+        if isinstance(tensor, FakeTensor):
             raise UnsupportedError(
                 what="a tensor kept from an earlier call of the forward",
                 remedy="pass it as an argument and return it",
@@ -242,7 +243,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func in READS:
             return self._read(func, args)
         name = func._schema.name.removeprefix("aten::")
-        if name in RANDOM or name.rstrip("_") in RANDOM:
+        if _draws(func, args):
             raise UnsupportedError(
                 what=f"drawing random numbers (torch.{name})",
                 remedy="draw them before the call and pass them as an argument",
@@ -349,7 +350,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _read(self, func: Any, args: Any) -> Any:
         tensor = args[0]
-        if not isinstance(tensor, torch._subclasses.FakeTensor):
+        if not isinstance(tensor, FakeTensor):
             self.reads_weights = True
             with _off():
                 return func(*args)
@@ -393,6 +394,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = (self._emit(inverse, (*head, _Value(value), *inverse_args)), 0)
         storage.base, storage.version = value, storage.version + 1
         return target
+
+
+def _draws(func: Any, args: Any) -> bool:
+    """Does this call draw random numbers?"""
+    if torch.Tag.nondeterministic_seeded not in func.tags:
+        return False
+    name = func._schema.name.removeprefix("aten::")
+    if name == "native_dropout":
+        return bool(args[2]) and args[1] > 0
+    return "scaled_dot_product" not in name  # tagged for its dropout, which is off in eval mode
 
 
 @functools.cache
@@ -440,6 +451,7 @@ class Trace:
     outputs: pytree.PyTree
     captured: dict[str, torch.Tensor]
     reads_weights: bool
+    may_branch: bool  # may the forward take another path at another size?
 
 
 def trace(
@@ -474,7 +486,9 @@ def trace(
                 leaf = fake
             fakes.append(leaf)
         call_args, call_kwargs = pytree.tree_unflatten(fakes, spec)
-        result = _run(tracer, forward, call_args, call_kwargs)
+        codes = CodesSeen((_TORCH, _HERE))
+        with codes.watching():
+            result = _run(tracer, forward, call_args, call_kwargs)
     out_leaves, out_spec = pytree.tree_flatten(result)
     outputs: list[Ref] = []
     kept: list[Any] = []
@@ -485,7 +499,13 @@ def trace(
         else:
             kept.append(("v", leaf))
     tracer.graph.outputs = outputs
-    return Trace(tracer.graph, (kept, out_spec), tracer.captured, tracer.reads_weights)
+    return Trace(
+        tracer.graph,
+        (kept, out_spec),
+        tracer.captured,
+        tracer.reads_weights,
+        codes.may_branch(),
+    )
 
 
 def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -76,7 +76,9 @@ class TritonBackend:
         """Raises UnsupportedError for a cell that has no Triton kernel."""
         program, printed = print_cell(cell, self.options)
         log.dump(f"triton-{cell.name}", printed.source, ".py")
-        return TritonKernel(program, printed, [params[p.name] for p in cell.params], self)
+        return TritonKernel(
+            program, printed, [params[p.name].contiguous() for p in cell.params], self
+        )
 
 
 def interpreting() -> bool:

@@ -1,4 +1,4 @@
-"""What `cellc.compile` promises: forms of calls, errors, threads, and that nothing is left behind."""
+"""What `cellc.compile` promises: forms of calls, errors, threads, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import cellc
+from cellc.kernels.eager import EagerBackend
 
-I, H, V = 5, 8, 11
+I, H, V = 5, 8, 11  # noqa: E741 - input size, hidden size, vocabulary
 
 
 class Words(nn.Module):
@@ -422,7 +423,7 @@ def test_line_of_a_read() -> None:
 
 RANDOM = {
     "randn": lambda x: x + torch.randn(3),
-    "rand_like": torch.rand_like,
+    "rand_like": lambda x: torch.rand_like(x),
     "dropout": lambda x: F.dropout(x, 0.5, True),
     "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
     "normal_": lambda x: x + torch.empty(3).normal_(),
@@ -639,22 +640,27 @@ def test_overloaded(model: Words) -> None:
     compiled.close()
 
 
-class _Broken:
-    """A backend whose kernels cannot be made, or fail when they run."""
-
-    name = "broken"
+class _Flaky(EagerBackend):
+    """A backend whose kernels cannot be made, or fail when they run, until it is repaired."""
 
     def __init__(self, when: str) -> None:
+        super().__init__()
         self.when = when
 
     def kernel(self, cell: Any, params: Any) -> Any:
         if self.when == "made":
-            raise cellc.BackendError("no compiler", backend="broken")
+            raise cellc.BackendError("no compiler", backend="flaky")
+        return _FlakyKernel(super().kernel(cell, params), self)
 
-        def run(launch: Any, arenas: Any) -> Any:
+
+class _FlakyKernel:
+    def __init__(self, kernel: Any, backend: _Flaky) -> None:
+        self.kernel, self.backend, self.source = kernel, backend, kernel.source
+
+    def __call__(self, *args: Any) -> Any:
+        if self.backend.when == "run":
             raise RuntimeError("kernel failed")
-
-        return run
+        return self.kernel(*args)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -662,27 +668,46 @@ class _Broken:
 @pytest.mark.parametrize("how", ["call", "map", "submit"])
 def test_kernels_that_fail(model: Words, when: str, how: str) -> None:
     """Every request that needed the kernel fails, none waits for ever, and the engine goes on."""
-    compiled = cellc.compile(model, backend="eager").warmup(words(3))
-    compiler = compiled._compiler
-    good, kernels = compiler.backend, dict(compiler.kernels)
-    compiler.backend = _Broken(when)
-    compiler.kernels.clear()
+    compiled = cellc.compile(model, backend="eager")
+    backend = _Flaky(when)
+    compiled._compiler.backend = backend
     expected = cellc.BackendError if when == "made" else RuntimeError
     if how == "submit":
-        futures = [compiled.submit(words(n)) for n in (3, 3, 3)]
-        for future in futures:
+        for n in (3, 3, 2):
             with pytest.raises(expected):
-                future.result(10)
+                compiled.submit(words(n)).result(10)
     else:
         calls = {"call": lambda: compiled(words(3)), "map": lambda: compiled.map([words(3)] * 3)}
         with pytest.raises(expected):
             within(10, calls[how])
-    compiler.backend = good
-    compiler.kernels.clear()
-    compiler.kernels.update(kernels)
+    assert compiled.stats()["running"] == compiled.stats()["waiting"] == 0
+    backend.when = "never"
+    for _ in range(3):
+        x = words(3)
+        same(within(10, lambda x=x: compiled(x)), eager(model, x))
+    within(10, compiled.close)
+    assert compiled._engine._arenas.idle()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("how", ["call", "map", "submit"])
+def test_kernels_that_cannot_be_made_again(model: Words, how: str) -> None:
+    """The compiler is gone when weights change: requests of a known structure fail, none hangs."""
+    compiled = cellc.compile(model, backend="eager")
+    backend = _Flaky("never")
+    compiled._compiler.backend = backend
+    compiled(words(3))
+    backend.when = "made"
+    calls = {
+        "call": lambda: compiled(words(3)),
+        "map": lambda: compiled.map([words(3)] * 3),
+        "submit": lambda: compiled.submit(words(3)).result(5),
+    }
+    with pytest.raises(cellc.BackendError):
+        within(10, lambda: (compiled.refresh(), calls[how]()))
+    backend.when = "never"
     x = words(3)
     same(within(10, lambda: compiled(x)), eager(model, x))
-    assert compiled.stats()["running"] == 0
     within(10, compiled.close)
 
 

@@ -1,0 +1,88 @@
+"""Branching: may a forward's Python code take another path at another size?
+
+Duty: decide whether what was learned at some sizes may be used between them (`cellc.family`). Sizes
+are plain Python integers while tracing, so that a branch on one leaves no trace. Comes in: every
+Python code object that ran while a request was traced; goes out: yes or no. A conservative look at
+bytecode: comparisons, remainders and truth tests of computed values may branch on a size; tests of
+attributes, of plain names and of `is`, `isinstance` and `hasattr` do not.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import CodeType, FrameType
+from typing import Any
+
+_INTEGER_OPERATORS = ("%", "//", "&", "|", "^", "<<", ">>")
+_OLD_OPERATORS = frozenset(
+    "BINARY_MODULO BINARY_FLOOR_DIVIDE BINARY_AND BINARY_OR BINARY_XOR BINARY_LSHIFT BINARY_RSHIFT".split()
+)
+_HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
+_SKIPPED = frozenset(["CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "UNARY_NOT", "PRECALL", "COPY"])
+_TESTED = ("LOAD_FAST", "LOAD_ATTR", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_CONST")
+
+
+class CodesSeen:
+    """Collects the code objects of Python functions that run inside `watching`."""
+
+    def __init__(self, trusted: tuple[str, ...]) -> None:
+        self._trusted = trusted
+        self._seen: set[CodeType] = set()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch calls in this thread; a profiler that was set goes on afterwards."""
+        before = sys.getprofile()
+        seen = self._seen
+
+        def note(frame: FrameType, event: str, _: Any) -> None:
+            if event == "call":
+                seen.add(frame.f_code)
+
+        sys.setprofile(note)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def may_branch(self) -> bool:
+        """Does any function outside the trusted folders have a test that a size may decide?"""
+        return any(
+            _may_branch(code)
+            for code in self._seen
+            if not code.co_filename.startswith(self._trusted)
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def _may_branch(code: CodeType) -> bool:
+    kept = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
+    for k, instruction in enumerate(kept):
+        name = instruction.opname
+        if name == "COMPARE_OP" or name in _OLD_OPERATORS:
+            return True
+        if name == "BINARY_OP" and instruction.argrepr.rstrip("=") in _INTEGER_OPERATORS:
+            return True
+        if "JUMP_IF" in name and "NONE" not in name and not _harmless_test(kept[:k]):
+            return True
+    return False
+
+
+def _harmless_test(before: list[dis.Instruction]) -> bool:
+    """Is what a jump tests (the value made last) an attribute, a name, or a check of a type?"""
+    if not before:
+        return False
+    last = before[-1]
+    if (
+        last.opname.startswith(("IS_OP", "CONTAINS_OP", *_TESTED))
+        or last.opname == "CHECK_EXC_MATCH"
+    ):
+        return True
+    if last.opname.startswith("CALL"):
+        recent = [i.argval for i in before[-8:] if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
+        return bool(recent) and recent[0] in _HARMLESS_CALLS
+    return False
