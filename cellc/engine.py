@@ -508,7 +508,7 @@ class Engine:
 
 
 def _serve(engine: weakref.ref[Engine], turn: threading.Condition) -> None:
-    """The background thread: sleeps when there is nothing to do, ends with close or with its engine.
+    """The background thread: sleeps while there is nothing to do, ends with close or its engine.
 
     Between rounds it holds no reference to the engine, so that one dropped without close is freed.
     """

@@ -51,6 +51,8 @@ class Roles:
     escaping: set[tuple[int, int]] = field(default_factory=set)
     distinct: set[tuple[Slot, Slot]] = field(default_factory=set)
     scalars: dict[Slot, set[Hashable]] = field(default_factory=lambda: defaultdict(set))
+    served: dict[int, list[set[int]]] = field(default_factory=lambda: defaultdict(list))
+    old: set[int] = field(default_factory=set)  # roles that earlier traces had shown
     version: int = 0
 
     def role(self, node: RowNode) -> int:
@@ -60,23 +62,46 @@ class Roles:
             else "ragged" if isinstance(o, RaggedRefs) else "row"
             for o in node.operands
         )  # fmt: skip
-        key = (node.point, node.op, node.attrs, node.types, kinds)
-        if key not in self.index:
-            self.index[key] = len(self.index)
-            self.graph.add_node(self.index[key])
-            self.version += 1
-        return self.index[key]
+        return self._number((node.point, node.op, node.attrs, node.types, kinds))
 
-    def connect(self, edges: Iterable[tuple[int, int]]) -> None:
+    def _number(self, key: Hashable) -> int:
+        return self.index.setdefault(key, len(self.index))
+
+    def refined(self, role: int, weighted: frozenset[int]) -> int:
+        """A role without weights, apart for occurrences that serve different weights.
+
+        The same line may stand in a loop over layers: its occurrences there read results of
+        disjoint sets of weighted roles, and belong to different cells. Sets that overlap belong
+        together: a first step may read less, or more, than later ones.
+        """
+        groups = self.served[role]
+        if not weighted:
+            return role
+        found = [k for k, group in enumerate(groups) if group & weighted]
+        if not found:
+            groups.append(set(weighted))
+            found = [len(groups) - 1]
+        for k in found[1:]:
+            groups[found[0]] |= groups[k]
+        groups[found[0]] |= weighted
+        return role if found[0] == 0 else self._number((role, "serving", found[0]))
+
+    def connect(self, roles: Iterable[int], edges: Iterable[tuple[int, int]]) -> None:
+        """Add a request's live roles and who reads whom. New roles alone change nothing for old
+        ones.
+        """
+        self.old = set(self.graph)
+        self.graph.add_nodes_from(roles)
         for u, v in edges:
             if not self.graph.has_edge(u, v):
                 self.graph.add_edge(u, v)
-                self.version += 1
+                self.version += v in self.old
 
-    def note(self, known: set[tuple[int, int]], item: tuple[int, int]) -> None:
+    def note(self, known: set[tuple[int, int]], item: tuple[int, int], *about: int) -> None:
+        """Add a fact about roles; one about old roles changes what they are cut into."""
         if item not in known:
             known.add(item)
-            self.version += 1
+            self.version += all(role in self.old for role in about)
 
 
 @dataclass
@@ -99,7 +124,7 @@ class Extraction:
     def __init__(self, rows: RowGraph, roles: Roles) -> None:
         self.rows, self.roles = rows, roles
         self.node_of, self.port_of, self.lane_of = rows.producers()
-        self.role_of = [roles.role(node) for node in rows.nodes]
+        self.role_of = self._roles()
         self.live = self._live()
 
     def run(self) -> CallGraph:
@@ -124,6 +149,31 @@ class Extraction:
         )
 
     # -- roles --
+
+    def _roles(self) -> list[int]:
+        """Every node's role; roles without weights are told apart by the weights they serve."""
+        found: list[int] = []
+        weighted: list[frozenset[int]] = []
+        for node in self.rows.nodes:
+            role = self.roles.role(node)
+            if any(isinstance(o, ParamRef) for o in node.operands):
+                weighted.append(frozenset([role]))
+            else:
+                near = {weighted[s] for o in node.operands for s in self._producers(o)}
+                weighted.append(near.pop() if len(near) == 1 else frozenset().union(*near))
+                role = self.roles.refined(role, weighted[-1])
+            found.append(role)
+        return found
+
+    def _producers(self, operand: object) -> list[int]:
+        """Nodes that make what an operand reads."""
+        if not isinstance(operand, (np.ndarray, RaggedRefs)):
+            return []
+        refs = _refs(operand)
+        if len(refs) == 1:
+            source = int(self.node_of[refs[0]])
+            return [source] if source >= 0 else []
+        return [s for s in np.unique(self.node_of[refs]).tolist() if s >= 0]
 
     def _live(self) -> list[bool]:
         """Dead code, by role: an operation is dropped only where all operations of its role are
@@ -160,7 +210,8 @@ class Extraction:
                     seen = known[self.role_of[i], j]
                     if operand.value not in seen:
                         seen.add(operand.value)
-                        self.roles.version += len(seen) > 1
+                        if len(seen) == 2:
+                            self.roles.version += self.role_of[i] in self.roles.graph
         for i, node in enumerate(self.rows.nodes):
             self.rows.nodes[i] = self._lifted(node, self.role_of[i])
         self.node_of, self.port_of, self.lane_of = self.rows.producers()
@@ -187,18 +238,12 @@ class Extraction:
 
     def _connect(self) -> None:
         edges = set()
+        live = {role for role, is_live in zip(self.role_of, self.live, strict=True) if is_live}
         for i, node in enumerate(self.rows.nodes):
             if self.live[i]:
-                for operand in node.operands:
-                    if isinstance(operand, (np.ndarray, RaggedRefs)):
-                        refs = _refs(operand)
-                        sources = (
-                            {int(self.node_of[refs[0]])}
-                            if len(refs) == 1
-                            else set(np.unique(self.node_of[refs]).tolist())
-                        )
-                        edges |= {(self.role_of[s], self.role_of[i]) for s in sources if s >= 0}
-        self.roles.connect(edges)
+                sources = {s for operand in node.operands for s in self._producers(operand)}
+                edges |= {(self.role_of[s], self.role_of[i]) for s in sources}
+        self.roles.connect(live, edges)
 
     # -- recurrences --
 
@@ -360,7 +405,7 @@ class Extraction:
                         and bool((np.sort(values) == np.sort(refs)).all())
                     )
                 if not paired:
-                    self.roles.note(self.roles.unpaired, (source, role))
+                    self.roles.note(self.roles.unpaired, (source, role), source, role)
 
     def _clusters(
         self, nodes: dict[int, list[RowNode]], recurrent: dict[int, int]
@@ -421,7 +466,7 @@ class Extraction:
                     source = sources.pop() if len(sources) == 1 else -1
                     if source in where and (source, role) not in self.roles.unpaired:
                         if not (position[refs] == order[source]).all():
-                            self.roles.note(self.roles.unpaired, (source, role))
+                            self.roles.note(self.roles.unpaired, (source, role), source, role)
                             return None
                         wire = (where[source], int(self.port_of[refs[0]]))
                     elif any(s in where for s in [*sources, source]):
@@ -439,7 +484,7 @@ class Extraction:
         """A call of the cluster reads another call of it: cut the cluster at this role."""
         for source in cluster:
             if source != role:
-                self.roles.note(self.roles.unpaired, (source, role))
+                self.roles.note(self.roles.unpaired, (source, role), source, role)
 
     def _alignment(
         self,
@@ -511,7 +556,7 @@ class Extraction:
         made = []
         for (k, port), values in unit.outputs.items():
             if outside[values].any():
-                self.roles.note(self.roles.escaping, (unit.roles[k], port))
+                self.roles.note(self.roles.escaping, (unit.roles[k], port), unit.roles[k])
             if (unit.roles[k], port) in self.roles.escaping:
                 outputs.append(Operand("op", k, port))
                 made.append(values)
@@ -545,7 +590,9 @@ class Extraction:
                     break
                 if not _same(column, other) and (owners[i], slot) not in self.roles.distinct:
                     self.roles.distinct.add((owners[i], slot))
-                    self.roles.version += 1
+                    self.roles.version += (
+                        owners[i][0] in self.roles.old and slot[0] in self.roles.old
+                    )
             else:
                 slots[k, j] = len(columns)
                 columns.append(column)

@@ -4,12 +4,12 @@ Duty: after a few sizes of one structure were traced, make the call graph of ano
 alone. Comes in: traced `CallGraph`s with their sizes; goes out: a `CallGraph` for new sizes, to
 `cellc.plan`. No torch here.
 
-Every column of a call graph (which value does call j read?) is written as arithmetic runs over a
-source: "the outputs of cell 2, from call 0, by steps of 1, n - 1 of them". A family is a set of
-traces with the same runs, whose starts, steps and lengths are affine functions of the sizes: solved
-from the traces, exact on all of them, with at least one more trace than unknowns. Prediction is
-used *between* sizes that were traced; a size beyond them is traced and checked first, since a model
-may truncate or branch at some length.
+Every column of a call graph (which value does call j read?) is written as (repeated) arithmetic
+runs over a source: "the outputs of cell 2, from call 0, by steps of 1, n - 1 of them". A family is
+a set of traces with the same runs, whose starts, steps and lengths are affine functions of the
+sizes: solved from the traces, exact on all of them, with at least one more trace than unknowns.
+Prediction is used *between* sizes that were traced; a size beyond them is traced and checked first,
+since a model may truncate or branch at some length.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
 Floats = npt.NDArray[np.float64]
 Source = tuple[Hashable, ...]
 MAX_RUNS = 4096
+RUN = 5  # numbers that describe a block of runs
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,8 @@ class _Member:
     def predict(self, sizes: Sequence[int]) -> npt.NDArray[np.int64] | None:
         assert self.coefficients is not None
         numbers = (self._basis(np.array([sizes], float)) @ self.coefficients)[0]
-        whole = np.rint(numbers)
-        if np.abs(whole - numbers).max(initial=0) > 1e-4:
-            return None
-        return whole.astype(np.int64)
+        whole: npt.NDArray[np.int64] = np.rint(numbers).astype(np.int64)
+        return whole if np.abs(whole - numbers).max(initial=0) < 1e-4 else None
 
 
 def _filled(numbers: Floats) -> Floats | None:
@@ -205,12 +204,13 @@ def _describe(graph: CallGraph) -> tuple[_Form, Floats] | None:
     columns: list[tuple[Source, ...]] = []
     numbers: list[float] = []
     for values in _columns(graph):
-        kinds, runs = _runs(values, source_of, index_of, sources)
-        if len(runs) > MAX_RUNS:
+        kinds, blocks = _blocks(*_runs(values, source_of, index_of, sources))
+        if len(blocks) > MAX_RUNS:
             return None
         columns.append(kinds)
-        for start, step, length in runs:
-            numbers += [start, step if length > 1 else np.nan, length]
+        for start, step, length, stride, count in blocks:
+            step, stride = step if length > 1 else np.nan, stride if count > 1 else np.nan
+            numbers += [start, step, length, stride, count]
     for output in graph.outputs:
         numbers += [*output.shape, *output.refs.shape]
     form = _Form(
@@ -285,6 +285,24 @@ def _runs(
     return tuple(kinds), runs
 
 
+def _blocks(
+    kinds: tuple[Source, ...], runs: list[tuple[int, int, int]]
+) -> tuple[tuple[Source, ...], list[tuple[float, ...]]]:
+    """Join equal runs at equal distances: (start, step, length, their distance, their number)."""
+    out: list[Source] = []
+    blocks: list[list[float]] = []
+    for kind, (start, step, length) in zip(kinds, runs, strict=True):
+        last = blocks[-1] if blocks and out[-1] == kind else None
+        if last is not None and last[1:3] == [step, length] and length > 1:
+            distance = start - last[0] - last[3] * (last[4] - 1)
+            if last[4] == 1 or distance == last[3]:
+                last[3], last[4] = distance, last[4] + 1
+                continue
+        out.append(kind)
+        blocks.append([start, step, length, 0, 1])
+    return tuple(out), [tuple(block) for block in blocks]
+
+
 # -- building one --
 
 
@@ -308,10 +326,11 @@ class _Builder:
     def column(self, kinds: Sequence[Source]) -> Refs:
         parts = [np.zeros(0, np.int64)]
         for source in kinds:
-            start, step, length = self.take(3)
-            if length <= 0:
+            start, step, length, stride, count = self.take(RUN)
+            if length <= 0 or count <= 0:
                 continue
-            index = start + step * np.arange(length)
+            inner = start + step * np.arange(length)
+            index = (inner + stride * np.arange(count)[:, None]).reshape(-1)
             if source[0] == "number":
                 parts.append(index)
             elif source in self.bases:
@@ -382,10 +401,10 @@ def _counts(form: _Form, member: _Member, numbers: npt.NDArray[np.int64]) -> lis
     for cell in member.cells:
         width = sum(2 if i.ragged else 1 for i in cell.inputs)
         for _ in range(width):
-            at += 3 * len(form.columns[column])
+            at += RUN * len(form.columns[column])
             column += 1
         counts.append(int(numbers[at]))
-        at += 3 * len(form.columns[column])
+        at += RUN * len(form.columns[column])
         column += 1
     return counts
 

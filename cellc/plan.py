@@ -64,10 +64,10 @@ class Plan:
     """Arrays over calls, in cell order: see the column names above.
 
     The successors of a call are told when it is scheduled; the next call of its chain is not among
-    them, since whoever schedules a chain goes on to it by number. `records` holds, for each call, its inputs' and outputs' slots side by side (a ragged input
-    holds where its vector starts in `records` and how long it is); `record_base[i]` says what to
-    add to entry i: the base of row type t, of the records themselves (num types), or nothing (num
-    types + 1).
+    them, since whoever schedules a chain goes on to it by number. `records` holds, for each call,
+    its inputs' and outputs' slots side by side (a ragged input holds where its vector starts in
+    `records` and how long it is); `record_base[i]` says what to add to entry i: the base of row
+    type t, of the records themselves (num types), or nothing (num types + 1).
     """
 
     calls: I32  # [C, NUM_COLUMNS]
@@ -233,7 +233,7 @@ class _Planner:
         return chain, edges
 
     def _successors(self) -> tuple[I32, I64, I64, I64]:
-        """(successors but for chains, where each call's begin, how many, what each call waits for)."""
+        """(successors but for chains, where each call's begin, how many, what a call waits for)."""
         total = int(self.starts[-1])
         others = ~self.chained
         successors, first, counts = _by_source(self.sources[others], self.targets[others], total)

@@ -87,11 +87,6 @@ class Regions:
             self._grow(self.capacity)
         return True
 
-    def fits(self, size: int, limit: int) -> bool:
-        """Could a piece of `size` be given out without growing past `limit` places?"""
-        size = size_class(size)
-        return bool(self._free.get(size)) or self._next + size <= max(limit, self.capacity)
-
 
 class Flat:
     """A numpy array that grows, with pieces."""

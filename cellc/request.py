@@ -134,7 +134,7 @@ class Arguments:
 
 
 def _values(rest: Sequence[Any], tree: Any) -> Hashable:
-    """Python values of a request, in place; equal only where they act alike (1, True and 1.0 do not)."""
+    """Python values of a request, in place; equal only where they act alike (1 and True do not)."""
     if isinstance(tree, int):
         return ()
     return tuple(

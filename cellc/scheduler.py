@@ -204,7 +204,7 @@ class Scheduler:
     def _expand(
         self, heads: npt.NDArray[np.int64], max_steps: int | None
     ) -> tuple[npt.NDArray[np.int64], I32, npt.NDArray[np.int64]]:
-        """Follow chains from ready heads: (calls step by step, steps' offsets, chains' last calls)."""
+        """Follow chains: (calls step by step, offsets of the steps, the chains' last calls)."""
         table = self._table.data
         lengths = table[heads, CHAIN]
         longest = int(lengths.max())

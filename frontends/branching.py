@@ -19,7 +19,8 @@ from typing import Any
 
 _INTEGER_OPERATORS = ("%", "//", "&", "|", "^", "<<", ">>")
 _OLD_OPERATORS = frozenset(
-    "BINARY_MODULO BINARY_FLOOR_DIVIDE BINARY_AND BINARY_OR BINARY_XOR BINARY_LSHIFT BINARY_RSHIFT".split()
+    "BINARY_MODULO BINARY_FLOOR_DIVIDE BINARY_AND BINARY_OR BINARY_XOR "
+    "BINARY_LSHIFT BINARY_RSHIFT".split()
 )
 _HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
 _SKIPPED = frozenset(["CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "UNARY_NOT", "PRECALL", "COPY"])

@@ -19,6 +19,7 @@ import inspect
 import logging
 import os
 import sys
+import sysconfig
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,6 +54,8 @@ _MACHINERY = (
     os.path.join(_TORCH, "utils", "_stats.py"),
     os.path.abspath(__file__),
 )
+# Code that takes no other path at another size, or is known to be right when it does.
+_TRUSTED = (_TORCH, os.path.dirname(_HERE), _HERE, sysconfig.get_path("stdlib"), "<frozen")
 IDENTITY = {
     aten.detach.default,
     aten.alias.default,
@@ -486,7 +489,7 @@ def trace(
                 leaf = fake
             fakes.append(leaf)
         call_args, call_kwargs = pytree.tree_unflatten(fakes, spec)
-        codes = CodesSeen((_TORCH, _HERE))
+        codes = CodesSeen(_TRUSTED)
         with codes.watching():
             result = _run(tracer, forward, call_args, call_kwargs)
     out_leaves, out_spec = pytree.tree_flatten(result)

@@ -1,0 +1,112 @@
+"""Regions: pieces never overlap, nothing leaks, everything starts over when nothing is live."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cellc.regions import Flat, Regions, size_class
+
+checked = settings(deadline=None, derandomize=True, max_examples=60)
+SIZES = st.integers(0, 40)
+# Steps: (take `count` pieces of `size`), or (give back the first `count` of the k-th live batch).
+STEPS = st.lists(
+    st.tuples(st.booleans(), SIZES, st.integers(1, 5)) | st.tuples(st.just(None), SIZES, SIZES),
+    max_size=40,
+)
+
+
+@given(st.integers(0, 5000))
+@checked
+def test_size_classes(size: int) -> None:
+    room = size_class(size)
+    assert size <= room <= max(size, size * 1.25)
+    assert size_class(room) == room
+    assert size_class(size + 1) >= room
+
+
+@given(STEPS, st.integers(0, 9))
+@checked
+def test_pieces_never_overlap(steps: list[tuple[bool | None, int, int]], reserved: int) -> None:
+    grown: list[int] = []
+    regions = Regions(16, grown.append, reserved)
+    live: list[tuple[int, list[int]]] = []  # size, starts
+    for fresh, size, count in steps:
+        if fresh is not None:
+            live.append((size, regions.allocate(size, count).tolist()))
+        elif live:
+            size, starts = live[size % len(live)]
+            given_back = [starts.pop() for _ in range(min(count, len(starts)))]
+            regions.free(given_back, size)
+        taken = sorted((s, s + size_class(n)) for n, starts in live if n for s in starts)
+        assert regions.live == len(taken)
+        assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+        assert all(reserved <= a and b <= regions.capacity for a, b in taken)
+    assert grown == sorted(set(grown)) and [*grown, regions.capacity][-1] == regions.capacity
+    for size, starts in live:
+        regions.free(starts, size)
+    assert regions.live == 0
+    assert regions.allocate(3).tolist() == [reserved]
+
+
+@given(st.lists(st.integers(1, 30), max_size=30), st.integers(1, 30))
+@checked
+def test_a_steady_state_needs_no_more_room(sizes: list[int], kept: int) -> None:
+    """The same pieces taken and given back over and over: the array stays as large as it was."""
+    regions = Regions(8, lambda _: None)
+    regions.allocate(kept)
+    capacities = []
+    for _ in range(4):
+        starts = [(regions.allocate(size), size) for size in sizes]
+        for start, size in starts:
+            regions.free(start.tolist(), size)
+        capacities.append(regions.capacity)
+    assert len(set(capacities)) == 1
+
+
+@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 30), st.integers(1, 200))
+@checked
+def test_what_fits_stays_within_the_limit(taken: list[int], size: int, limit: int) -> None:
+    regions = Regions(8, lambda _: None)
+    for piece in taken:
+        regions.allocate(piece)
+    before = regions.capacity
+    if regions.fits(size, limit):
+        assert int(regions.allocate(size)[0]) + size <= max(limit, before)
+    else:
+        assert int(regions.allocate(size)[0]) + size_class(size) > max(limit, before)
+
+
+def test_reserving() -> None:
+    grown: list[int] = []
+    regions = Regions(8, grown.append, reserved=2)
+    start = regions.allocate(3)
+    assert start.tolist() == [2]
+    assert regions.reserve(2) and not regions.reserve(5)
+    regions.free(start.tolist(), 3)
+    assert regions.reserve(20) and regions.capacity >= 20 and grown == [regions.capacity]
+    assert regions.allocate(1).tolist() == [20]
+
+
+def test_nothing_is_given_for_nothing() -> None:
+    regions = Regions(4, pytest.fail)
+    assert regions.allocate(0, 3).tolist() == [0, 0, 0]
+    regions.free([0, 0, 0], 0)
+    assert regions.live == 0
+
+
+def test_flat_arrays_keep_their_rows() -> None:
+    flat = Flat(np.zeros((4, 2), np.int32))
+    pieces = []
+    for k in range(1, 9):
+        for start in flat.allocate(k, 2).tolist():
+            flat.data[start : start + k] = k
+            pieces.append((start, k))
+    assert flat.data.dtype == np.int32 and flat.data.shape[1] == 2
+    for start, k in pieces:
+        assert (flat.data[start : start + k] == k).all()
+    for start, k in pieces:
+        flat.free([start], k)
+    assert flat.allocate(5, 1).tolist() == [0]
