@@ -45,6 +45,7 @@ class Lowering:
         self.emitter = Emitter(self.rows, params)
         self.dims = Dims(graph)
         self.values: dict[Ref, Lowered] = {}
+        self._expanded: dict[str, Lowered] = {}  # an expanded weight: what it repeats
         self._of_weights = self._fold(data_points)
 
     def run(self) -> RowGraph:
@@ -78,13 +79,13 @@ class Lowering:
             if alone and (node.kind != "op" or not self._indexes_weight(node)):
                 candidates.add(node.id)
             elif node.kind == "op":
-                data_points.add(node.point)
+                data_points.add((node.point, node.op))
         found: set[int] = set()
         for node in self.graph:
             if node.kind != "op":
                 if node.kind != "input":
                     found.add(node.id)
-            elif node.id in candidates and node.point not in data_points:
+            elif node.id in candidates and (node.point, node.op) not in data_points:
                 if all(n in found for n, _ in node.operands):
                     found.add(node.id)
         return found
@@ -140,6 +141,16 @@ class Lowering:
             else:
                 name = self.params.define(node.op, node.args, node.kwargs, names, port)
             self.values[node.id, port] = Weight(name, shape, dtype)
+            if base_name(node.op) == "expand":
+                self._expanded[name] = self.arg(node, 0)
+
+    def matrix(self, weight: Weight) -> Weight:
+        """The 2-D weight that a weight with batch dimensions repeats, where it does; else itself."""
+        whole = self._expanded.get(weight.name, weight)
+        assert isinstance(whole, Weight)
+        if len(whole.shape) > 2 and all(s == 1 for s in whole.shape[:-2]):
+            return self.emitter.view_weight(whole, whole.shape[-2:])
+        return whole
 
     # -- what rules use
     # -------------------------------------------------------------------------------------
@@ -465,6 +476,8 @@ def _unsqueeze_last(lw: Lowering, value: Lowered) -> Lowered:
 def _product(lw: Lowering, a: Lowered, b: Lowered, shape: Shape, dtype: str) -> Rows | None:
     if isinstance(a, Weight) and isinstance(b, Weight):
         a = lw.rows_of(a, (*[False] * (len(a.shape) - 1), True))
+    if isinstance(b, Weight) and isinstance(a, Rows):
+        b = lw.matrix(b)
     if isinstance(b, Weight) and len(b.shape) == 2 and isinstance(a, Rows):
         return _linear(lw, a, b, shape)
     if isinstance(a, Weight) and len(a.shape) == 2 and isinstance(b, Rows):

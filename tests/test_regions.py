@@ -66,19 +66,6 @@ def test_a_steady_state_needs_no_more_room(sizes: list[int], kept: int) -> None:
     assert len(set(capacities)) == 1
 
 
-@given(st.lists(st.integers(1, 30), max_size=12), st.integers(1, 30), st.integers(1, 200))
-@checked
-def test_what_fits_stays_within_the_limit(taken: list[int], size: int, limit: int) -> None:
-    regions = Regions(8, lambda _: None)
-    for piece in taken:
-        regions.allocate(piece)
-    before = regions.capacity
-    if regions.fits(size, limit):
-        assert int(regions.allocate(size)[0]) + size <= max(limit, before)
-    else:
-        assert int(regions.allocate(size)[0]) + size_class(size) > max(limit, before)
-
-
 def test_reserving() -> None:
     grown: list[int] = []
     regions = Regions(8, grown.append, reserved=2)
