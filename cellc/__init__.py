@@ -5,7 +5,8 @@ batches cells, not requests, across everything in flight. See README.md; ARCHITE
 """
 
 from cellc import env
-from cellc.compiled import CellView, Compiled, Options, compile
+from cellc.compiled import Compiled
+from cellc.entry import compile
 from cellc.errors import (
     BackendError,
     CellcError,
@@ -16,6 +17,8 @@ from cellc.errors import (
     UnsupportedError,
     ValueReadError,
 )
+from cellc.options import Options
+from cellc.views import CellView
 
 env.check()
 

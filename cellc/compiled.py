@@ -8,111 +8,34 @@ three files: this one, `cellc.compiler` (how a request never seen becomes a plan
 from __future__ import annotations
 
 import asyncio
-import copy
 import os
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, fields
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from cellc.cells import Cell
-from cellc.compiler import Compiler, Entry, Stage, evaluating, modules_of, named_tensors
+from cellc.compiler import Compiler, Entry, Stage
 from cellc.engine import Engine, Ticket
-from cellc.errors import BackendError, CellcError, ClosedError, RequestError, UnsupportedError
-from cellc.launch import Backend, Kernel
+from cellc.errors import CellcError, ClosedError, RequestError, UnsupportedError
+from cellc.launch import Backend
+from cellc.modules import named_tensors
+from cellc.options import Options
 from cellc.passes import PassOptions
-from cellc.request import Structure
-from cellc.scheduler import Policy
+from cellc.request import Structure, as_call
+from cellc.views import Cells, CellView
 
 if TYPE_CHECKING:
     import networkx
 
-BackendName = Literal["auto", "triton", "cpp", "eager"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of `cellc.compile`.
-
-    fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns
-    folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of all
-    arenas; past it requests wait. tf32: f32 products on a GPU may use tf32.
-    """
-
-    fold_bytes: int = 256 << 20
-    policy: Policy = "cellular"
-    memory_limit: int = 8 << 30
-    tf32: bool = False
-
-
-@dataclass(frozen=True)
-class CellView:
-    """A cell as users see it."""
-
-    name: str
-    parameters: tuple[str, ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[str, ...]
-    ops: tuple[str, ...]
-    recurrent: bool
-    flops_per_row: int
-    bytes_per_row: int
-    kernels: Mapping[str, Kernel]
-    cell: Cell
-
-
-class _Cells(Mapping[str, CellView]):
-    """Cells by name, made as they are looked at."""
-
-    def __init__(self, compiler: Compiler) -> None:
-        self._compiler = compiler
-
-    def __getitem__(self, name: str) -> CellView:
-        for number, cell in self._compiler.by_number.items():
-            if cell.name == name:
-                return self._view(number)
-        raise KeyError(name)
-
-    def _view(self, number: int) -> CellView:
-        compiler = self._compiler
-        cell = compiler.cells.get(compiler.by_number[number].key, compiler.by_number[number])
-        kernels = {}
-        if number in compiler.kernels:
-            kernels[getattr(compiler.kernels[number], "backend", compiler.backend.name)] = (
-                compiler.kernels[number]
-            )
-        return CellView(
-            cell.name,
-            tuple(p.name for p in cell.params),
-            tuple(f"{i.name}: {'ragged ' if i.ragged else ''}{i.type}" for i in cell.inputs),
-            tuple(map(str, cell.output_types)),
-            tuple(op.op for op in cell.ops),
-            cell.recurrent,
-            cell.flops_per_row,
-            cell.bytes_per_row,
-            kernels,
-            cell,
-        )
-
-    def __iter__(self) -> Iterator[str]:
-        return iter([cell.name for cell in self._compiler.by_number.values()])
-
-    def __len__(self) -> int:
-        return len(self._compiler.by_number)
-
 
 class Compiled:
-    """A model whose cells are batched across requests. Made by `cellc.compile`; safe to use from
-    many threads.
-    """
+    """A model whose cells are batched across requests; made by `cellc.compile`, safe in threads."""
 
     def __init__(
         self,
@@ -167,7 +90,7 @@ class Compiled:
 
         Raises the first error, after all requests have ended.
         """
-        calls = [_as_call(r) for r in requests]
+        calls = [as_call(r) for r in requests]
         if self._batch_dim is not None:
             return [self._batched(args, kwargs) for args, kwargs in calls]
         tickets = self._tickets(calls)
@@ -336,7 +259,7 @@ class Compiled:
     @property
     def cells(self) -> Mapping[str, CellView]:
         """The cells found so far, by name."""
-        return _Cells(self._compiler)
+        return Cells(self._compiler)
 
     @property
     def graph(self) -> networkx.MultiDiGraph:
@@ -422,14 +345,6 @@ def _close_backend(backend: Backend) -> None:
         close()
 
 
-def _as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(request, tuple):
-        return request, {}
-    if isinstance(request, dict):
-        return (), request
-    return (request,), {}
-
-
 def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Order in which sizes are planned: largest, smallest, middle, next to smallest, the rest."""
     if len(sizes) <= 4:
@@ -437,137 +352,3 @@ def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     order = sorted(sizes, key=lambda s: (sum(s), s))
     picks = [order[-1], order[0], order[len(order) // 2], order[1]]
     return list(dict.fromkeys([*picks, *order]))
-
-
-# -- cellc.compile --
-
-
-def compile(
-    model: nn.Module | Callable[..., Any],
-    *,
-    backend: BackendName = "auto",
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    batch_dim: int | None = None,
-    carry: Mapping[str, str] | None = None,
-    max_batch: int | None = None,
-    max_queue: int | None = None,
-    options: Mapping[str, Any] | None = None,
-) -> Compiled:
-    """Compile a model: its cells are found, fused, and batched across all requests in flight.
-
-    model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until
-    the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
-    device, dtype: where and in what the cells compute; by default the model's own. Others copy the
-    weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
-    rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
-    options: see `Options`.
-
-    >>> import torch, cellc
-    >>> model = torch.nn.GRU(4, 8)
-    >>> compiled = cellc.compile(model, backend="eager")
-    >>> y, h = compiled(torch.randn(5, 1, 4))
-    >>> y.shape, h.shape
-    (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]))
-    >>> compiled.close()
-    """
-    if not callable(model):
-        raise UnsupportedError(
-            what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"
-        )
-    if carry is not None:
-        raise UnsupportedError(
-            what="carry (sessions)", remedy="pass the state as an argument and return it"
-        )
-    chosen = _options(options)
-    _check_counts(max_batch=max_batch, max_queue=max_queue)
-    source = model
-    place = _device(model, device)
-    if dtype is not None or _moves(model, place):
-        model = _copied(model, dtype, place)
-    return Compiled(
-        model,
-        make_backend(backend, place, chosen),
-        place,
-        chosen,
-        batch_dim=batch_dim,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        dtype=dtype,
-        source=source,
-    )
-
-
-def _options(options: Mapping[str, Any] | None) -> Options:
-    known = {f.name for f in fields(Options)}
-    unknown = set(options or {}) - known
-    if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
-    chosen = Options(**(options or {}))
-    if chosen.policy not in get_args(Policy):
-        raise UnsupportedError(
-            what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
-        )
-    _check_counts(memory_limit=chosen.memory_limit)
-    return chosen
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
-            raise UnsupportedError(what=f"{name}={count!r}", remedy="use an integer of at least 1")
-
-
-def _device(model: Any, device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    first = next(iter(named_tensors(model).values()), None)
-    return first.device if first is not None else torch.device("cpu")
-
-
-def _moves(model: Any, device: torch.device) -> bool:
-    return any(t.device.type != device.type for t in named_tensors(model).values())
-
-
-def _copied(model: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise UnsupportedError(
-            what="dtype or device for a function",
-            remedy="convert its modules yourself: module.to(...)",
-        )
-    return copy.deepcopy(model).to(device=device, dtype=dtype)
-
-
-_warned: set[str] = set()
-
-
-def make_backend(name: BackendName, device: torch.device, options: Options) -> Backend:
-    """A backend by name; "auto" takes what the device and the machine offer."""
-    if name == "auto":
-        if device.type == "cuda":
-            return make_backend("triton", device, options)
-        try:
-            return make_backend("cpp", device, options)
-        except BackendError as error:
-            if "cpp" not in _warned:
-                _warned.add("cpp")
-                warnings.warn(f"cellc runs its slow eager backend: {error}", stacklevel=3)
-            return make_backend("eager", device, options)
-    if name == "eager":
-        from cellc.kernels.eager import EagerBackend
-
-        return EagerBackend()
-    if name == "cpp":
-        from cellc.kernels.cpp import CppBackend
-
-        if device.type != "cpu":
-            raise BackendError("runs on CPUs; pass device='cpu' or backend='triton'", backend="cpp")
-        return CppBackend()
-    if name == "triton":
-        from cellc.kernels.triton_backend import TritonBackend
-
-        return TritonBackend(device, {"input_precision": "tf32" if options.tf32 else "ieee"})
-    raise UnsupportedError(what=f"backend {name!r}", remedy="use auto, triton, cpp or eager")
-
-
-__all__ = ["CellView", "Compiled", "Options", "compile", "evaluating", "modules_of"]

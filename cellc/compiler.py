@@ -13,9 +13,8 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,17 +26,19 @@ from cellc import env, log, passes, verify
 from cellc.calls import CallGraph
 from cellc.cells import Cell
 from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
-from cellc.extract import Roles, extract
+from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.frontends.lower import lower
 from cellc.frontends.tracer import Trace, trace
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
+from cellc.modules import evaluating, module_names, named_tensors
 from cellc.params import Params
 from cellc.plan import Plan, Tables, make_plan, record_length
 from cellc.printer import print_cell, print_graph
 from cellc.request import Arguments, Structure, describe, kind_of, unlike
+from cellc.roles import Roles
 
 MAX_PLANS = 4096
 _CHANNELS = {
@@ -370,63 +371,3 @@ class _LazyStage(Stage):
 
 def _print_calls(calls: CallGraph) -> str:
     return "\n".join([str(calls), *(print_cell(group.cell) for group in calls.groups)])
-
-
-# -- the model --
-
-
-def modules_of(model: Any) -> dict[str, nn.Module]:
-    """A model's modules: itself, or those that a function's closure or globals hold."""
-    if isinstance(model, nn.Module):
-        return {"": model}
-    owner = getattr(model, "__self__", None)
-    if isinstance(owner, nn.Module):
-        return {"": owner}
-    function = getattr(model, "__wrapped__", model)
-    found: dict[str, nn.Module] = {}
-    code = getattr(function, "__code__", None)
-    if code is None:
-        return found
-    cells = zip(code.co_freevars, function.__closure__ or (), strict=False)
-    for name, cell in cells:
-        if isinstance(cell.cell_contents, nn.Module):
-            found[name] = cell.cell_contents
-    for name in code.co_names:
-        value = function.__globals__.get(name)
-        if isinstance(value, nn.Module):
-            found[name] = value
-    return found
-
-
-def named_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Parameters and buffers by qualified name."""
-    out: dict[str, torch.Tensor] = {}
-    for prefix, module in modules_of(model).items():
-        for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
-            out[f"{prefix}.{name}" if prefix else name] = tensor
-    return out
-
-
-def module_names(model: Any) -> dict[int, str]:
-    return {
-        id(module): f"{prefix}.{name}" if prefix else name
-        for prefix, root in modules_of(model).items()
-        for name, module in root.named_modules()
-    }
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Modules in eval mode inside, as they were afterwards."""
-    training = [m for root in modules_of(model).values() for m in root.modules() if m.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def fold_options(options: Mapping[str, Any]) -> passes.PassOptions:
-    return passes.PassOptions(**{k: v for k, v in options.items() if k == "fold_bytes"})

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from cellc import demo_bench as bench
 from cellc import report
-from cellc.compiled import Compiled, compile
+from cellc.compiled import Compiled
 from cellc.demo_measure import (
     ATOL,
     RTOL,
@@ -35,6 +35,7 @@ from cellc.demo_measure import (
 from cellc.demo_padded import MAX_BATCH, WIDTH
 from cellc.demo_steps import Steps
 from cellc.demo_text import load_corpus, make_model
+from cellc.entry import compile
 from cellc.errors import UsageError
 from cellc.inspect import cells_table
 from cellc.report import Comparison, Findings, LoadRow

@@ -14,11 +14,9 @@ position, where no recurrence shows, is cut like the others.
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,82 +24,8 @@ from cellc import calls
 from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell, CellInput, CellOp, Operand, Param
 from cellc.ops import RowType
+from cellc.roles import Roles, Slot, networkx
 from cellc.rows import ParamRef, RaggedRefs, Refs, RowGraph, RowNode, ScalarRef
-
-if TYPE_CHECKING:
-    import networkx as nx
-
-Slot: TypeAlias = "tuple[int, int]"  # role, operand number
-
-
-def _networkx() -> Any:
-    """networkx, imported when the first model is traced: it would double the cost of `import
-    cellc`.
-    """
-    return importlib.import_module("networkx")
-
-
-@dataclass
-class Roles:
-    """What all traces of a model have shown about its roles."""
-
-    index: dict[Hashable, int] = field(default_factory=dict)
-    graph: nx.DiGraph = field(default_factory=lambda: _networkx().DiGraph())
-    unpaired: set[tuple[int, int]] = field(default_factory=set)
-    escaping: set[tuple[int, int]] = field(default_factory=set)
-    distinct: set[tuple[Slot, Slot]] = field(default_factory=set)
-    scalars: dict[Slot, set[Hashable]] = field(default_factory=lambda: defaultdict(set))
-    served: dict[int, list[set[int]]] = field(default_factory=lambda: defaultdict(list))
-    old: set[int] = field(default_factory=set)  # roles that earlier traces had shown
-    version: int = 0
-
-    def role(self, node: RowNode) -> int:
-        kinds = tuple(
-            ("param", o.name) if isinstance(o, ParamRef)
-            else ("scalar", o.dtype) if isinstance(o, ScalarRef)
-            else "ragged" if isinstance(o, RaggedRefs) else "row"
-            for o in node.operands
-        )  # fmt: skip
-        return self._number((node.point, node.op, node.attrs, node.types, kinds))
-
-    def _number(self, key: Hashable) -> int:
-        return self.index.setdefault(key, len(self.index))
-
-    def refined(self, role: int, weighted: frozenset[int]) -> int:
-        """A role without weights, apart for occurrences that serve different weights.
-
-        The same line may stand in a loop over layers: its occurrences there read results of
-        disjoint sets of weighted roles, and belong to different cells. Sets that overlap belong
-        together: a first step may read less, or more, than later ones.
-        """
-        groups = self.served[role]
-        if not weighted:
-            return role
-        found = [k for k, group in enumerate(groups) if group & weighted]
-        if not found:
-            groups.append(set(weighted))
-            found = [len(groups) - 1]
-        for k in found[1:]:
-            groups[found[0]] |= groups[k]
-        groups[found[0]] |= weighted
-        return role if found[0] == 0 else self._number((role, "serving", found[0]))
-
-    def connect(self, roles: Iterable[int], edges: Iterable[tuple[int, int]]) -> None:
-        """Add a request's live roles and who reads whom. New roles alone change nothing for old
-        ones.
-        """
-        self.old = set(self.graph)
-        self.graph.add_nodes_from(roles)
-        for u, v in edges:
-            if not self.graph.has_edge(u, v):
-                self.graph.add_edge(u, v)
-                self.version += v in self.old
-
-    def note(self, known: set[tuple[int, int]], item: tuple[int, int], *about: int) -> None:
-        """Add a fact about roles; one about old roles changes what they are cut into."""
-        if item not in known:
-            known.add(item)
-            self.version += all(role in self.old for role in about)
 
 
 @dataclass
@@ -130,7 +54,7 @@ class Extraction:
     def run(self) -> CallGraph:
         self._lift_scalars()
         self._connect()
-        components = list(_networkx().strongly_connected_components(self.roles.graph))
+        components = list(networkx().strongly_connected_components(self.roles.graph))
         recurrent = {
             role: i
             for i, component in enumerate(components)
@@ -413,7 +337,7 @@ class Extraction:
         """Feed-forward roles joined along one-to-one edges, such that clusters cannot depend in a
         circle.
         """
-        graph, unpaired, nx = self.roles.graph, self.roles.unpaired, _networkx()
+        graph, unpaired, nx = self.roles.graph, self.roles.unpaired, networkx()
         condensed = nx.condensation(graph)
         level: dict[int, int] = {}
         order: list[int] = []

@@ -186,3 +186,12 @@ def describe(value: Any) -> str:
         return text if len(text) <= 60 else f"{text[:57]}..."
     name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
     return f"{name}[{', '.join(map(str, value.shape))}]"
+
+
+def as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A request of `map`: a tuple is positional arguments, a dict keywords, else one argument."""
+    if isinstance(request, tuple):
+        return request, {}
+    if isinstance(request, dict):
+        return (), request
+    return (request,), {}

@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
-from cellc.compiled import Compiled, _as_call
+from cellc.compiled import Compiled
 from cellc.compiler import Compiler, Entry
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.plan import CELL
-from cellc.request import Structure
+from cellc.request import Structure, as_call
 
 T = TypeVar("T")
 
@@ -151,7 +151,7 @@ def _fastest(work: Callable[[], T]) -> tuple[T, float]:
 
 
 def _structure(compiler: Compiler, request: Any) -> tuple[Structure, tuple[Any, ...], Any]:
-    args, kwargs = compiler.arguments.bind(*_as_call(request))
+    args, kwargs = compiler.arguments.bind(*as_call(request))
     return compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs)), args, kwargs
 
 

@@ -145,7 +145,7 @@ class Lowering:
                 self._expanded[name] = self.arg(node, 0)
 
     def matrix(self, weight: Weight) -> Weight:
-        """The 2-D weight that a weight with batch dimensions repeats, where it does; else itself."""
+        """The 2-D weight that one with batch dimensions repeats, where it does; else itself."""
         whole = self._expanded.get(weight.name, weight)
         assert isinstance(whole, Weight)
         if len(whole.shape) > 2 and all(s == 1 for s in whole.shape[:-2]):

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import cellc
 from cellc.kernels.eager import EagerBackend
+from cellc.options import BackendName
 
 I, H, V = 5, 8, 11  # noqa: E741 - input size, hidden size, vocabulary
 
@@ -161,7 +162,7 @@ def test_cells_graph_stages(compiled: cellc.Compiled) -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
-def test_refresh(model: Words, backend: cellc.compiled.BackendName) -> None:
+def test_refresh(model: Words, backend: BackendName) -> None:
     try:
         compiled = cellc.compile(model, backend=backend)
     except cellc.BackendError as error:
@@ -287,7 +288,7 @@ def test_empty_sequences() -> None:
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp", "triton"])
-def test_transposed_weights(backend: cellc.compiled.BackendName) -> None:
+def test_transposed_weights(backend: BackendName) -> None:
     """nn.Linear's weight reaches kernels as a transposed view."""
     model = nn.Linear(I, H).eval()
     try:
@@ -733,7 +734,7 @@ def _resident() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
-def test_nothing_left_behind(backend: cellc.compiled.BackendName) -> None:
+def test_nothing_left_behind(backend: BackendName) -> None:
     """200 compile and close cycles: no thread, no file, at most 40 MB."""
     model = nn.GRU(I, H).eval()
 

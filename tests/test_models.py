@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cellc
-from cellc.compiled import _as_call
-from cellc.compiler import evaluating
+from cellc.modules import evaluating
+from cellc.request import as_call
 
 pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
@@ -89,7 +89,7 @@ def test_same_plans_as_traced(name: str) -> None:
     compiler = compiled._compiler
     compiled.map(spec.requests([1, 16, 8, 2, 12]))
     for request in spec.requests([3, 5, 6, 7, 9, 10, 11, 13, 14, 15]):
-        args, kwargs = compiler.arguments.bind(*_as_call(request))
+        args, kwargs = compiler.arguments.bind(*as_call(request))
         structure = compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs))
         if compiler._derived(structure) is not None:
             assert compiler.check_family(structure, args, kwargs)

@@ -202,7 +202,7 @@ def test_everything_is_cancelled(seed: int, policy: str) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 def test_arrays_grow_with_requests(policy: str) -> None:
     """More calls at once than the first arrays hold, while launches go on."""
-    engine = Engine([chain_graph(40), chain_graph(7, keep=True)], 16, policy)
+    engine = Engine([chain_graph(200), chain_graph(7, keep=True)], 16, policy)
     for _ in range(12):
         engine.add(0, 6)
         engine.add(1, 6)

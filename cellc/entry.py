@@ -1,0 +1,128 @@
+"""`cellc.compile`: options checked, a device and a backend chosen, a `Compiled` made.
+
+Duty: everything that is decided before the first request.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from cellc.compiled import Compiled
+from cellc.errors import BackendError, UnsupportedError
+from cellc.launch import Backend
+from cellc.modules import named_tensors
+from cellc.options import BackendName, Options, check_counts, make_options
+
+
+def compile(
+    model: nn.Module | Callable[..., Any],
+    *,
+    backend: BackendName = "auto",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    batch_dim: int | None = None,
+    carry: Mapping[str, str] | None = None,
+    max_batch: int | None = None,
+    max_queue: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
+    """Compile a model: its cells are found, fused, and batched across all requests in flight.
+
+    model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until
+    the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
+    device, dtype: where and in what the cells compute; by default the model's own. Others copy the
+    weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
+    rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
+    options: see `Options`.
+
+    >>> import torch, cellc
+    >>> model = torch.nn.GRU(4, 8)
+    >>> compiled = cellc.compile(model, backend="eager")
+    >>> y, h = compiled(torch.randn(5, 1, 4))
+    >>> y.shape, h.shape
+    (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]))
+    >>> compiled.close()
+    """
+    if not callable(model):
+        raise UnsupportedError(
+            what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"
+        )
+    if carry is not None:
+        raise UnsupportedError(
+            what="carry (sessions)", remedy="pass the state as an argument and return it"
+        )
+    chosen = make_options(options)
+    check_counts(max_batch=max_batch, max_queue=max_queue)
+    source = model
+    place = _device(model, device)
+    if dtype is not None or _moves(model, place):
+        model = _copied(model, dtype, place)
+    return Compiled(
+        model,
+        make_backend(backend, place, chosen),
+        place,
+        chosen,
+        batch_dim=batch_dim,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        dtype=dtype,
+        source=source,
+    )
+
+
+def _device(model: Any, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    first = next(iter(named_tensors(model).values()), None)
+    return first.device if first is not None else torch.device("cpu")
+
+
+def _moves(model: Any, device: torch.device) -> bool:
+    return any(t.device.type != device.type for t in named_tensors(model).values())
+
+
+def _copied(model: Any, dtype: torch.dtype | None, device: torch.device) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise UnsupportedError(
+            what="dtype or device for a function",
+            remedy="convert its modules yourself: module.to(...)",
+        )
+    return copy.deepcopy(model).to(device=device, dtype=dtype)
+
+
+_warned: set[str] = set()
+
+
+def make_backend(name: BackendName, device: torch.device, options: Options) -> Backend:
+    """A backend by name; "auto" takes what the device and the machine offer."""
+    if name == "auto":
+        if device.type == "cuda":
+            return make_backend("triton", device, options)
+        try:
+            return make_backend("cpp", device, options)
+        except BackendError as error:
+            if "cpp" not in _warned:
+                _warned.add("cpp")
+                warnings.warn(f"cellc runs its slow eager backend: {error}", stacklevel=3)
+            return make_backend("eager", device, options)
+    if name == "eager":
+        from cellc.kernels.eager import EagerBackend
+
+        return EagerBackend()
+    if name == "cpp":
+        from cellc.kernels.cpp import CppBackend
+
+        if device.type != "cpu":
+            raise BackendError("runs on CPUs; pass device='cpu' or backend='triton'", backend="cpp")
+        return CppBackend()
+    if name == "triton":
+        from cellc.kernels.triton_backend import TritonBackend
+
+        return TritonBackend(device, {"input_precision": "tf32" if options.tf32 else "ieee"})
+    raise UnsupportedError(what=f"backend {name!r}", remedy="use auto, triton, cpp or eager")
