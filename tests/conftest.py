@@ -25,9 +25,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="rewrite tests/golden with what the code prints now",
     )
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
     if torch.cuda.is_available() and os.environ["TRITON_INTERPRET"] != "1":
         return
     skip = pytest.mark.skip(reason="needs a GPU and TRITON_INTERPRET=0")

@@ -58,9 +58,18 @@ SIZED = {
     }.items()
 }
 EVERY = {k: v for k, v in kc.CELLS.items() if not k.startswith("zoo")} | SIZED
+# Sizes beyond one vector and doubles; the other sizes of the same cells take a compiler's minute.
+SIZED_AT_ONCE = {"lstm-H17-f32", "lstm-H64-f32", "layernorm_lstm-H17-f64", "ragged-H17-f64"}
 
 
-@pytest.mark.parametrize("name", EVERY)
+def slow_where(slow: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] if slow else []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=slow_where(n in SIZED.keys() - SIZED_AT_ONCE)) for n in EVERY],
+)
 def test_cell_is_eagers(backend: CppBackend, name: str) -> None:
     cell = EVERY[name]()
     kernel, reference = pair(backend, cell)
@@ -89,7 +98,7 @@ def test_large_launches_use_threads(
 
 
 def test_a_row_does_not_depend_on_its_neighbours(backend: CppBackend) -> None:
-    cell = kc.layernorm_lstm(33, 65)
+    cell = kc.layernorm_lstm(6, 8)
     kernel, _ = pair(backend, cell)
     run = kc.make_run(cell, 100)
     together = run.copy()
@@ -129,7 +138,7 @@ def binary_cell(dtype: str) -> Cell:
     return b.cell("binary", *(b(n, x, y) for n in names), *powers)
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f64"])
+@pytest.mark.parametrize("dtype", ["f32", pytest.param("f64", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [unary_cell, binary_cell])
 def test_special_values(backend: CppBackend, dtype: str, make: kc.Callable[[str], Cell]) -> None:
     cell = make(dtype)
@@ -240,7 +249,7 @@ def random_cell(seed: int) -> Cell:
     return b.cell(f"random{seed}", *outputs)
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", [pytest.param(s, marks=slow_where(s > 4)) for s in range(16)])
 def test_random_cell(backend: CppBackend, seed: int) -> None:
     cell = random_cell(seed)
     kernel, reference = pair(backend, cell)

@@ -43,7 +43,9 @@ checked = settings(deadline=None, derandomize=True, max_examples=80)
 TYPES = (RowType((3,), "f32"), RowType((2, 2), "f32"), RowType((), "i64"))
 
 
-def fake_cell(name: str, inputs: Sequence[tuple[RowType, bool]], outputs: Sequence[RowType]) -> Cell:
+def fake_cell(
+    name: str, inputs: Sequence[tuple[RowType, bool]], outputs: Sequence[RowType]
+) -> Cell:
     """A cell of one operation that no backend knows."""
     specs = tuple(CellInput(f"x{i}", type, ragged) for i, (type, ragged) in enumerate(inputs))
     op = CellOp(f"fake:{name}", tuple(Operand("input", i) for i in range(len(specs))), (),
@@ -119,9 +121,7 @@ def random_graph(rng: random.Random) -> CallGraph:
         fits = [v for v, t in values if t == type]
         shape = (rng.randint(1, 3), 2) if rng.random() < 0.3 else (rng.randint(1, 4),)
         refs = np.array([rng.choice(fits) for _ in range(int(np.prod(shape)))]).reshape(shape)
-        outputs.append(
-            RowOutput(refs, type, (*shape, *type.shape), _dims(len(shape), type))
-        )
+        outputs.append(RowOutput(refs, type, (*shape, *type.shape), _dims(len(shape), type)))
     return CallGraph(groups, data, constants, outputs, num_values)
 
 

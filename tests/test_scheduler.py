@@ -68,9 +68,7 @@ class Engine:
             self.free_numbers.pop() if self.free_numbers else next(self.numbers)
             for _ in range(count)
         ]
-        columns = [
-            r.allocate(s, count) for r, s in zip(self.regions, plan.num_slots, strict=True)
-        ]
+        columns = [r.allocate(s, count) for r, s in zip(self.regions, plan.num_slots, strict=True)]
         bases = np.stack(columns, 1)
         for request, base in zip(requests, bases, strict=True):
             self.live[request], self.ran[request] = (k, base), set()
@@ -81,9 +79,7 @@ class Engine:
     def leave(self, request: int) -> None:
         """Give back a request's regions: what lies there is nobody's."""
         k, bases = self.live.pop(request)
-        for t, (region, size) in enumerate(
-            zip(self.regions, self.plans[k].num_slots, strict=True)
-        ):
+        for t, (region, size) in enumerate(zip(self.regions, self.plans[k].num_slots, strict=True)):
             region.free([int(bases[t])], size)
             for slot in range(int(bases[t]), int(bases[t]) + size):
                 self.memory.rows.pop((t, slot), None)
@@ -106,9 +102,7 @@ class Engine:
         assert sizes[0] <= self.scheduler.max_batch
         assert max_steps is None or len(sizes) <= max_steps
         assert batch.table.shape == (record_length(self.cells[batch.cell]), len(batch.calls))
-        steps = [
-            batch.calls[a:b] for a, b in zip(batch.steps, batch.steps[1:], strict=False)
-        ]
+        steps = [batch.calls[a:b] for a, b in zip(batch.steps, batch.steps[1:], strict=False)]
         for before, after in zip(steps, steps[1:], strict=False):
             assert (after == before[: len(after)] + 1).all()
         requests = self.scheduler.requests_of(batch.calls).tolist()
@@ -135,9 +129,7 @@ class Engine:
             first = self.scheduler._requests[request][1]
             call = int(batch.calls[i]) - first
             assert call not in self.ran[request] and self.needed[k][call] <= self.ran[request]
-            group = next(
-                n for n, g in enumerate(self.graphs[k].groups) if g.cell.key == cell.key
-            )
+            group = next(n for n, g in enumerate(self.graphs[k].groups) if g.cell.key == cell.key)
             j = call - int(starts_of(self.graphs[k])[group])
             work.append((request, self.graphs[k], cell, j, batch.table[:, i]))
         for request, graph, cell, j, record in work:
