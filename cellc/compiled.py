@@ -21,13 +21,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cellc.compiler import Compiler, Entry, Stage
-from cellc.engine import Engine, Ticket
+from cellc.engine import Engine
 from cellc.errors import CellcError, ClosedError, RequestError, UnsupportedError
 from cellc.launch import Backend
 from cellc.modules import named_tensors
 from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.request import Structure, as_call
+from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
 
 if TYPE_CHECKING:

@@ -14,55 +14,26 @@ from __future__ import annotations
 
 import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from concurrent.futures import InvalidStateError
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from cellc import log
-from cellc.cells import Cell
-from cellc.compiler import Compiler, Entry
-from cellc.errors import ClosedError, Overloaded, RequestError
+from cellc import background, log
+from cellc.compiler import Compiler
+from cellc.errors import ClosedError, Overloaded
 from cellc.launch import Launch, Ragged
 from cellc.plan import ragged_range
 from cellc.replay import Bound, Replays
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
+from cellc.ticket import Counters, Ticket, bad_index, out_of_range
 
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
-
-
-@dataclass(slots=True)
-class Ticket:
-    """One request on its way."""
-
-    entry: Entry
-    tensors: Sequence[torch.Tensor]
-    future: Future[Any] | None = None
-    arrived: float = 0.0
-    done: bool = False
-    result: Any = None
-    error: BaseException | None = None
-    number: int = -1
-    bases: Any = None
-
-
-@dataclass
-class _Counters:
-    launches: int = 0
-    rows: int = 0
-    steps: int = 0
-    requests: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8192))
 
 
 class Engine:
@@ -78,7 +49,7 @@ class Engine:
         memory_limit: int,
     ) -> None:
         self.compiler = compiler
-        self.counters = _Counters()
+        self.counters = Counters()
         self._scheduler = Scheduler(max_batch=max_batch or 512, policy=policy)
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
@@ -158,14 +129,7 @@ class Engine:
         """Make sure that queued requests are run though nobody blocks on them."""
         with self._turn:
             if self._background is None or not self._background.is_alive():
-                self._background = threading.Thread(
-                    target=_serve,
-                    args=(weakref.ref(self), self._turn),
-                    name="cellc-engine",
-                    daemon=True,
-                )
-                weakref.finalize(self, _wake, self._turn)
-                self._background.start()
+                self._background = background.start(self, self._turn)
             self._turn.notify_all()
 
     def close(self) -> None:
@@ -176,9 +140,9 @@ class Engine:
         with self._loop:
             while self._inbox or self._live:
                 self.step()
-        background = self._background
-        if background is not None and background is not threading.current_thread():
-            background.join()
+        thread = self._background
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
         self._background = None
 
     def refresh(self) -> None:
@@ -296,7 +260,7 @@ class Engine:
         start = time.perf_counter()
         for bound in launches:
             if len(bound.run()):
-                return _bad_index(bound.cell)
+                return bad_index(bound.cell)
         counters = self.counters
         counters.seconds += time.perf_counter() - start
         counters.launches += len(launches)
@@ -385,7 +349,7 @@ class Engine:
         for rows in tickets[0].entry.plan.data:
             tensors = [t.tensors[rows.leaf] for t in tickets]
             for i in self._arenas.write(rows, bases, tensors).tolist():
-                errors[i] = _out_of_range(rows.name, rows.bound, tensors[i])
+                errors[i] = out_of_range(rows.name, rows.bound, tensors[i])
         return errors
 
     def _schedule(self) -> Batch | None:
@@ -416,7 +380,7 @@ class Engine:
         if not len(invalid):
             return {}
         requests = self._scheduler.requests_of(batch.calls)
-        wrong = _bad_index(self.compiler.by_number[batch.cell])
+        wrong = bad_index(self.compiler.by_number[batch.cell])
         return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), wrong)
 
     def _tables(self, batch: Batch) -> Launch:
@@ -505,43 +469,3 @@ class Engine:
                     ticket.future.set_exception(error)
             except InvalidStateError:  # cancelled while it ran
                 pass
-
-
-def _serve(engine: weakref.ref[Engine], turn: threading.Condition) -> None:
-    """The background thread: sleeps while there is nothing to do, ends with close or its engine.
-
-    Between rounds it holds no reference to the engine, so that one dropped without close is freed.
-    """
-    while True:
-        strong = engine()
-        if strong is None or not strong.serve_once():
-            return
-        with turn:
-            if strong.idle and not strong.closed:
-                del strong
-                turn.wait()
-
-
-def _wake(turn: threading.Condition) -> None:
-    with turn:
-        turn.notify_all()
-
-
-def _bad_index(cell: Cell | None) -> RequestError:
-    return RequestError(
-        argument=f"cell {cell.name}" if cell else "a cell",
-        got="an index outside its table",
-        expected="computed indices that the weights have",
-        origin=next((op.origin for op in (cell.ops if cell else ()) if op.op == "embedding"), None),
-    )
-
-
-def _out_of_range(name: str, bound: int | None, tensor: torch.Tensor) -> RequestError:
-    assert bound is not None
-    flat = tensor.detach().cpu().reshape(-1)
-    at = int(torch.nonzero((flat < 0) | (flat >= bound))[0])
-    return RequestError(
-        argument=name,
-        got=f"{flat[at].item()} at position {at}",
-        expected=f"indices in [0, {bound})",
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import os
 import sys
 from collections.abc import Callable
@@ -145,6 +146,15 @@ def test_the_profiler_before_goes_on() -> None:
     finally:
         sys.setprofile(before)
     assert calls[0] == "longer"
+
+
+def test_a_profiler_in_c_goes_on() -> None:
+    profile = cProfile.Profile()
+    with profile:
+        with CodesSeen(()).watching():
+            straight(1)
+        longer(1)
+    assert any(code == longer.__code__ for code, *_ in profile.getstats())
 
 
 def test_the_profiler_is_off_after_an_error() -> None:

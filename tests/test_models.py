@@ -87,27 +87,42 @@ def check_derived(compiled: cellc.Compiled, requests: list[Any]) -> None:
             assert compiler.check_family(structure, args, kwargs)
 
 
+SOME_LENGTHS = (7, 1, 4, 9, 2, 3, 5, 8, 6)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_eager(name: str) -> None:
     """First a request in which no recurrence shows, then others one at a time, then all at once."""
     spec, rng = MODELS[name], random.Random(name)
     model = spec.model()
     with cellc.compile(model, backend="eager") as compiled:
-        for request in spec.requests([1, *rng.sample([16, 8, 2, 12], 4)]):
+        for request in spec.requests([1, *rng.sample([9, 4, 2], 3)]):
             check(compiled, model, [request])
-        check_derived(compiled, spec.requests(rng.sample([3, 5, 6, 7, 9, 10, 11, 13], 3)))
-        check(compiled, model, spec.requests(LENGTHS))
+        check_derived(compiled, spec.requests(rng.sample([3, 5, 6, 7], 2)))
+        check(compiled, model, spec.requests(SOME_LENGTHS))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(ON_TRITON))
 def test_random_order(name: str) -> None:
     """Lengths in any order teach the same."""
     spec, rng = MODELS[name], random.Random(name)
     model = spec.model()
     with cellc.compile(model, backend="eager") as compiled:
-        for request in spec.requests(rng.sample(range(2, 17), 4)):
+        for request in spec.requests(rng.sample(range(2, 9), 3)):
             check(compiled, model, [request])
-        check(compiled, model, spec.requests(rng.sample(range(1, 17), 6)))
+        check(compiled, model, spec.requests(rng.sample(range(1, 17), 4)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_eager_at_every_length(name: str) -> None:
+    spec, rng = MODELS[name], random.Random(name)
+    model = spec.model()
+    for _ in range(2):
+        with cellc.compile(model, backend="eager") as compiled:
+            for request in spec.requests(rng.sample(range(1, 17), 16)):
+                check(compiled, model, [request])
+            check(compiled, model, spec.requests(LENGTHS))
 
 
 @pytest.mark.slow
@@ -123,7 +138,7 @@ def test_every_length_is_derived_right(name: str) -> None:
 def test_equals_eager_on_cpp(name: str) -> None:
     model = MODELS[name].model()
     with compiled_on(model, "cpp") as compiled:
-        check(compiled, model, MODELS[name].requests(LENGTHS))
+        check(compiled, model, MODELS[name].requests(SOME_LENGTHS))
 
 
 @pytest.mark.parametrize("name", slow_but(ON_TRITON))

@@ -1,0 +1,64 @@
+"""Tickets: requests on their way through the engine, and what is counted of them.
+
+Duty: plain data that the engine and its callers share; errors of requests whose indices are wrong.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from cellc.cells import Cell
+from cellc.compiler import Entry
+from cellc.errors import RequestError
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request on its way."""
+
+    entry: Entry
+    tensors: Sequence[torch.Tensor]
+    future: Future[Any] | None = None
+    arrived: float = 0.0
+    done: bool = False
+    result: Any = None
+    error: BaseException | None = None
+    number: int = -1
+    bases: Any = None
+
+
+@dataclass
+class Counters:
+    launches: int = 0
+    rows: int = 0
+    steps: int = 0
+    requests: int = 0
+    failed: int = 0
+    seconds: float = 0.0
+    latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8192))
+
+
+def bad_index(cell: Cell | None) -> RequestError:
+    return RequestError(
+        argument=f"cell {cell.name}" if cell else "a cell",
+        got="an index outside its table",
+        expected="computed indices that the weights have",
+        origin=next((op.origin for op in (cell.ops if cell else ()) if op.op == "embedding"), None),
+    )
+
+
+def out_of_range(name: str, bound: int | None, tensor: torch.Tensor) -> RequestError:
+    assert bound is not None
+    flat = tensor.detach().cpu().reshape(-1)
+    at = int(torch.nonzero((flat < 0) | (flat >= bound))[0])
+    return RequestError(
+        argument=name,
+        got=f"{flat[at].item()} at position {at}",
+        expected=f"indices in [0, {bound})",
+    )
