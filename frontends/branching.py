@@ -33,11 +33,15 @@ class CodesSeen:
     def __init__(self, trusted: tuple[str, ...]) -> None:
         self._trusted = trusted
         self._seen: set[CodeType] = set()
+        self._unknown = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch calls in this thread; a profiler that was set goes on afterwards."""
-        before = sys.getprofile()
+        """Watch calls in this thread; where a profiler does already, nothing is known."""
+        if sys.getprofile() is not None:
+            self._unknown = True
+            yield
+            return
         seen = self._seen
 
         def note(frame: FrameType, event: str, _: Any) -> None:
@@ -48,11 +52,11 @@ class CodesSeen:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            sys.setprofile(None)
 
     def may_branch(self) -> bool:
         """Does any function outside the trusted folders have a test that a size may decide?"""
-        return any(
+        return self._unknown or any(
             _may_branch(code)
             for code in self._seen
             if not code.co_filename.startswith(self._trusted)

@@ -201,7 +201,8 @@ def test_cells_of_lstm(layers: int, directions: int, by_hand: bool, length: int)
     outside = [
         g for g in groups if not g.cell.recurrent and any(o.op == "linear" for o in g.cell.ops)
     ]
-    assert sum(g.num_calls for g in outside) in (layers * length, layers * directions * length)
+    projections, left = divmod(sum(g.num_calls for g in outside), length)
+    assert left == 0 and layers <= projections <= layers * directions  # one input: one product
 
 
 @pytest.mark.parametrize("make", [LstmLoop, lambda: MatmulLstm("slice")])

@@ -27,6 +27,7 @@ from test_plan import (
 )
 
 from cellc.calls import CallGraph, CallGroup
+from cellc.cells import Cell
 from cellc.plan import Plan, Tables, make_plan, priorities, record_length
 from cellc.regions import Regions
 from cellc.rows import DataSource, RowOutput
@@ -134,13 +135,32 @@ class Engine:
             work.append((request, self.graphs[k], cell, j, batch.table[:, i]))
         for request, graph, cell, j, record in work:
             self.memory.read(request, graph, cell, j, record, self.scheduler.entries)
+        self.check_apart(cell, [record for *_, record in work])
         for i, (request, graph, cell, j, record) in zip(columns, work, strict=True):
             self.memory.write(request, graph, cell, j, record)
             self.ran[request].add(int(batch.calls[i]) - self.scheduler._requests[request][1])
 
+    def check_apart(self, cell: Cell, records: list[Any]) -> None:
+        """Rows of a step run side by side: what one writes, none reads and no other writes."""
+        read, written = set(), []
+        for record in records:
+            k = 0
+            for spec in cell.inputs:
+                if spec.ragged:
+                    slots = self.scheduler.entries[record[k] : record[k] + record[k + 1]].tolist()
+                else:
+                    slots = [int(record[k])]
+                read |= {(self.tables.type(spec.type), slot) for slot in slots}
+                k += 2 if spec.ragged else 1
+            kinds = map(self.tables.type, cell.output_types)
+            written += zip(kinds, record[k:].tolist(), strict=True)
+        assert len(set(written)) == len(written) and read.isdisjoint(written)
+
     def drain(self, max_steps: int | None = None) -> None:
-        while self.launch(max_steps) is not None:
-            pass
+        left = sum(self.plans[k].num_calls for k, _ in self.live.values())
+        while (batch := self.launch(max_steps)) is not None:
+            left -= len(batch.calls)
+            assert left >= 0
         assert not self.live and not self.scheduler.num_requests and not self.scheduler.num_ready
         assert all(region.live == 0 for region in self.regions)
         assert self.scheduler._table._regions.live == 0
