@@ -159,7 +159,9 @@ def _how(demo: Demo) -> list[str]:
         f"The padded server batches by bucket, at most {MAX_BATCH} sentences; it runs when a "
         "bucket is full or its oldest request has waited. Its peak is what it served of "
         f"{len(demo.corpus.sentences):,} sentences that were all there at once.",
-        "Results under load were compared with model(x) too.",
+        "Results under load were compared with model(x) too. During the load Python's garbage "
+        "collector looked at new objects only (gc.freeze), for all servers alike: a full "
+        "collection stops every thread for a few hundred ms.",
         "Where the system tells how busy it is, rounds in which other programs took "
         f"{report.QUIET:.0%} of the machine or more were repeated (for {chosen.patience:g} seconds "
         "in all) and the quietest kept.",

@@ -7,11 +7,13 @@ one, and the quietest rounds are kept. Comes in: callables; goes out: plain numb
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -98,7 +100,6 @@ class Served:
     latencies: npt.NDArray[np.float64]
     results: Sequence[Tensor]
     chosen: npt.NDArray[np.int64]  # which sentence each request was
-    drain: float  # seconds from the last arrival to the last result
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,19 @@ def serve(
     results = [future.result() for future in futures]
     while not finished.all():  # wait() may return before the last callback ran
         time.sleep(1e-3)
-    return Served(finished - due, results, load.chosen, float(finished.max() - due[-1]))
+    return Served(finished - due, results, load.chosen)
+
+
+@contextmanager
+def no_long_pauses() -> Iterator[None]:
+    """Python's garbage collector looks at new objects only: to look at all of them, torch's too,
+    stops every thread for a few hundred ms, and whichever server happens to be measured then."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def burst_rate(submit: Callable[[Tensor], Future[Tensor]], sentences: Sequence[Tensor]) -> float:

@@ -147,7 +147,7 @@ def measure_loads(demo: Demo, compiled: Compiled) -> list[LoadRow] | None:
             "padded, no waiting": eager.submit,
             f"padded, waits {WAIT * 1e3:.0f} ms": patient.submit,
         }
-        with demo.steps.step("measuring latency under load", total) as tick:
+        with demo.steps.step("measuring latency under load", total) as tick, bench.no_long_pauses():
             for submit in servers.values():  # warm
                 bench.burst_rate(submit, sentences[:256])
             peak = statistics.median(bench.burst_rate(eager.submit, sentences) for _ in range(3))

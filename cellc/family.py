@@ -63,6 +63,8 @@ class _Member:
         sizes = np.array([s.sizes for s in self.samples], float)
         self.varying = _independent(sizes)
         self.coefficients = None
+        if any(len(set(sizes[:, i])) < 3 for i in self.varying):
+            return  # two values of a size cannot tell a line from a square
         basis = self._basis(sizes)
         if len(basis) < basis.shape[1] + 1 or np.linalg.matrix_rank(basis) < basis.shape[1]:
             return
@@ -156,7 +158,7 @@ class Family:
             if member.covers(sizes) and self._alone(member, sizes):
                 numbers = member.predict(sizes)
                 if numbers is not None:
-                    return _build(form, member, numbers, shapes)
+                    return _build_checked(form, member, numbers, shapes)
         return None
 
     def _alone(self, member: _Member, sizes: Sequence[int]) -> bool:
@@ -306,15 +308,21 @@ def _blocks(
 # -- building one --
 
 
+class _Inconsistent(Exception):
+    """Derived numbers do not fit each other: the sizes are not of this family after all."""
+
+
 class _Builder:
     def __init__(self, numbers: npt.NDArray[np.int64]) -> None:
         self.numbers, self.at = numbers, 0
         self.num_values = 0
         self.bases: dict[Source, int] = {}
+        self.counts: dict[Source, int] = {}
         self.constants: dict[object, int] = {}
 
     def allocate(self, source: Source, count: int) -> int:
         self.bases[source] = self.num_values
+        self.counts[source] = count
         self.num_values += count
         return self.bases[source]
 
@@ -331,6 +339,8 @@ class _Builder:
                 continue
             inner = start + step * np.arange(length)
             index = (inner + stride * np.arange(count)[:, None]).reshape(-1)
+            if source[0] != "number" and not self._inside(source, index):
+                raise _Inconsistent
             if source[0] == "number":
                 parts.append(index)
             elif source in self.bases:
@@ -341,6 +351,13 @@ class _Builder:
                 )
         return np.concatenate(parts)
 
+    def _inside(self, source: Source, index: Refs) -> bool:
+        """Does a source have these values?"""
+        low, high = int(index.min()), int(index.max())
+        if source in self.counts:
+            return low >= 0 and high < self.counts[source]
+        return low >= 0 or source[0] in ("full", "rows")
+
     def _constant(self, source: Source, index: int) -> int:
         key = _constant_key(source, index)
         if key not in self.constants:
@@ -349,12 +366,24 @@ class _Builder:
         return self.constants[key]
 
 
-def _build(
+def _build_checked(
     form: _Form,
     member: _Member,
     numbers: npt.NDArray[np.int64],
     shapes: Sequence[tuple[int, ...]],
 ) -> CallGraph | None:
+    try:
+        return _build(form, member, numbers, shapes)
+    except _Inconsistent:
+        return None
+
+
+def _build(
+    form: _Form,
+    member: _Member,
+    numbers: npt.NDArray[np.int64],
+    shapes: Sequence[tuple[int, ...]],
+) -> CallGraph:
     b = _Builder(numbers)
     data = []
     for leaf, name, type, row_dims in form.data:
@@ -375,9 +404,13 @@ def _build(
             column = b.column(next(kinds))
             if spec.ragged:
                 lengths = b.column(next(kinds))
+                if len(lengths) != counts[g] or lengths.sum() != len(column):
+                    raise _Inconsistent
                 inputs.append(RaggedRefs(np.concatenate([[0], np.cumsum(lengths)]), column))
-            else:
+            elif len(column) == counts[g]:
                 inputs.append(column)
+            else:
+                raise _Inconsistent
         b.column(next(kinds))
         made = [
             b.bases["made", g, o] + np.arange(counts[g], dtype=np.int64)
@@ -390,7 +423,7 @@ def _build(
         shape = tuple(b.take(len(row_dims)))
         outer = tuple(b.take(sum(not r for r in row_dims)))
         if math.prod(outer) != len(ref):
-            return None
+            raise _Inconsistent
         outputs.append(RowOutput(ref.reshape(outer), type, shape, row_dims))
     return CallGraph(groups, data, b.constants, outputs, b.num_values)
 

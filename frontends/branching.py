@@ -23,7 +23,10 @@ _OLD_OPERATORS = frozenset(
     "BINARY_LSHIFT BINARY_RSHIFT".split()
 )
 _HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
+# Names through which a size may be rounded, looked up or tested.
+_ROUNDING = frozenset(["int", "round", "divmod", "bool", "any", "all", "math", "get"])
 _SKIPPED = frozenset(["CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "UNARY_NOT", "PRECALL", "COPY"])
+_HANDLERS = ("CHECK_EXC_MATCH", "WITH_EXCEPT_START", "JUMP_IF_NOT_EXC_MATCH")
 _TESTED = ("LOAD_FAST", "LOAD_ATTR", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_CONST")
 
 
@@ -68,11 +71,14 @@ def _may_branch(code: CodeType) -> bool:
     kept = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
     for k, instruction in enumerate(kept):
         name = instruction.opname
-        if name == "COMPARE_OP" or name in _OLD_OPERATORS:
+        if name in ("COMPARE_OP", "CONTAINS_OP") or name in _OLD_OPERATORS:
             return True
         if name == "BINARY_OP" and instruction.argrepr.rstrip("=") in _INTEGER_OPERATORS:
             return True
-        if "JUMP_IF" in name and "NONE" not in name and not _harmless_test(kept[:k]):
+        if name.startswith("LOAD") and instruction.argval in _ROUNDING:
+            return True
+        jumps = "JUMP" in name and "_IF_" in name and "NONE" not in name
+        if jumps and not _harmless_test(kept[:k]):
             return True
     return False
 
@@ -82,12 +88,13 @@ def _harmless_test(before: list[dis.Instruction]) -> bool:
     if not before:
         return False
     last = before[-1]
-    if (
-        last.opname.startswith(("IS_OP", "CONTAINS_OP", *_TESTED))
-        or last.opname == "CHECK_EXC_MATCH"
-    ):
+    if last.opname.startswith(("IS_OP", *_TESTED)) or last.opname in _HANDLERS:
         return True
-    if last.opname.startswith("CALL"):
-        recent = [i.argval for i in before[-8:] if i.opname in ("LOAD_GLOBAL", "LOAD_NAME")]
-        return bool(recent) and recent[0] in _HARMLESS_CALLS
+    if not last.opname.startswith("CALL"):
+        return False
+    for instruction in reversed(before[:-1]):
+        if instruction.opname.startswith(("CALL", "STORE", "POP", "RETURN")):
+            return False
+        if instruction.opname.startswith("LOAD") and instruction.argval in _HARMLESS_CALLS:
+            return True
     return False

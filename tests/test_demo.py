@@ -84,7 +84,7 @@ def test_padded_equals_the_model() -> None:
 
 @pytest.mark.parametrize("timeout", [0.0, 0.005])
 def test_padded_server(timeout: float) -> None:
-    model, requests = make_model(20, 16), sentences(LENGTHS * 10)
+    model, requests = make_model(20, 16), sentences(LENGTHS * 3)
     with PaddedServer(model, timeout, max_batch=4) as server:
         results = [f.result(30) for f in [server.submit(x) for x in requests]]
     with torch.inference_mode():
