@@ -2,11 +2,15 @@
 
 `cellc.compile(model)` finds a model's weight-shared cells, generates a fused kernel for each, and
 batches cells, not requests, across everything in flight. See README.md; ARCHITECTURE.md is the map.
+
+What compiles and runs models is imported when it is first asked for, so that `import cellc` costs
+little more than `import torch`.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from cellc import env
-from cellc.compiled import Compiled
-from cellc.entry import compile
 from cellc.errors import (
     BackendError,
     CellcError,
@@ -17,8 +21,12 @@ from cellc.errors import (
     UnsupportedError,
     ValueReadError,
 )
-from cellc.options import Options
-from cellc.views import CellView
+
+if TYPE_CHECKING:
+    from cellc.compiled import Compiled
+    from cellc.entry import compile
+    from cellc.options import Options
+    from cellc.views import CellView
 
 env.check()
 
@@ -38,3 +46,21 @@ __all__ = [
     "__version__",
     "compile",
 ]
+_HOMES = {
+    "CellView": "cellc.views",
+    "Compiled": "cellc.compiled",
+    "Options": "cellc.options",
+    "compile": "cellc.entry",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cellc' has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])
