@@ -54,7 +54,9 @@ def test_package_has_its_files(package: str) -> None:
     assert module.__file__ is not None
     installed = {p.name for p in Path(module.__file__).parent.iterdir() if p.is_file()}
     expected = {
-        p.name for p in (ROOT / FOLDERS[package]).iterdir() if p.suffix in (".py", ".h", ".cpp", ".typed")
+        p.name
+        for p in (ROOT / FOLDERS[package]).iterdir()
+        if p.suffix in (".py", ".h", ".cpp", ".typed")
     }
     assert expected <= installed
 
