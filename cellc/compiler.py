@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -101,6 +101,7 @@ class Compiler:
         self.forward = model.forward if isinstance(model, nn.Module) else model
         self.arguments = Arguments(self.forward)
         self.params = Params(named_tensors(model), device)
+        self._weights = _forms(named_tensors(model))
         self.tables = Tables()
         self.cells: dict[str, Cell] = {}  # by key
         self.kernels: dict[int, Kernel] = {}  # by cell number
@@ -349,12 +350,21 @@ class Compiler:
     def refresh(self) -> None:
         """The weights changed: take them again, keep cells; kernels repack."""
         with self._lock:
-            for name, tensor in named_tensors(self.model).items():
-                self.params.base[name] = tensor
+            tensors = named_tensors(self.model)
+            if _forms(tensors) != self._weights:
+                raise UnsupportedError(
+                    what="refresh after weights changed their names, shapes or dtypes",
+                    remedy="call cellc.compile again",
+                )
+            self.params.base.update(tensors)
             self.params.refresh()
             self.kernels.clear()
             if self.reads_weights:
                 self._forget()
+
+
+def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:
+    return {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()}
 
 
 class _LazyStage(Stage):

@@ -178,6 +178,16 @@ def test_refresh(model: Words, backend: BackendName) -> None:
         assert not torch.allclose(compiled(x), before)
 
 
+def test_refresh_of_another_shape() -> None:
+    model = nn.Sequential(nn.Linear(I, H)).eval()
+    with cellc.compile(model, backend="eager") as compiled:
+        x = torch.randn(2, I)
+        compiled(x)
+        model[0] = nn.Linear(I, H + 1)
+        with pytest.raises(cellc.UnsupportedError, match="compile again"):
+            compiled.refresh()
+
+
 def test_results_are_the_callers(compiled: cellc.Compiled) -> None:
     """A result may be changed, kept, and is no part of a later one."""
     x, y = words(3), words(3)
