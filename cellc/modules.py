@@ -56,12 +56,16 @@ def module_names(model: Any) -> dict[int, str]:
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Modules in eval mode inside, as they were afterwards."""
-    training = [m for root in modules_of(model).values() for m in root.modules() if m.training]
-    for module in training:
+    """Modules in eval mode inside; afterwards their mode and attributes are as they were before."""
+    modules = [m for root in modules_of(model).values() for m in root.modules()]
+    before = [dict(vars(m)) for m in modules]
+    for module in modules:
         module.training = False
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, kept in zip(modules, before, strict=True):
+            now = vars(module)
+            for name in set(now) - set(kept):
+                del now[name]
+            now.update({name: v for name, v in kept.items() if now.get(name) is not v})
