@@ -50,6 +50,8 @@ class EagerBackend:
 class EagerKernel:
     """One cell: gathers, computes its operations one by one, scatters."""
 
+    backend = "eager"  # also where another backend could not generate the cell
+
     def __init__(self, cell: Cell, params: Sequence[Tensor]) -> None:
         self.cell = cell
         self.params = [p.unsqueeze(0) for p in params]

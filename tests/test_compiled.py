@@ -188,6 +188,19 @@ def test_refresh_of_another_shape() -> None:
             compiled.refresh()
 
 
+def test_a_cell_that_falls_back_says_so() -> None:
+    with cellc.compile(lambda x: torch.cumsum(x, 0), backend="eager") as reference:
+        reference(torch.randn(3, 2))
+        assert all(list(cell.kernels) == ["eager"] for cell in reference.cells.values())
+    try:
+        compiled = cellc.compile(lambda x: torch.cumsum(x, 0), backend="cpp")
+    except cellc.BackendError as error:
+        pytest.skip(str(error))
+    with compiled:
+        compiled(torch.randn(3, 2))
+        assert any("eager" in cell.kernels for cell in compiled.cells.values())
+
+
 def test_results_are_the_callers(compiled: cellc.Compiled) -> None:
     """A result may be changed, kept, and is no part of a later one."""
     x, y = words(3), words(3)

@@ -87,9 +87,6 @@ def check_derived(compiled: cellc.Compiled, requests: list[Any]) -> None:
             assert compiler.check_family(structure, args, kwargs)
 
 
-SOME_LENGTHS = (7, 1, 4, 9, 2, 3, 5, 8, 6)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_eager(name: str) -> None:
     """First a request in which no recurrence shows, then others one at a time, then all at once."""
@@ -99,7 +96,7 @@ def test_equals_eager(name: str) -> None:
         for request in spec.requests([1, *rng.sample([9, 4, 2], 3)]):
             check(compiled, model, [request])
         check_derived(compiled, spec.requests(rng.sample([3, 5, 6, 7], 2)))
-        check(compiled, model, spec.requests(SOME_LENGTHS))
+        check(compiled, model, spec.requests(LENGTHS))
 
 
 @pytest.mark.parametrize("name", slow_but(ON_TRITON))
@@ -138,14 +135,14 @@ def test_every_length_is_derived_right(name: str) -> None:
 def test_equals_eager_on_cpp(name: str) -> None:
     model = MODELS[name].model()
     with compiled_on(model, "cpp") as compiled:
-        check(compiled, model, MODELS[name].requests(SOME_LENGTHS))
+        check(compiled, model, MODELS[name].requests(LENGTHS))
 
 
 @pytest.mark.parametrize("name", slow_but(ON_TRITON))
 def test_equals_eager_interpreted(name: str) -> None:
     model = MODELS[name].model()
     with compiled_on(model, "triton") as compiled:
-        check(compiled, model, MODELS[name].requests((3, 1)))
+        check(compiled, model, MODELS[name].requests(LENGTHS))
 
 
 class HandLstm(nn.Module):
