@@ -4,7 +4,8 @@ Duty: decide whether what was learned at some sizes may be used between them (`c
 are plain Python integers while tracing, so that a branch on one leaves no trace. Comes in: every
 Python code object that ran while a request was traced; goes out: yes or no. A conservative look at
 bytecode: comparisons, remainders and truth tests of computed values may branch on a size; tests of
-attributes, of plain names and of `is`, `isinstance` and `hasattr` do not.
+attributes, of plain names and of `is`, `isinstance` and `hasattr`, and comparisons with words or of
+a number of dimensions, do not.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ _HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
 # Names through which a size may be rounded, looked up or tested.
 _ROUNDING = frozenset(["int", "round", "divmod", "bool", "any", "all", "math", "get"])
 _SKIPPED = frozenset(["CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "UNARY_NOT", "PRECALL", "COPY"])
+_ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _HANDLERS = ("CHECK_EXC_MATCH", "WITH_EXCEPT_START", "JUMP_IF_NOT_EXC_MATCH")
 _TESTED = ("LOAD_FAST", "LOAD_ATTR", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_CONST")
 
@@ -48,7 +50,7 @@ class CodesSeen:
         seen = self._seen
 
         def note(frame: FrameType, event: str, _: Any) -> None:
-            if event == "call":
+            if event == "call" and frame.f_code.co_name != "<module>":  # not what an import runs
                 seen.add(frame.f_code)
 
         sys.setprofile(note)
@@ -71,7 +73,9 @@ def _may_branch(code: CodeType) -> bool:
     kept = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
     for k, instruction in enumerate(kept):
         name = instruction.opname
-        if name in ("COMPARE_OP", "CONTAINS_OP") or name in _OLD_OPERATORS:
+        if name in _OLD_OPERATORS:
+            return True
+        if name in ("COMPARE_OP", "CONTAINS_OP") and not _harmless_comparison(kept[:k]):
             return True
         if name == "BINARY_OP" and instruction.argrepr.rstrip("=") in _INTEGER_OPERATORS:
             return True
@@ -83,11 +87,27 @@ def _may_branch(code: CodeType) -> bool:
     return False
 
 
+def _harmless_comparison(before: list[dis.Instruction]) -> bool:
+    """Is it with words, or of a number of dimensions with a number: not of a size?"""
+    if not before or before[-1].opname != "LOAD_CONST":
+        return False
+    constant = before[-1].argval
+    words = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
+    if words and all(isinstance(word, str) for word in words):
+        return True
+    for instruction in reversed(before[:-1]):
+        if not instruction.opname.startswith("CALL"):
+            return instruction.opname in _ATTRIBUTES and instruction.argval in ("dim", "ndim")
+    return False
+
+
 def _harmless_test(before: list[dis.Instruction]) -> bool:
     """Is what a jump tests (the value made last) an attribute, a name, or a check of a type?"""
     if not before:
         return False
     last = before[-1]
+    if last.opname in ("COMPARE_OP", "CONTAINS_OP"):
+        return True  # looked at already
     if last.opname.startswith(("IS_OP", *_TESTED)) or last.opname in _HANDLERS:
         return True
     if not last.opname.startswith("CALL"):

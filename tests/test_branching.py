@@ -37,6 +37,10 @@ STRAIGHT = {
     "hasattr": "if hasattr(self, 'head'): x = self.head(x)",
     "try": "try: y = x[0]\n except IndexError: y = 0",
     "with": "with torch.no_grad(): y = x",
+    "comparison with a word": "if flag == 'sum': y = x",
+    "word among others": "if flag in ('sum', 'mean'): y = x",
+    "number of dimensions": "if x.dim() == 2: y = x",
+    "number of dimensions, as an attribute": "if x.ndim == 2: y = x",
 }
 BRANCHING = {
     "comparison": "if len(x) > 3: y = x",
@@ -118,6 +122,15 @@ def test_functions_that_ran(call: Callable[[int], int], branches: bool) -> None:
     user = CodesSeen((os.path.dirname(pytest.__file__),))
     user._seen = {c for c in seen._seen if c.co_filename == __file__}
     assert user.may_branch() == branches
+
+
+def test_imports_while_tracing() -> None:
+    """What a lazily imported module runs at its top level is none of the forward's code."""
+    seen = CodesSeen(())
+    with seen.watching():
+        exec(compile("import sys\nif len(sys.path) > 1: x = 1\n", "lazy.py", "exec"), {})
+        straight(1)
+    assert {c.co_name for c in seen._seen if c.co_filename in ("lazy.py", __file__)} == {"straight"}
 
 
 def test_trusted_folders() -> None:
