@@ -361,7 +361,14 @@ def functional(name: str, overload: str) -> Callable[..., Any]:
     if name == "zero_":
         return lambda x: torch.full(x.shape, 0, dtype=x.dtype, device=x.device)
     op = getattr(getattr(aten, name[:-1]), overload)
-    return lambda x, *args, **kwargs: op(x, *args, **kwargs).to(x.dtype)
+
+    def compute(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = op(x, *args, **kwargs)
+        if not torch.can_cast(out.dtype, x.dtype):
+            raise RuntimeError(f"result type {out.dtype} can't be cast to {x.dtype}")
+        return out.to(x.dtype)
+
+    return compute
 
 
 def inverse_view(

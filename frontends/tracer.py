@@ -1,4 +1,4 @@
-"""Tracing: one request's forward, run on fake tensors, recorded as a `Graph`.
+"""Tracing: one request's forward, run on placeholders, recorded as a `Graph`.
 
 Duty: run the user's forward on shapes and dtypes alone (no data, no copy of the weights) and record
 every torch operation with its program point. Comes in: a callable, its weights, one request's
@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import inspect
-import logging
 import os
 import sys
 import sysconfig
@@ -27,12 +26,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,6 +34,8 @@ from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
 from cellc.frontends import decompose, library
 from cellc.frontends.branching import CodesSeen
+from cellc.frontends.placeholder import Form, Placeholder, form_of, modes_off, row_major
+from cellc.frontends.shapes import Result, Results
 from cellc.graph import Graph, Ref, Template
 
 aten = torch.ops.aten
@@ -52,6 +47,8 @@ _MACHINERY = (
     os.path.join(_TORCH, "_tensor.py"),
     os.path.join(_TORCH, "utils", "_python_dispatch.py"),
     os.path.join(_TORCH, "utils", "_stats.py"),
+    os.path.join(_HERE, "placeholder.py"),
+    os.path.join(_HERE, "shapes.py"),
     os.path.abspath(__file__),
 )
 # Code that takes no other path at another size, or is known to be right when it does.
@@ -63,6 +60,9 @@ IDENTITY = {
     aten.lift.default,
     aten.contiguous.default,
 }
+FRESH = {aten.lift_fresh.default, aten.lift.default}  # a tensor made of Python numbers
+READING_METHODS = ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr")
+_RESULTS = Results()
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 SMALL_CONSTANT = 4096  # elements; smaller captured tensors are named by content, larger by identity
 
@@ -90,6 +90,7 @@ class _Tracked:
     storage: _Storage | None = None
     chain: tuple[_Step, ...] = ()
     version: int = 0
+    owner: object = None  # the trace that it belongs to
 
 
 class _Functions(TorchFunctionMode):
@@ -104,7 +105,7 @@ class _Functions(TorchFunctionMode):
         if tracer.depth == 0:
             tracer.ordinal = 0
         name = getattr(func, "__name__", "")
-        if name in ("numpy", "__array__") and isinstance(args[0], FakeTensor):
+        if name in READING_METHODS and isinstance(args[0], Placeholder):
             raise ValueReadError(what=f"with .{name}()", origin=tracer.origin())
         loop = library.LOOPS.get(name)
         if loop is not None and tracer.depth == 0:
@@ -118,7 +119,7 @@ class _Functions(TorchFunctionMode):
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Records operations on fake tensors. Use `trace`."""
+    """Records operations on placeholders. Use `trace`."""
 
     def __init__(self, params: dict[str, torch.Tensor], modules: dict[int, str]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -127,9 +128,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.reads_weights = False
         self.ordinal = self.depth = 0
         self.root: FrameType | None = None
+        self.mark = object()
         self._params = {id(p): name for name, p in params.items()}
         self._modules = modules
-        self._tracked: dict[int, _Tracked] = {}
+        self._tracked: dict[int, _Tracked] = {}  # of tensors that are no placeholders, by id
         self._constants: dict[str, int] = {}
         self._scopes: list[Hashable] = []
         self._keep: list[torch.Tensor] = []
@@ -141,19 +143,32 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- values
     # ---------------------------------------------------------------------------------------------
 
-    def bind(self, tensor: torch.Tensor, value: Ref) -> None:
-        """Say which graph value a tensor stands for."""
-        self._keep.append(tensor)
-        self._tracked[id(tensor)] = _Tracked(value)
+    def new(self, form: Form, value: Ref) -> Placeholder:
+        """A tensor that stands for a graph value."""
+        made = Placeholder(form)
+        made.tracked = _Tracked(value, owner=self.mark)
+        return made
+
+    def _of(self, tensor: torch.Tensor) -> _Tracked:
+        """What a tensor stands for; weights and captured tensors are registered here."""
+        if isinstance(tensor, Placeholder):
+            tracked: _Tracked = tensor.tracked
+            if tracked.owner is not self.mark:
+                raise UnsupportedError(
+                    what="a tensor kept from an earlier call of the forward",
+                    remedy="pass it as an argument and return it",
+                    origin=self.origin(),
+                )
+            return tracked
+        found = self._tracked.get(id(tensor))
+        if found is None:
+            self._keep.append(tensor)
+            found = self._tracked[id(tensor)] = _Tracked(self._outside(tensor), owner=self.mark)
+        return found
 
     def value(self, tensor: torch.Tensor) -> Ref:
-        """The graph value that a tensor stands for now; weights and captured tensors are registered
-        here.
-        """
-        tracked = self._tracked.get(id(tensor))
-        if tracked is None:
-            self.bind(tensor, self._outside(tensor))
-            tracked = self._tracked[id(tensor)]
+        """The graph value that a tensor stands for now."""
+        tracked = self._of(tensor)
         storage = tracked.storage
         if storage is not None and tracked.version != storage.version:
             tracked.value = self._replay(storage.base, tracked.chain)
@@ -171,25 +186,19 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         shape, dtype = tuple(tensor.shape), _dtype_name(tensor.dtype)
         if name is not None:
             return self.graph.add_param(name, shape, dtype), 0
-        if isinstance(tensor, FakeTensor):
-            raise UnsupportedError(
-                what="a tensor kept from an earlier call of the forward",
-                remedy="pass it as an argument and return it",
-                origin=self.origin(),
-            )
         if (
             tensor.numel() <= SMALL_CONSTANT
             and tensor.device.type == "cpu"
             and not tensor.is_sparse
         ):
-            with _off():
+            with modes_off():
                 flat = tensor.detach().reshape(-1).contiguous()
                 data = bytes(flat.view(torch.uint8).numpy()) if flat.numel() else b""
             name = f"const_{hashlib.sha256(repr((shape, dtype)).encode() + data).hexdigest()[:8]}"
         else:
             name = f"captured_{id(tensor):x}"
         if name not in self.captured:
-            with _off():
+            with modes_off():
                 self.captured[name] = tensor.detach()
             self._constants[name] = self.graph.add_const(name, shape, dtype)
         return self._constants[name], 0
@@ -252,7 +261,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 remedy="draw them before the call and pass them as an argument",
                 origin=self.origin(),
             )
-        if func.namespace != "aten":
+        if func.namespace == "profiler":
             return func(*args, **kwargs)
         if func in IDENTITY:
             return self._identity(func, args, kwargs)
@@ -265,34 +274,48 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        try:
-            out = func(*args, **kwargs)
-        except DynamicOutputShapeException:
+        return self._record(func, args, kwargs, self._infer(func, args, kwargs))
+
+    def _infer(self, func: Any, args: Any, kwargs: Any) -> Result:
+        """Forms of an operation's results."""
+        name = func._schema.name.removeprefix("aten::")
+        if torch.Tag.data_dependent_output in func.tags:
+            raise ValueReadError(what=f"torch.{name}", origin=self.origin())
+        if _selects_by_mask(func, args):
             raise ValueReadError(
                 what=f"torch.{name} gives as many results as the data says", origin=self.origin()
+            )
+        try:
+            return _RESULTS.of(func, args, kwargs)
+        except NotImplementedError:
+            raise UnsupportedError(
+                what=f"torch.{name} on shapes alone",
+                remedy="compute it outside the model and pass it as an argument",
+                origin=self.origin(),
             ) from None
-        except DataDependentOutputException:
-            raise ValueReadError(what=f"torch.{name}", origin=self.origin()) from None
-        self._record(func, args, kwargs, out)
-        return out
 
-    def _record(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        outputs = [o for o in pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
-        node = self._emit(func, args, kwargs, outputs)
+    def _record(self, func: Any, args: Any, kwargs: Any, result: Result) -> Any:
+        node = self._emit(func, args, kwargs, result.forms)
+        tensors = [self.new(form, (node, port)) for port, form in enumerate(result.forms)]
         source = next((a for a in pytree.tree_leaves(args) if isinstance(a, torch.Tensor)), None)
-        for port, tensor in enumerate(outputs):
-            self.bind(tensor, (node, port))
-            self._track_views(func, args, source, tensor, port)
+        for port, tensor in enumerate(tensors):
+            self._track_views(func, args, source, tensor, port, result.views[port])
+        return result.build(tensors)
 
     def _track_views(
-        self, func: Any, args: Any, source: torch.Tensor | None, out: torch.Tensor, port: int
+        self,
+        func: Any,
+        args: Any,
+        source: torch.Tensor | None,
+        out: Placeholder,
+        port: int,
+        view: bool,
     ) -> None:
         """Note how `out` views its storage, so that a write through either is seen by both."""
-        tracked = self._tracked[id(out)]
-        shared = source is not None and _address(out) == _address(source)
-        if shared and not func._schema.name.startswith("aten::unsafe_"):
+        tracked: _Tracked = out.tracked
+        if view and not func._schema.name.startswith("aten::unsafe_"):
             assert source is not None
-            parent = self._tracked[id(source)]
+            parent = self._of(source)
             if parent.storage is not None:
                 step = (func, tuple(args[1:]), port, tuple(source.shape))
                 tracked.storage, tracked.version = parent.storage, parent.storage.version
@@ -301,7 +324,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tracked.storage = _Storage(tracked.value)
 
     def _emit(
-        self, func: Any, args: Any, kwargs: Any = None, outputs: list[torch.Tensor] | None = None
+        self, func: Any, args: Any, kwargs: Any = None, forms: tuple[Form, ...] | None = None
     ) -> int:
         operands: list[Ref] = []
 
@@ -319,45 +342,51 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         made = tuple(template(a) for a in args)
         named = tuple((k, template(v)) for k, v in (kwargs or {}).items())
-        if outputs is None:
-            shapes = self._shapes(func, args)
-        else:
-            shapes = tuple((tuple(o.shape), _dtype_name(o.dtype)) for o in outputs)
+        if forms is None:
+            forms = self._replayed(func, args)
+        shapes = tuple((f.shape, _dtype_name(f.dtype)) for f in forms)
         node = self.graph.add_op(
             str(func), made, named, operands, shapes, self.origin(), self.point()
         )
         self.ordinal += 1
         return node
 
-    def _shapes(self, func: Any, args: Any) -> tuple[tuple[tuple[int, ...], str], ...]:
-        """Output types of an operation replayed on graph values (after a write in place)."""
+    def _replayed(self, func: Any, args: Any) -> tuple[Form, ...]:
+        """Output forms of an operation replayed on graph values (after a write in place)."""
 
-        def fake(a: Any) -> Any:
-            if isinstance(a, _Value):
-                shape, dtype = self.graph.node(a[0]).outputs[a[1]]
-                return torch.empty(shape, dtype=TORCH_DTYPES[dtype], device="meta")
-            return torch.empty_like(a, device="meta") if isinstance(a, torch.Tensor) else a
+        def form(a: Any) -> Any:
+            if not isinstance(a, _Value):
+                return a
+            shape, dtype = self.graph.node(a[0]).outputs[a[1]]
+            return row_major(shape, TORCH_DTYPES[dtype])
 
-        with _off():
-            out = func(*(fake(a) for a in args))
-        outs = [o for o in pytree.tree_leaves(out) if isinstance(o, torch.Tensor)]
-        return tuple((tuple(o.shape), _dtype_name(o.dtype)) for o in outs)
+        return _RESULTS.of(func, [form(a) for a in args], {}).forms
 
     def _identity(self, func: Any, args: Any, kwargs: Any) -> Any:
-        value = self.value(args[0])
-        out = func(*args, **kwargs)
-        self._keep.append(out)
-        source = self._tracked[id(args[0])]
-        self._tracked[id(out)] = _Tracked(value, source.storage, source.chain, source.version)
+        value, source = self.value(args[0]), self._of(args[0])
+        (form,) = self._infer(func, args, kwargs).forms
+        out = self.new(form, value)
+        out.tracked = _Tracked(value, source.storage, source.chain, source.version, self.mark)
+        if func in FRESH and not isinstance(args[0], Placeholder):
+            out.constant, out.tracked.storage = args[0], _Storage(value)
         return out
 
     def _read(self, func: Any, args: Any) -> Any:
         tensor = args[0]
-        if not isinstance(tensor, FakeTensor):
+        if isinstance(tensor, Placeholder):
+            tensor = tensor.constant if self._unwritten(tensor) else None
+        else:
             self.reads_weights = True
-            with _off():
-                return func(*args)
-        raise ValueReadError(what="with .item(), bool(), int() or the like", origin=self.origin())
+        if tensor is None:
+            raise ValueReadError(
+                what="with .item(), bool(), int() or the like", origin=self.origin()
+            )
+        with modes_off():
+            return func(tensor, *args[1:])
+
+    def _unwritten(self, tensor: Placeholder) -> bool:
+        storage = self._of(tensor).storage
+        return storage is not None and storage.version == 0
 
     # -- writes in place
     # ------------------------------------------------------------------------------------
@@ -376,7 +405,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 origin=self.origin(),
             )
         self.value(target)
-        tracked = self._tracked[id(target)]
+        tracked = self._of(target)
         if tracked.storage is None:
             raise UnsupportedError(
                 what=f"changing an argument or a weight in place (torch.{base})",
@@ -385,7 +414,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         with self:
             new = decompose.functional(base, overload)(*args, **kwargs)
-        func(*args, **kwargs)  # advances nothing but version counters of the fake tensor
+        if torch.Tag.inplace_view in func.tags:
+            assert isinstance(target, Placeholder)
+            target.change(func, args[1:], new.form)
+            target.tracked = new.tracked
+            return target
+        if new.shape != target.shape:
+            raise RuntimeError(
+                f"output with shape {list(target.shape)} doesn't match the broadcast shape "
+                f"{list(new.shape)}"
+            )
         value = self.value(new)
         storage, chain = tracked.storage, tracked.chain
         for depth in range(len(chain) - 1, -1, -1):
@@ -409,6 +447,16 @@ def _draws(func: Any, args: Any) -> bool:
     return "scaled_dot_product" not in name  # tagged for its dropout, which is off in eval mode
 
 
+def _selects_by_mask(func: Any, args: Any) -> bool:
+    """Does the number of results depend on values?"""
+    if torch.Tag.dynamic_output_shape not in func.tags:
+        return False
+    if func._schema.name != "aten::index":
+        return True
+    masks = (torch.bool, torch.uint8)
+    return any(isinstance(i, torch.Tensor) and i.dtype in masks for i in args[1])
+
+
 @functools.cache
 def _is_composite(func: Any) -> bool:
     """Made of other operations: met here where our own decompositions call it."""
@@ -418,19 +466,6 @@ def _is_composite(func: Any) -> bool:
 
 class _Value(tuple):  # type: ignore[type-arg]
     """A graph value standing where a tensor would, in arguments of replayed operations."""
-
-
-@contextmanager
-def _off() -> Iterator[None]:
-    from torch.utils._python_dispatch import _disable_current_modes
-
-    with _disable_current_modes():
-        yield
-
-
-def _address(tensor: torch.Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -468,30 +503,23 @@ def trace(
     """Trace one request. `args` and `kwargs` hold `torch.Size`-like stand-ins made by
     `request.specs`.
 
-    Every leaf that is a tensor is replaced by a fake of its shape and dtype; `names` gives the
-    leaves' names. Raises ForwardError, ValueReadError or UnsupportedError with the user's
+    Every leaf that is a tensor is replaced by a placeholder of its shape and dtype; `names` gives
+    the leaves' names. Raises ForwardError, ValueReadError or UnsupportedError with the user's
     file:line.
     """
     tracer = Tracer(params, modules)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    fakes = []
-    with torch.no_grad(), mode:
-        for leaf, name in zip(leaves, names, strict=True):
-            if isinstance(leaf, torch.Tensor):
-                fake = torch.empty_strided(
-                    leaf.shape, leaf.stride(), dtype=leaf.dtype, device=leaf.device
-                )
-                tracer.bind(
-                    fake,
-                    (tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype)), 0),
-                )
-                leaf = fake
-            fakes.append(leaf)
-        call_args, call_kwargs = pytree.tree_unflatten(fakes, spec)
-        codes = CodesSeen(_TRUSTED)
-        with codes.watching():
-            result = _run(tracer, forward, call_args, call_kwargs)
+    given = []
+    for leaf, name in zip(leaves, names, strict=True):
+        if isinstance(leaf, torch.Tensor):
+            node = tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype))
+            given.append(tracer.new(form_of(leaf), (node, 0)))
+        else:
+            given.append(leaf)
+    call_args, call_kwargs = pytree.tree_unflatten(given, spec)
+    codes = CodesSeen(_TRUSTED)
+    with torch.no_grad(), codes.watching():
+        result = _run(tracer, forward, call_args, call_kwargs)
     out_leaves, out_spec = pytree.tree_flatten(result)
     outputs: list[Ref] = []
     kept: list[Any] = []
@@ -514,7 +542,7 @@ def trace(
 def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tracer.root = sys._getframe()
     try:
-        with _quiet(), _Functions(tracer), tracer:
+        with _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
             if inspect.isgenerator(result) or inspect.iscoroutine(result):
                 raise UnsupportedError(
@@ -526,21 +554,10 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
             return result
     except CellcError:
         raise
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueReadError(what=str(error.func), origin=_where(error)) from None
     except Exception as error:
         raise ForwardError(str(error), kind=type(error).__name__, origin=_where(error)) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from printing what we raise."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
     finally:
-        logger.disabled = disabled
+        tracer.root = None  # it holds the callers' frames
 
 
 def _where(error: BaseException) -> str:

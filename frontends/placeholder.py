@@ -1,0 +1,97 @@
+"""Placeholders: tensors that have a shape and a dtype but no data.
+
+Duty: what a user's forward works on while `frontends.tracer` traces it. A placeholder is a torch
+tensor in all that Python and torch's own code ask of its shape; every operation on it goes to the
+tracer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+CPU = torch.device("cpu")
+
+
+class Form(NamedTuple):
+    """What is known of a tensor without its data."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Placeholder(torch.Tensor):
+    """A tensor of one trace: `tracked` is the tracer's, `constant` what it holds where known."""
+
+    form: Form
+    tracked: Any
+    constant: torch.Tensor | None
+
+    @staticmethod
+    def __new__(cls, form: Form) -> Placeholder:
+        made: Placeholder = torch.Tensor._make_wrapper_subclass(
+            cls,
+            form.shape,
+            form.stride,
+            0,
+            None,
+            form.dtype,
+            torch.strided,
+            form.device,
+            storage_size=_extent(form) * form.dtype.itemsize,
+        )
+        made.form, made.tracked, made.constant = form, None, None
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise RuntimeError("a tensor of a traced forward was used after the trace")
+
+    def change(self, func: Any, args: Sequence[Any], form: Form) -> None:
+        """Become a view of itself: `func` is an operation like `squeeze_`."""
+        with modes_off(), torch._C._DisableTorchDispatch():
+            func(self, *args)
+        self.form = form
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"Placeholder({list(self.form.shape)}, {self.form.dtype})"
+
+
+def form_of(tensor: torch.Tensor | Form) -> Form:
+    if isinstance(tensor, Form):
+        return tensor
+    if isinstance(tensor, Placeholder):
+        return tensor.form
+    return Form(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype, tensor.device)
+
+
+def row_major(shape: Sequence[int], dtype: torch.dtype, device: torch.device = CPU) -> Form:
+    """The form of a contiguous tensor."""
+    stride, size = [], 1
+    for n in reversed(shape):
+        stride.append(size)
+        size *= max(n, 1)
+    return Form(tuple(shape), tuple(reversed(stride)), dtype, device)
+
+
+def _extent(form: Form) -> int:
+    if 0 in form.shape:
+        return 0
+    return 1 + sum((n - 1) * step for n, step in zip(form.shape, form.stride, strict=True))
+
+
+@contextmanager
+def modes_off() -> Iterator[None]:
+    """No tracing inside."""
+    with _disable_current_modes():
+        yield
