@@ -48,9 +48,10 @@ class CodesSeen:
             yield
             return
         seen = self._seen
+        root = sys._getframe(2)  # whose `with` this is
 
         def note(frame: FrameType, event: str, _: Any) -> None:
-            if event == "call" and frame.f_code.co_name != "<module>":  # not what an import runs
+            if event == "call" and frame.f_code not in seen and not _importing(frame, root):
                 seen.add(frame.f_code)
 
         sys.setprofile(note)
@@ -66,6 +67,15 @@ class CodesSeen:
             for code in self._seen
             if not code.co_filename.startswith(self._trusted)
         )
+
+
+def _importing(frame: FrameType | None, root: FrameType) -> bool:
+    """Does it run because code below `root` imports a module?"""
+    while frame is not None and frame is not root:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 @functools.lru_cache(maxsize=4096)

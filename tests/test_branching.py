@@ -6,6 +6,7 @@ import cProfile
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -124,13 +125,40 @@ def test_functions_that_ran(call: Callable[[int], int], branches: bool) -> None:
     assert user.may_branch() == branches
 
 
-def test_imports_while_tracing() -> None:
-    """What a lazily imported module runs at its top level is none of the forward's code."""
+def test_imports_while_tracing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a lazily imported module and its finder run is none of the forward's code."""
+    (tmp_path / "lazy_module.py").write_text("def f(n): return n > 1\nassert f(2)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    class Finder:
+        def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+            assert name != "" and name > ""
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
     seen = CodesSeen(())
     with seen.watching():
-        exec(compile("import sys\nif len(sys.path) > 1: x = 1\n", "lazy.py", "exec"), {})
+        import lazy_module
+
         straight(1)
-    assert {c.co_name for c in seen._seen if c.co_filename in ("lazy.py", __file__)} == {"straight"}
+    names = {c.co_name for c in seen._seen}
+    assert "straight" in names and not names & {"f", "find_spec", "<module>"}
+    with seen.watching():
+        lazy_module.f(1)
+    assert "f" in {c.co_name for c in seen._seen}
+
+
+def test_tracing_while_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module may run its model at its top level."""
+    (tmp_path / "running_module.py").write_text(
+        "from cellc.frontends.branching import CodesSeen\n"
+        "def f(n): return n > 1\n"
+        "seen = CodesSeen(())\n"
+        "with seen.watching(): f(2)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import running_module
+
+    assert {c.co_name for c in running_module.seen._seen} >= {"f"}
 
 
 def test_trusted_folders() -> None:
