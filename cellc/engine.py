@@ -21,12 +21,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
 from cellc.errors import ClosedError, Overloaded
 from cellc.launch import Launch, Ragged
-from cellc.plan import ragged_range
+from cellc.plan import DataRows, ragged_range
 from cellc.replay import Bound, Replays
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
@@ -211,7 +212,7 @@ class Engine:
                 return False
             self._inbox.popleft()
         plan = ticket.entry.plan
-        bases = self._arenas.allocate(plan, 1)
+        bases = self._arenas.allocate([plan])
         replay = self._replays.get(ticket.entry, self._arenas.generation)
         try:
             errors = self._copy_in([ticket], bases)
@@ -229,7 +230,7 @@ class Engine:
         except Exception as raised:
             error, made = raised, []
         finally:
-            self._arenas.free(plan, bases)
+            self._arenas.free([plan], bases)
         self._finish(ticket, None if error else ticket.entry.rebuild(made), error)
         return True
 
@@ -242,7 +243,7 @@ class Engine:
         launches: list[Bound] = []
         failed: dict[int, BaseException] = {}
         if entry.plan.num_calls:
-            scheduler.add(entry.plan, [number], bases)
+            scheduler.add([entry.plan], [number], bases)
             try:
                 while (batch := self._schedule()) is not None and not failed:
                     launch = self._tables(batch)
@@ -290,52 +291,58 @@ class Engine:
             self._finish(ticket, error=error)
 
     def _admit(self) -> None:
-        """Give waiting requests regions and copy their data in; those of one plan together."""
+        """Give waiting requests regions, copy their data in, tell the scheduler of their calls."""
         if not self._inbox:
             return
-        groups: dict[int, list[Ticket]] = {}
+        tickets: list[Ticket] = []
+        prepared: set[int] = set()
         with self._turn:
             room = MAX_LIVE - len(self._live)
-            while self._inbox and room > 0:
+            while self._inbox and len(tickets) < room:
                 ticket = self._inbox[0]
-                key = id(ticket.entry)
-                if key not in groups and not self._arenas.prepare(ticket.entry.plan):
+                plan = ticket.entry.plan
+                if id(plan) not in prepared and not self._arenas.prepare(plan):
                     break
-                needed = self._arenas.bytes_of(ticket.entry.plan)
-                if self._live_bytes + needed > self._memory_limit and (self._live or groups):
+                prepared.add(id(plan))
+                needed = self._arenas.bytes_of(plan)
+                if self._live_bytes + needed > self._memory_limit and (self._live or tickets):
                     break
                 self._inbox.popleft()
                 if ticket.future is not None and not ticket.future.set_running_or_notify_cancel():
                     ticket.done = True
                     continue
-                room -= 1
                 self._live_bytes += needed
-                groups.setdefault(key, []).append(ticket)
-        for tickets in groups.values():
-            self._admit_group(tickets)
+                tickets.append(ticket)
+        if tickets:
+            self._begin(tickets)
 
-    def _admit_group(self, tickets: list[Ticket]) -> None:
-        entry = tickets[0].entry
-        plan = entry.plan
-        bases = self._arenas.allocate(plan, len(tickets))
+    def _begin(self, tickets: list[Ticket]) -> None:
+        plans = [t.entry.plan for t in tickets]
+        bases = self._arenas.allocate(plans)
         errors = self._copy_in(tickets, bases)
         if errors:
-            self._live_bytes -= len(errors) * self._arenas.bytes_of(plan)
-            self._arenas.free(plan, bases[sorted(errors)])
-            for i, error in errors.items():
-                self._finish(tickets[i], error=error)
+            wrong = sorted(errors)
+            self._live_bytes -= sum(self._arenas.bytes_of(plans[i]) for i in wrong)
+            self._arenas.free([plans[i] for i in wrong], bases[wrong])
+            for i in wrong:
+                self._finish(tickets[i], error=errors[i])
             good = [i for i in range(len(tickets)) if i not in errors]
-            tickets, bases = [tickets[i] for i in good], bases[good]
+            tickets, plans, bases = (
+                [tickets[i] for i in good],
+                [plans[i] for i in good],
+                bases[good],
+            )
         if not tickets:
             return
         for ticket, base in zip(tickets, bases, strict=True):
             ticket.bases = base
             ticket.number = self._numbers.pop() if self._numbers else self._new_number()
             self._live[ticket.number] = ticket
-        if plan.num_calls:
-            self._scheduler.add(plan, [t.number for t in tickets], bases)
-        else:
-            self._deliver(tickets, scheduled=False)
+        calling = [i for i, plan in enumerate(plans) if plan.num_calls]
+        if calling:
+            numbers = [tickets[i].number for i in calling]
+            self._scheduler.add([plans[i] for i in calling], numbers, bases[calling])
+        self._deliver([t for t in tickets if not t.entry.plan.num_calls], scheduled=False)
 
     def _new_number(self) -> int:
         self._next_number += 1
@@ -345,11 +352,21 @@ class Engine:
         self, tickets: list[Ticket], bases: npt.NDArray[np.int64]
     ) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; returns those that failed, by position."""
+        alike: dict[Any, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
+        first_slots = bases.tolist()
+        for i, ticket in enumerate(tickets):
+            for rows in ticket.entry.plan.data:
+                key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name)
+                if key not in alike:
+                    alike[key] = (rows, [], [], [])
+                _, members, starts, tensors = alike[key]
+                members.append(i)
+                starts.append(first_slots[i][rows.type] + rows.start)
+                tensors.append(ticket.tensors[rows.leaf])
         errors: dict[int, BaseException] = {}
-        for rows in tickets[0].entry.plan.data:
-            tensors = [t.tensors[rows.leaf] for t in tickets]
-            for i in self._arenas.write(rows, bases, tensors).tolist():
-                errors[i] = out_of_range(rows.name, rows.bound, tensors[i])
+        for rows, members, starts, tensors in alike.values():
+            for k in self._arenas.write(rows, starts, tensors):
+                errors[members[k]] = out_of_range(rows.name, rows.bound, tensors[k])
         return errors
 
     def _schedule(self) -> Batch | None:
@@ -444,14 +461,14 @@ class Engine:
 
     def _retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
-        by_plan: dict[int, list[Ticket]] = {}
         for ticket in tickets:
             del self._live[ticket.number]
             self._numbers.append(ticket.number)
-            by_plan.setdefault(id(ticket.entry), []).append(ticket)
-        for group in by_plan.values():
-            self._live_bytes -= len(group) * self._arenas.bytes_of(group[0].entry.plan)
-            self._arenas.free(group[0].entry.plan, np.stack([t.bases for t in group]))
+        plans = [t.entry.plan for t in tickets]
+        self._live_bytes -= sum(map(self._arenas.bytes_of, plans))
+        for size in {len(t.bases) for t in tickets}:
+            alike = [t for t in tickets if len(t.bases) == size]
+            self._arenas.free([t.entry.plan for t in alike], np.stack([t.bases for t in alike]))
 
     def _finish(
         self, ticket: Ticket, result: Any = None, error: BaseException | None = None

@@ -30,6 +30,8 @@ I64 = npt.NDArray[np.int64]
 # Columns of a plan's call table.
 CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST = range(8)
 NUM_COLUMNS = 8
+# What is added to an entry of a plan's block where it is placed.
+NOTHING, FIRST_ENTRY, FIRST_CALL, NUMBER, REGION = range(5)
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,8 @@ class Plan:
     @cached_property
     def block(self) -> tuple[I32, I32]:
         """Calls, records and successors in one array of whole table rows, and what to add to each
-        entry: the base of row type t, the block's first entry (num types), its first call (+ 1),
-        the request's number (+ 2), or nothing (+ 3).
+        entry: NOTHING, the block's FIRST_ENTRY or FIRST_CALL, the request's NUMBER, or the base of
+        row type t (REGION + t).
         """
         types, num_calls = len(self.num_slots), self.num_calls
         records_at = num_calls * NUM_COLUMNS
@@ -97,25 +99,19 @@ class Plan:
         calls = self.calls.copy()
         calls[:, RECORD] += records_at
         calls[:, SUCCESSOR] += successors_at
-        columns = np.full(NUM_COLUMNS, types + 3, np.int32)
-        columns[[RECORD, SUCCESSOR]], columns[REQUEST] = types, types + 2
-        base = np.where(self.record_base == types + 1, types + 3, self.record_base)
+        columns = np.full(NUM_COLUMNS, NOTHING)
+        columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
+        meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
         records = self.records + np.where(self.record_base == types, records_at, 0)
-        pad = -(successors_at + len(self.successors)) % NUM_COLUMNS
-        filler = np.zeros(pad, np.int32)
+        filler = np.zeros(-(successors_at + len(self.successors)) % NUM_COLUMNS, np.int32)
         entries = (calls.reshape(-1), records, self.successors, filler)
-        bases = (
+        added = (
             np.tile(columns, num_calls),
-            base,
-            np.full(len(self.successors), types + 1),
-            filler + types + 3,
+            meaning[self.record_base],
+            np.full(len(self.successors), FIRST_CALL),
+            filler + NOTHING,
         )
-        return np.concatenate(entries).astype(np.int32), np.concatenate(bases).astype(np.int32)
-
-    @cached_property
-    def span(self) -> I64:
-        """0, 1, .. over the block."""
-        return np.arange(len(self.block[0]))
+        return np.concatenate(entries).astype(np.int32), np.concatenate(added).astype(np.int32)
 
     @property
     def num_rows(self) -> int:

@@ -43,34 +43,31 @@ class Regions:
         self._free: dict[int, list[int]] = defaultdict(list)
         self.live = 0  # pieces
 
-    def allocate(self, size: int, count: int = 1) -> npt.NDArray[np.int64]:
-        """Starts of `count` pieces of `size` places."""
-        size = size_class(size)
-        if size == 0:
-            return np.zeros(count, np.int64)
-        self.live += count
-        free = self._free[size]
-        reused = min(len(free), count)
-        fresh = count - reused
-        starts = np.empty(count, np.int64)
-        if reused:
-            starts[:reused] = free[-reused:]
-            del free[-reused:]
-        if fresh:
-            if self._next + fresh * size > self.capacity:
-                self.capacity = max(2 * self.capacity, self._next + fresh * size)
-                self._grow(self.capacity)
-            starts[reused:] = self._next + size * np.arange(fresh)
-            self._next += fresh * size
+    def allocate(self, sizes: Sequence[int]) -> list[int]:
+        """Starts of pieces of `sizes` places, one after the other; 0 where no place is wanted."""
+        starts = []
+        for size in map(size_class, sizes):
+            free = self._free.get(size)
+            if free:
+                starts.append(free.pop())
+            elif size:
+                starts.append(self._next)
+                self._next += size
+            else:
+                starts.append(0)
+                continue
+            self.live += 1
+        if self._next > self.capacity:
+            self.capacity = max(2 * self.capacity, self._next)
+            self._grow(self.capacity)
         return starts
 
-    def free(self, starts: Sequence[int], size: int) -> None:
-        """Take back pieces of `size` places."""
-        size = size_class(size)
-        if size == 0:
-            return
-        self.live -= len(starts)
-        self._free[size].extend(starts)
+    def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        """Take back pieces of `sizes` places."""
+        for start, size in zip(starts, map(size_class, sizes), strict=True):
+            if size:
+                self._free[size].append(start)
+                self.live -= 1
         if self.live == 0:
             self._next = self.reserved
             self._free.clear()
@@ -100,8 +97,8 @@ class Flat:
         data[: len(self.data)] = self.data
         self.data = data
 
-    def allocate(self, size: int, count: int) -> npt.NDArray[np.int64]:
-        return self._regions.allocate(size, count)
+    def allocate(self, sizes: Sequence[int]) -> list[int]:
+        return self._regions.allocate(sizes)
 
-    def free(self, starts: Sequence[int], size: int) -> None:
-        self._regions.free(starts, size)
+    def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        self._regions.free(starts, sizes)

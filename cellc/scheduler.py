@@ -26,10 +26,14 @@ from cellc.plan import (
     CELL,
     CHAIN,
     EDGES,
+    FIRST_CALL,
+    FIRST_ENTRY,
     MISSING,
     NUM_COLUMNS,
     NUM_SUCCESSORS,
+    NUMBER,
     RECORD,
+    REGION,
     REQUEST,
     SUCCESSOR,
     Plan,
@@ -38,6 +42,7 @@ from cellc.plan import (
 from cellc.regions import Flat
 
 I32 = npt.NDArray[np.int32]
+ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
 SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
 
 Policy = Literal["cellular", "fifo"]
@@ -111,27 +116,45 @@ class Scheduler:
 
     # -- requests --
 
-    def add(self, plan: Plan, requests: Sequence[int], bases: npt.NDArray[np.int64]) -> None:
-        """Admit requests of one plan; `bases` [m, row types]: first slots of their regions."""
+    def add(
+        self, plans: Sequence[Plan], requests: Sequence[int], bases: npt.NDArray[np.int64]
+    ) -> None:
+        """Admit requests, one a plan; `bases` [m, row types]: first slots of their regions."""
         self._tick += 1
-        m, types = len(requests), bases.shape[1]
-        first = self._table.allocate(plan.num_rows, m)
+        firsts = self._table.allocate([plan.num_rows for plan in plans])
         self._reserve(max(requests))
-        for request, call in zip(requests, first.tolist(), strict=True):
-            self._requests[request] = (plan, call)
-        self._left[np.asarray(requests)] = plan.num_calls
-        block, base = plan.block
-        added = np.zeros((m, types + 4), np.int32)
-        added[:, :types] = bases
-        added[:, types], added[:, types + 1] = first * NUM_COLUMNS, first
-        added[:, types + 2] = requests
-        if m == 1:
-            start = int(first[0]) * NUM_COLUMNS
-            self.entries[start : start + len(block)] = block + added[0, base]
+        for request, plan, first in zip(requests, plans, firsts, strict=True):
+            self._requests[request] = (plan, first)
+        numbers, first_calls = np.asarray(requests), np.asarray(firsts)
+        self._left[numbers] = [plan.num_calls for plan in plans]
+        for start in range(0, len(plans), ADDED_TOGETHER):
+            part = slice(start, start + ADDED_TOGETHER)
+            self._place(plans[part], numbers[part], first_calls[part], bases[part])
+
+    def _place(
+        self,
+        plans: Sequence[Plan],
+        numbers: npt.NDArray[np.int64],
+        first_calls: npt.NDArray[np.int64],
+        bases: npt.NDArray[np.int64],
+    ) -> None:
+        """Copy the blocks of plans into the table, and queue the calls that are ready."""
+        first_entries = first_calls * NUM_COLUMNS
+        added = np.zeros((len(plans), REGION + bases.shape[1]), np.int32)
+        added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_entries, first_calls
+        added[:, NUMBER], added[:, REGION:] = numbers, bases
+        block = np.concatenate([plan.block[0] for plan in plans])
+        which = np.concatenate([plan.block[1] for plan in plans])
+        sizes = np.array([len(plan.block[0]) for plan in plans])
+        which += np.repeat(np.arange(len(plans), dtype=np.int32) * added.shape[1], sizes)
+        block += added.reshape(-1)[which]
+        if (first_entries[1:] == first_entries[:-1] + sizes[:-1]).all():
+            start = int(first_entries[0])
+            self.entries[start : start + len(block)] = block
         else:
-            place = first[:, None] * NUM_COLUMNS + plan.span
-            self.entries[place] = block + added[:, base]
-        self._push((first[:, None] + plan.ready).reshape(-1))
+            self.entries[ragged_range(first_entries, sizes)] = block
+        ready = np.concatenate([plan.ready for plan in plans])
+        self._push(ready + np.repeat(first_calls, [len(plan.ready) for plan in plans]))
 
     def _reserve(self, request: int) -> None:
         if request >= len(self._left):
@@ -156,12 +179,8 @@ class Scheduler:
 
     def release(self, requests: Sequence[int]) -> None:
         """Free finished requests' places in the arrays."""
-        by_size: dict[int, list[int]] = {}
-        for request in requests:
-            plan, first = self._requests.pop(request)
-            by_size.setdefault(plan.num_rows, []).append(first)
-        for size, starts in by_size.items():
-            self._table.free(starts, size)
+        ended = [self._requests.pop(request) for request in requests]
+        self._table.free([first for _, first in ended], [plan.num_rows for plan, _ in ended])
 
     # -- launches --
 

@@ -6,6 +6,7 @@ in and out. Used by the engine, which decides who gets a region and who waits fo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,13 @@ import torch
 
 from cellc.dtypes import TORCH_DTYPES
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables
+from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
-SMALL_OUTPUT = 1 << 14
+SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
+SMALL_DATA = 1 << 12  # bytes of a request's tensor
 MAX_SIZES = 4096
 
 
@@ -131,100 +133,118 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     def idle(self) -> bool:
         return all(r.live == 0 for r in self._regions)
 
-    def allocate(self, plan: Plan, count: int) -> npt.NDArray[np.int64]:
-        """First slots of the regions of `count` requests: [count, row types]."""
-        bases = np.zeros((count, len(plan.num_slots)), np.int64)
-        for number, size in enumerate(plan.num_slots):
-            if size:
-                bases[:, number] = self._regions[number].allocate(size, count)
-        return bases
+    def allocate(self, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
+        """First slots of the regions of requests, one a plan: [m, row types]."""
+        columns = [
+            regions.allocate(_slots(plans, number)) for number, regions in enumerate(self._regions)
+        ]
+        return np.array(columns, np.int64).reshape(len(columns), len(plans)).T
 
-    def free(self, plan: Plan, bases: npt.NDArray[np.int64]) -> None:
-        """Free the regions of requests of one plan: `bases` [m, row types]."""
-        for number, size in enumerate(plan.num_slots):
-            if size:
-                self._regions[number].free(bases[:, number].tolist(), size)
+    def free(self, plans: Sequence[Plan], bases: npt.NDArray[np.int64]) -> None:
+        """Free the regions of requests; `bases` as `allocate` gave them, or more row types."""
+        for number, regions in enumerate(self._regions[: bases.shape[1]]):
+            regions.free(bases[:, number].tolist(), _slots(plans, number))
 
     # -- copies --
 
     def write(
-        self, rows: DataRows, bases: npt.NDArray[np.int64], tensors: Sequence[torch.Tensor]
-    ) -> npt.NDArray[np.intp]:
-        """Copy one tensor of each of m requests into their regions.
+        self, rows: DataRows, starts: Sequence[int], tensors: Sequence[torch.Tensor]
+    ) -> list[int]:
+        """Copy tensors of several requests to slots from `starts` on; `rows` says how they are laid
+        out (their number of rows may differ).
 
-        Returns the positions (among the m) of requests that hold an index outside [0, bound).
+        Returns the positions of those that hold an index outside [0, bound).
         """
         type = self._types[rows.type]
-        stacked = torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
-        stacked = stacked.detach()
-        if any(rows.row_dims) and not all(rows.row_dims):
-            order = [i + 1 for i, r in enumerate(rows.row_dims) if not r]
-            order += [i + 1 for i, r in enumerate(rows.row_dims) if r]
-            stacked = stacked.permute(0, *order)
-        flat = stacked.reshape(len(tensors) * rows.count, *type.shape)
-        starts = bases[:, rows.type] + rows.start
+        flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
-        if view is None or stacked.device.type != "cpu":
-            slots = torch.from_numpy((starts[:, None] + np.arange(rows.count)).reshape(-1))
-            self._tensors[type].index_copy_(0, slots.to(self._device), flat.to(self._device))
-        elif len(tensors) == 1:
-            view[int(starts[0]) : int(starts[0]) + rows.count] = flat.numpy()
+        if view is not None and all(t.device.type == "cpu" for t in flat):
+            if len(flat) == 1 or type.nbytes * len(flat[0]) > SMALL_DATA:
+                for start, part in zip(starts, flat, strict=True):
+                    view[start : start + len(part)] = part.numpy()
+            else:
+                view[_ranges(starts, flat)] = torch.cat(flat).numpy()
         else:
-            view[(starts[:, None] + np.arange(rows.count)).reshape(-1)] = flat.numpy()
-        return self._outside(rows, flat, len(tensors))
-
-    def _outside(self, rows: DataRows, flat: torch.Tensor, count: int) -> npt.NDArray[np.intp]:
-        if rows.bound is None or flat.numel() == 0:
-            return np.zeros(0, np.intp)
-        values = flat.cpu().numpy().reshape(-1)
-        if values.view(f"u{values.dtype.itemsize}").max() < rows.bound:
-            return np.zeros(0, np.intp)
-        wrong = ((values < 0) | (values >= rows.bound)).reshape(count, -1)
-        return np.flatnonzero(wrong.any(1))
+            slots = torch.from_numpy(_ranges(starts, flat)).to(self._device)
+            self._tensors[type].index_copy_(0, slots, torch.cat(flat).to(self._device))
+        return [] if rows.bound is None else _outside(flat, rows.bound)
 
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
         """Returned tensors, each (its rows, the base of its region), with dimensions in the model's
         order.
 
-        Small ones of one row type are gathered together; a tensor of over SMALL_OUTPUT bytes has
-        its own memory.
+        Small ones that are alike are gathered together; a tensor of over SMALL_OUTPUT bytes has its
+        own memory.
         """
         out: list[torch.Tensor | None] = [None] * len(wanted)
-        small: dict[int, list[int]] = {}
+        alike: dict[Any, list[int]] = {}
         for i, (rows, base) in enumerate(wanted):
             if len(wanted) > 1 and len(rows.slots) * self._types[rows.type].nbytes <= SMALL_OUTPUT:
-                small.setdefault(rows.type, []).append(i)
+                alike.setdefault((rows.type, rows.positions, rows.order), []).append(i)
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]
-                out[i] = _arrange(flat.clone(), rows)
+                out[i] = _arrange(flat.clone(), rows, 1)[0]
             else:
-                (flat,) = self._gather(rows.type, [(rows, base)])
-                out[i] = _arrange(flat, rows)
-        for number, members in small.items():
-            gathered = self._gather(number, [wanted[i] for i in members])
-            for i, flat in zip(members, gathered, strict=True):
-                out[i] = _arrange(flat, wanted[i][0])
+                out[i] = self._gather([(rows, base)])[0]
+        for members in alike.values():
+            for i, made in zip(members, self._gather([wanted[i] for i in members]), strict=True):
+                out[i] = made
         return out  # type: ignore[return-value]
 
-    def _gather(
-        self, number: int, wanted: Sequence[tuple[OutputRows, int]]
-    ) -> Sequence[torch.Tensor]:
-        sizes = [len(rows.slots) for rows, _ in wanted]
+    def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
+        """Tensors that are alike, in one copy."""
+        first, base = wanted[0]
         if len(wanted) == 1:
-            slots = wanted[0][0].slots + wanted[0][0].owned * np.int64(wanted[0][1])
+            slots = first.slots + first.owned * np.int64(base)
         else:
-            owned = np.concatenate([rows.owned for rows, _ in wanted])
-            bases = np.repeat(np.array([base for _, base in wanted]), sizes)
-            slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
+            bases = np.array([base for _, base in wanted])[:, None]
+            owned = np.stack([rows.owned for rows, _ in wanted])
+            slots = (np.stack([rows.slots for rows, _ in wanted]) + owned * bases).reshape(-1)
         index = torch.from_numpy(slots).to(self._device)
-        gathered = self._tensors[self._types[number]].index_select(0, index)
-        return torch.split(gathered, sizes)
+        gathered = self._tensors[self._types[first.type]].index_select(0, index)
+        return _arrange(gathered, first, len(wanted))
 
 
-def _arrange(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
-    """[positions flattened, *row] in the order of the tensor's dimensions."""
-    shaped = flat.view((*rows.positions, *flat.shape[1:]))
-    if rows.order is None:
-        return shaped
-    return shaped.permute(rows.order).contiguous()
+def _slots(plans: Sequence[Plan], number: int) -> list[int]:
+    """How many slots of a row type each request needs; later types are unknown to older plans."""
+    return [p.num_slots[number] if number < len(p.num_slots) else 0 for p in plans]
+
+
+def _as_rows(
+    tensor: torch.Tensor, row_dims: tuple[bool, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """[rows, *shape]: positions flattened, in row-major order."""
+    tensor = tensor.detach()
+    if any(row_dims) and not all(row_dims):
+        order = [i for i, r in enumerate(row_dims) if not r]
+        order += [i for i, r in enumerate(row_dims) if r]
+        if order != sorted(order):
+            tensor = tensor.permute(order)
+    if tensor.dim() == 1 + len(shape) and not all(row_dims):
+        return tensor
+    count = math.prod(n for n, r in zip(tensor.shape, sorted(row_dims), strict=True) if not r)
+    return tensor.reshape(count, *shape)
+
+
+def _ranges(starts: Sequence[int], flat: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
+    return ragged_range(np.asarray(starts), np.array([len(part) for part in flat]))
+
+
+def _outside(flat: Sequence[torch.Tensor], bound: int) -> list[int]:
+    """Which tensors hold an index outside [0, bound)."""
+    joined = flat[0] if len(flat) == 1 else torch.cat(list(flat))
+    if not joined.numel():
+        return []
+    values = joined.cpu().contiguous().numpy()
+    if values.view(f"u{values.dtype.itemsize}").max() < bound:
+        return []
+    return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
+
+
+def _arrange(flat: torch.Tensor, rows: OutputRows, count: int) -> Sequence[torch.Tensor]:
+    """[count * positions flattened, *row] as tensors with dimensions in the model's order."""
+    shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
+    if rows.order is not None:
+        shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()
+    return shaped.unbind(0)

@@ -292,9 +292,9 @@ def test_block_is_the_plan_moved(graph: CallGraph, first: int, base: int, reques
     plan = make_plan(graph, tables)
     types = len(plan.num_slots)
     block, columns = plan.block
-    assert len(block) == plan.num_rows * NUM_COLUMNS and len(plan.span) == len(block)
+    assert len(block) == plan.num_rows * NUM_COLUMNS
     bases = base + 3 * np.arange(types)
-    moved = block + np.array([*bases, first * NUM_COLUMNS, first, request, 0])[columns]
+    moved = block + np.array([0, first * NUM_COLUMNS, first, request, *bases])[columns]
     table = np.zeros((first + plan.num_rows, NUM_COLUMNS), np.int64)
     table.reshape(-1)[first * NUM_COLUMNS :] = moved
     entries, rows = table.reshape(-1), table[first : first + plan.num_calls]

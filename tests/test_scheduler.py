@@ -69,19 +69,21 @@ class Engine:
             self.free_numbers.pop() if self.free_numbers else next(self.numbers)
             for _ in range(count)
         ]
-        columns = [r.allocate(s, count) for r, s in zip(self.regions, plan.num_slots, strict=True)]
-        bases = np.stack(columns, 1)
+        columns = [
+            r.allocate([s] * count) for r, s in zip(self.regions, plan.num_slots, strict=True)
+        ]
+        bases = np.array(columns, np.int64).reshape(len(columns), count).T
         for request, base in zip(requests, bases, strict=True):
             self.live[request], self.ran[request] = (k, base), set()
             self.memory.put_data(request, self.graphs[k], plan, base)
-        self.scheduler.add(plan, requests, bases)
+        self.scheduler.add([plan] * len(requests), requests, bases)
         return requests
 
     def leave(self, request: int) -> None:
         """Give back a request's regions: what lies there is nobody's."""
         k, bases = self.live.pop(request)
         for t, (region, size) in enumerate(zip(self.regions, self.plans[k].num_slots, strict=True)):
-            region.free([int(bases[t])], size)
+            region.free([int(bases[t])], [size])
             for slot in range(int(bases[t]), int(bases[t]) + size):
                 self.memory.rows.pop((t, slot), None)
         self.free_numbers.append(request)
