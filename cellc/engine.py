@@ -66,7 +66,8 @@ class Engine:
         self._turn = (
             threading.Condition()
         )  # guards the inbox; told when the loop is free or results are there
-        self._waiting = 0
+        self._waiting = 0  # blocking calls whose requests somebody else runs
+        self._futures = 0  # admitted requests that nobody blocks on: others like them may come
         self._background: threading.Thread | None = None
         self._closing = False
         self._replays = Replays()
@@ -304,13 +305,15 @@ class Engine:
                 if id(plan) not in prepared and not self._arenas.prepare(plan):
                     break
                 prepared.add(id(plan))
-                needed = self._arenas.bytes_of(plan)
+                needed = ticket.nbytes = self._arenas.bytes_of(plan)
                 if self._live_bytes + needed > self._memory_limit and (self._live or tickets):
                     break
                 self._inbox.popleft()
-                if ticket.future is not None and not ticket.future.set_running_or_notify_cancel():
-                    ticket.done = True
-                    continue
+                if ticket.future is not None:
+                    if not ticket.future.set_running_or_notify_cancel():
+                        ticket.done = True
+                        continue
+                    self._futures += 1
                 self._live_bytes += needed
                 tickets.append(ticket)
         if tickets:
@@ -322,7 +325,7 @@ class Engine:
         errors = self._copy_in(tickets, bases)
         if errors:
             wrong = sorted(errors)
-            self._live_bytes -= sum(self._arenas.bytes_of(plans[i]) for i in wrong)
+            self._live_bytes -= sum(tickets[i].nbytes for i in wrong)
             self._arenas.free([plans[i] for i in wrong], bases[wrong])
             for i in wrong:
                 self._finish(tickets[i], error=errors[i])
@@ -375,7 +378,7 @@ class Engine:
             return None
         cell, rows = chosen
         seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
-        budget = SHARED if self._background is not None or self._waiting else ALONE
+        budget = SHARED if self._futures or self._waiting else ALONE
         return self._scheduler.next(max(1, int(budget / max(seconds, 1e-7))))
 
     def _launch(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
@@ -464,11 +467,11 @@ class Engine:
         for ticket in tickets:
             del self._live[ticket.number]
             self._numbers.append(ticket.number)
-        plans = [t.entry.plan for t in tickets]
-        self._live_bytes -= sum(map(self._arenas.bytes_of, plans))
+        self._live_bytes -= sum(t.nbytes for t in tickets)
         for size in {len(t.bases) for t in tickets}:
             alike = [t for t in tickets if len(t.bases) == size]
-            self._arenas.free([t.entry.plan for t in alike], np.stack([t.bases for t in alike]))
+            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+            self._arenas.free([t.entry.plan for t in alike], bases)
 
     def _finish(
         self, ticket: Ticket, result: Any = None, error: BaseException | None = None
@@ -479,6 +482,7 @@ class Engine:
         self.counters.failed += error is not None
         self.counters.latencies.append(time.perf_counter() - ticket.arrived)
         if ticket.future is not None:
+            self._futures -= 1
             try:
                 if error is None:
                     ticket.future.set_result(result)

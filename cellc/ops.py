@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 Shape = tuple[int, ...]
 Attrs = Mapping[str, Hashable]
@@ -49,7 +50,7 @@ class RowType:
     def numel(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def nbytes(self) -> int:
         return self.numel * ITEM_BYTES[self.dtype]
 

@@ -60,6 +60,11 @@ class OutputRows:
     order: tuple[int, ...] | None  # permutation of (positions, row) to the tensor's dimensions
     contiguous: bool
 
+    @cached_property
+    def kind(self) -> Hashable:
+        """Equal for tensors that are gathered and arranged alike."""
+        return self.type, self.positions, self.order
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -113,7 +118,7 @@ class Plan:
         )
         return np.concatenate(entries).astype(np.int32), np.concatenate(added).astype(np.int32)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Table rows that the block takes."""
         return len(self.block[0]) // NUM_COLUMNS

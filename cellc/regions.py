@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -45,32 +46,38 @@ class Regions:
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """Starts of pieces of `sizes` places, one after the other; 0 where no place is wanted."""
-        starts = []
-        for size in map(size_class, sizes):
-            free = self._free.get(size)
-            if free:
-                starts.append(free.pop())
-            elif size:
-                starts.append(self._next)
-                self._next += size
-            else:
-                starts.append(0)
-                continue
-            self.live += 1
+        rooms = [size_class(size) for size in sizes]
+        if not any(rooms):
+            return rooms
+        self.live += len(rooms) - rooms.count(0)
+        if self._free:
+            starts = [self._take(room) for room in rooms]
+        else:
+            *starts, self._next = accumulate(rooms, initial=self._next)
         if self._next > self.capacity:
             self.capacity = max(2 * self.capacity, self._next)
             self._grow(self.capacity)
         return starts
 
+    def _take(self, room: int) -> int:
+        free = self._free.get(room)
+        if free:
+            return free.pop()
+        start = self._next
+        self._next += room
+        return start
+
     def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
         """Take back pieces of `sizes` places."""
-        for start, size in zip(starts, map(size_class, sizes), strict=True):
-            if size:
-                self._free[size].append(start)
-                self.live -= 1
+        rooms = [size_class(size) for size in sizes]
+        self.live -= len(rooms) - rooms.count(0)
         if self.live == 0:
             self._next = self.reserved
             self._free.clear()
+            return
+        for start, room in zip(starts, rooms, strict=True):
+            if room:
+                self._free[room].append(start)
 
     def reserve(self, count: int) -> bool:
         """Keep the first `count` places from now on; False while pieces that lie there are live."""

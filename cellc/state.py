@@ -158,15 +158,16 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         type = self._types[rows.type]
         flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
-        if view is not None and all(t.device.type == "cpu" for t in flat):
+        if view is not None and all(t.is_cpu for t in flat):
             if len(flat) == 1 or type.nbytes * len(flat[0]) > SMALL_DATA:
                 for start, part in zip(starts, flat, strict=True):
-                    view[start : start + len(part)] = part.numpy()
+                    view[start : start + len(part)] = part.detach().numpy()
             else:
-                view[_ranges(starts, flat)] = torch.cat(flat).numpy()
+                view[_ranges(starts, flat)] = torch.cat(flat).detach().numpy()
         else:
             slots = torch.from_numpy(_ranges(starts, flat)).to(self._device)
-            self._tensors[type].index_copy_(0, slots, torch.cat(flat).to(self._device))
+            joined = torch.cat(flat).detach()
+            self._tensors[type].index_copy_(0, slots, joined.to(self._device))
         return [] if rows.bound is None else _outside(flat, rows.bound)
 
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
@@ -180,7 +181,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         alike: dict[Any, list[int]] = {}
         for i, (rows, base) in enumerate(wanted):
             if len(wanted) > 1 and len(rows.slots) * self._types[rows.type].nbytes <= SMALL_OUTPUT:
-                alike.setdefault((rows.type, rows.positions, rows.order), []).append(i)
+                alike.setdefault(rows.kind, []).append(i)
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]
@@ -198,9 +199,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if len(wanted) == 1:
             slots = first.slots + first.owned * np.int64(base)
         else:
-            bases = np.array([base for _, base in wanted])[:, None]
-            owned = np.stack([rows.owned for rows, _ in wanted])
-            slots = (np.stack([rows.slots for rows, _ in wanted]) + owned * bases).reshape(-1)
+            bases = np.repeat([base for _, base in wanted], len(first.slots))
+            owned = np.concatenate([rows.owned for rows, _ in wanted])
+            slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
         index = torch.from_numpy(slots).to(self._device)
         gathered = self._tensors[self._types[first.type]].index_select(0, index)
         return _arrange(gathered, first, len(wanted))
@@ -215,7 +216,6 @@ def _as_rows(
     tensor: torch.Tensor, row_dims: tuple[bool, ...], shape: tuple[int, ...]
 ) -> torch.Tensor:
     """[rows, *shape]: positions flattened, in row-major order."""
-    tensor = tensor.detach()
     if any(row_dims) and not all(row_dims):
         order = [i for i, r in enumerate(row_dims) if not r]
         order += [i for i, r in enumerate(row_dims) if r]
@@ -236,7 +236,7 @@ def _outside(flat: Sequence[torch.Tensor], bound: int) -> list[int]:
     joined = flat[0] if len(flat) == 1 else torch.cat(list(flat))
     if not joined.numel():
         return []
-    values = joined.cpu().contiguous().numpy()
+    values = joined.detach().cpu().contiguous().numpy()
     if values.view(f"u{values.dtype.itemsize}").max() < bound:
         return []
     return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]

@@ -30,7 +30,8 @@ class Ticket:
     result: Any = None
     error: BaseException | None = None
     number: int = -1
-    bases: Any = None
+    bases: Any = None  # first slots of its regions, a row type
+    nbytes: int = 0  # of its regions
 
 
 @dataclass
