@@ -159,9 +159,8 @@ def _how(demo: Demo) -> list[str]:
         f"The padded server batches by bucket, at most {MAX_BATCH} sentences; it runs when a "
         "bucket is full or its oldest request has waited. Its peak is what it served of "
         f"{len(demo.corpus.sentences):,} sentences that were all there at once.",
-        "All servers run in this process beside the load generator. On few cores it competes with "
-        "PyTorch's threads, which wait for each other at every step: a padded server in a process "
-        "of its own is faster than the ones shown, so these latencies flatter cellc.",
+        "The padded servers run in a process of their own, each server beside a load generator of "
+        "its own; a process that isn't measured sleeps.",
         "Results under load were compared with model(x) too. During the load Python's garbage "
         "collector looked at new objects only (gc.freeze), for all servers alike: a full "
         "collection stops every thread for a few hundred ms.",

@@ -47,16 +47,23 @@ class Patience:
 
 
 def alternate(
-    works: Sequence[Callable[[], T]], wanted: int, most: int, patience: Patience
+    works: Sequence[Callable[[], T]],
+    wanted: int,
+    most: int,
+    patience: Patience,
+    pids: Sequence[int] = (),
 ) -> list[Round[T]]:
-    """The `wanted` quietest of up to `most` rounds; ends as soon as that many were quiet."""
+    """The `wanted` quietest of up to `most` rounds; ends as soon as that many were quiet.
+
+    What the processes `pids` take of the machine counts as ours.
+    """
     rounds: list[Round[T]] = []
     while len(rounds) < most and sum(r.quiet for r in rounds) < wanted:
         if len(rounds) >= wanted and patience.seconds <= 0:
             break
-        start, before = time.perf_counter(), _cpu_seconds()
+        start, before = time.perf_counter(), _cpu_seconds(pids)
         results = tuple(work() for work in works)
-        rounds.append(Round(results, _share_of_others(before, _cpu_seconds())))
+        rounds.append(Round(results, _share_of_others(before, _cpu_seconds(pids))))
         if len(rounds) > wanted:
             patience.seconds -= time.perf_counter() - start
     return sorted(rounds, key=lambda r: r.others or 0.0)[:wanted]
@@ -175,15 +182,24 @@ def percentiles(latencies: npt.NDArray[np.float64]) -> tuple[float, float, float
 # -- the machine -----------------------------------------------------------------------------------
 
 
-def _cpu_seconds() -> tuple[float, float, float] | None:
-    """(wall, busy seconds of all processors, CPU seconds of this process), or None."""
+def _cpu_seconds(pids: Sequence[int]) -> tuple[float, float, float] | None:
+    """(wall, busy seconds of all processors, CPU seconds of this process and `pids`), or None."""
     try:
         with open("/proc/stat", encoding="ascii") as file:
             fields = [int(x) for x in file.readline().split()[1:9]]
+        ticks = sum(map(_ticks_of, pids))
     except (OSError, ValueError):
         return None
-    busy = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")  # less idle, iowait
-    return time.perf_counter(), busy, time.process_time()
+    second = os.sysconf("SC_CLK_TCK")
+    busy = sum(fields) - fields[3] - fields[4]  # less idle, iowait
+    return time.perf_counter(), busy / second, time.process_time() + ticks / second
+
+
+def _ticks_of(pid: int) -> int:
+    """CPU time of a process, user and system (proc(5): fields 14 and 15 of stat)."""
+    with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+        fields = file.read().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
 
 
 def _share_of_others(

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,16 @@ from torch import Tensor
 
 from cellc import demo_bench as bench
 from cellc.compiled import Compiled
-from cellc.demo_bench import Patience, Round, Served
-from cellc.demo_padded import PaddedServer, run_bucketed
+from cellc.demo_bench import Load, Patience, Round, Served
+from cellc.demo_padded import run_bucketed
+from cellc.demo_process import PaddedProcess, Setting
 from cellc.demo_steps import Steps
 from cellc.demo_text import MAX_TOKENS, Classifier, Corpus
 from cellc.report import CELLULAR, Comparison, LoadRow
 
 RTOL, ATOL = 1e-4, 1e-5
 WAIT = 0.010  # seconds
-Submit = Callable[[Tensor], "Future[Tensor]"]
+Serve = Callable[[Load], Served]
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Demo:
     model: Classifier
     expected: list[Tensor] = field(default_factory=list)
     others: list[float] = field(default_factory=list)  # share of the machine, a measurement
+    pids: Sequence[int] = ()  # other processes of the demo
     patience: Patience = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,28 +143,35 @@ def measure_loads(demo: Demo, compiled: Compiled) -> list[LoadRow] | None:
     """Latencies at each rate; None where a server answered wrongly."""
     chosen, sentences = demo.config, demo.corpus.sentences
     total = len(chosen.shares) * chosen.load_rounds
-    with PaddedServer(demo.model, 0.0) as eager, PaddedServer(demo.model, WAIT) as patient:
-        servers: dict[str, Submit] = {
-            CELLULAR: compiled.submit,
-            "padded, no waiting": eager.submit,
-            f"padded, waits {WAIT * 1e3:.0f} ms": patient.submit,
+    setting = Setting(
+        chosen.max_tokens, chosen.num_sentences, chosen.hidden, torch.get_num_threads()
+    )
+    with (
+        demo.steps.step("measuring latency under load", total) as tick,
+        PaddedProcess(setting) as padded,
+        bench.no_long_pauses(),
+    ):
+        demo.pids = [padded.pid]
+        servers: dict[str, Serve] = {
+            CELLULAR: lambda load: bench.serve(compiled.submit, sentences, load),
+            "padded, no waiting": lambda load: padded.serve(load, 0.0),
+            f"padded, waits {WAIT * 1e3:.0f} ms": lambda load: padded.serve(load, WAIT),
         }
-        with demo.steps.step("measuring latency under load", total) as tick, bench.no_long_pauses():
-            for submit in servers.values():  # warm
-                bench.burst_rate(submit, sentences[:256])
-            peak = statistics.median(bench.burst_rate(eager.submit, sentences) for _ in range(3))
-            rows: list[LoadRow] = []
-            for share in chosen.shares:
-                served = _load(demo, servers, peak * share, tick)
-                for name, runs in zip(servers, served, strict=True):
-                    if not all(_right(demo, name, one) for one in runs):
-                        return None
-                    rows.append(_load_row(name, share, peak * share, runs))
+        bench.burst_rate(compiled.submit, sentences[:256])  # warm
+        padded.burst()
+        peak = statistics.median(padded.burst() for _ in range(3))
+        rows: list[LoadRow] = []
+        for share in chosen.shares:
+            served = _load(demo, servers, peak * share, tick)
+            for name, runs in zip(servers, served, strict=True):
+                if not all(_right(demo, name, one) for one in runs):
+                    return None
+                rows.append(_load_row(name, share, peak * share, runs))
     return rows
 
 
 def _load(
-    demo: Demo, servers: dict[str, Submit], rate: float, tick: Callable[[], None]
+    demo: Demo, servers: dict[str, Serve], rate: float, tick: Callable[[], None]
 ) -> list[Sequence[Served]]:
     """Runs of each server under equal arrivals, alternated; the quieter ones are kept."""
     chosen, sentences = demo.config, demo.corpus.sentences
@@ -170,8 +179,8 @@ def _load(
     for number in range(chosen.load_rounds):
         seconds = chosen.seconds / chosen.load_rounds
         load = bench.make_load(rate, seconds, len(sentences), seed=number)
-        works = [lambda s=s: bench.serve(s, sentences, load) for s in servers.values()]  # noqa: B023
-        kept += bench.alternate(works, 1, 2, demo.patience)
+        works = [partial(serve, load) for serve in servers.values()]
+        kept += bench.alternate(works, 1, 2, demo.patience, demo.pids)
         tick()
     demo.note(kept)
     return list(zip(*(r.results for r in kept), strict=True))
