@@ -35,6 +35,7 @@ from cellc.ticket import Counters, Ticket, bad_index, out_of_range
 
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
 
 
 class Engine:
@@ -62,6 +63,7 @@ class Engine:
         self._numbers: list[int] = []
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
+        self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._loop = threading.Lock()  # held by whoever runs the loop
         self._turn = (
             threading.Condition()
@@ -274,6 +276,7 @@ class Engine:
 
     def step(self) -> None:
         """One turn of the loop; the caller holds the loop."""
+        start, kernels = time.perf_counter(), self.counters.seconds
         try:
             self._admit()
             batch = self._schedule()
@@ -282,6 +285,8 @@ class Engine:
             failed = self._launch(batch, self._tables(batch))
             finished = self._complete(batch, failed)
             self._deliver(finished)
+            host = time.perf_counter() - start - (self.counters.seconds - kernels)
+            self._host_seconds += (min(host, ALONE) - self._host_seconds) / 16
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
 
@@ -378,7 +383,8 @@ class Engine:
             return None
         cell, rows = chosen
         seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
-        budget = SHARED if self._futures or self._waiting else ALONE
+        shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
+        budget = shared if self._futures or self._waiting else ALONE
         return self._scheduler.next(max(1, int(budget / max(seconds, 1e-7))))
 
     def _launch(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:

@@ -23,6 +23,7 @@ FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
+FEW = 16  # tensors that are copied one by one
 MAX_SIZES = 4096
 
 
@@ -158,17 +159,18 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         type = self._types[rows.type]
         flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
-        if view is not None and all(t.is_cpu for t in flat):
-            if len(flat) == 1 or type.nbytes * len(flat[0]) > SMALL_DATA:
-                for start, part in zip(starts, flat, strict=True):
-                    view[start : start + len(part)] = part.detach().numpy()
-            else:
-                view[_ranges(starts, flat)] = torch.cat(flat).detach().numpy()
-        else:
+        if view is None or not all(t.is_cpu for t in flat):
             slots = torch.from_numpy(_ranges(starts, flat)).to(self._device)
             joined = torch.cat(flat).detach()
             self._tensors[type].index_copy_(0, slots, joined.to(self._device))
-        return [] if rows.bound is None else _outside(flat, rows.bound)
+            return [] if rows.bound is None else _outside([joined.cpu().numpy()], flat, rows.bound)
+        arrays = [t.detach().numpy() for t in flat]
+        if len(flat) <= FEW or type.nbytes * len(flat[0]) > SMALL_DATA:
+            for start, part in zip(starts, arrays, strict=True):
+                view[start : start + len(part)] = part
+        else:
+            view[_ranges(starts, flat)] = np.concatenate(arrays)
+        return [] if rows.bound is None else _outside(arrays, flat, rows.bound)
 
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
         """Returned tensors, each (its rows, the base of its region), with dimensions in the model's
@@ -202,6 +204,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             bases = np.repeat([base for _, base in wanted], len(first.slots))
             owned = np.concatenate([rows.owned for rows, _ in wanted])
             slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
+        view = self._views[first.type]
+        if view is not None:
+            return _arrange(torch.from_numpy(view[slots]), first, len(wanted))
         index = torch.from_numpy(slots).to(self._device)
         gathered = self._tensors[self._types[first.type]].index_select(0, index)
         return _arrange(gathered, first, len(wanted))
@@ -231,13 +236,12 @@ def _ranges(starts: Sequence[int], flat: Sequence[torch.Tensor]) -> npt.NDArray[
     return ragged_range(np.asarray(starts), np.array([len(part) for part in flat]))
 
 
-def _outside(flat: Sequence[torch.Tensor], bound: int) -> list[int]:
-    """Which tensors hold an index outside [0, bound)."""
-    joined = flat[0] if len(flat) == 1 else torch.cat(list(flat))
-    if not joined.numel():
-        return []
-    values = joined.detach().cpu().contiguous().numpy()
-    if values.view(f"u{values.dtype.itemsize}").max() < bound:
+def _outside(
+    arrays: Sequence[npt.NDArray[Any]], flat: Sequence[torch.Tensor], bound: int
+) -> list[int]:
+    """Which tensors hold an index outside [0, bound); `arrays` are what they hold."""
+    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if not values.size or values.view(f"u{values.dtype.itemsize}").max() < bound:
         return []
     return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
 
