@@ -10,7 +10,6 @@ little more than `import torch`.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from cellc import env
 from cellc.errors import (
     BackendError,
     CellcError,
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from cellc.entry import compile
     from cellc.options import Options
     from cellc.views import CellView
-
-env.check()
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from cellc import env
 from cellc.errors import BackendError, CellcError, UsageError
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def _fail(error: CellcError, code: int) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    env.check()
     if args.command == "demo":
         from cellc import demo
 

@@ -85,29 +85,50 @@ class Compiled:
             raise ticket.error
         return ticket.result
 
-    def map(self, requests: Iterable[Any]) -> list[Any]:
+    def map(self, requests: Iterable[Any], *, return_exceptions: bool = False) -> list[Any]:
         """Many requests at once, in order. A tuple is positional arguments, a dict keywords,
         anything else one argument.
 
-        Raises the first error, after all requests have ended.
+        Raises the first error, after all requests have ended; with `return_exceptions`, a request's
+        error stands in place of its result.
         """
         calls = [as_call(r) for r in requests]
         if self._batch_dim is not None:
-            return [self._batched(args, kwargs) for args, kwargs in calls]
+            return self._map_batches(calls, return_exceptions)
         tickets = self._tickets(calls)
-        portion = self._max_queue or max(len(tickets), 1)
-        for start in range(0, len(tickets), portion):
-            part = tickets[start : start + portion]
+        queued = [t for t in tickets if not t.done]
+        portion = self._max_queue or max(len(queued), 1)
+        for start in range(0, len(queued), portion):
+            part = queued[start : start + portion]
             self._engine.enqueue(part)
+            self._run(part)
+        results = [t.result if t.error is None else t.error for t in tickets]
+        for i, ticket in enumerate(tickets):
+            if ticket.error is not None and not return_exceptions:
+                raise _noted(ticket.error, i, len(tickets))
+        return results
+
+    def _map_batches(
+        self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]], return_exceptions: bool
+    ) -> list[Any]:
+        results: list[Any] = []
+        first: Exception | None = None
+        for i, (args, kwargs) in enumerate(calls):
             try:
-                self._engine.run(part)
-            except BaseException:
-                self._engine.cancel(part)
-                raise
-        for ticket in tickets:
-            if ticket.error is not None:
-                raise ticket.error
-        return [t.result for t in tickets]
+                results.append(self._batched(args, kwargs))
+            except Exception as error:
+                first = first or _noted(error, i, len(calls))
+                results.append(error)
+        if first is not None and not return_exceptions:
+            raise first
+        return results
+
+    def _run(self, tickets: Sequence[Ticket]) -> None:
+        try:
+            self._engine.run(tickets)
+        except BaseException:
+            self._engine.cancel(tickets)
+            raise
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """One request without waiting: a `concurrent.futures.Future`."""
@@ -143,17 +164,21 @@ class Compiled:
         return call if self._dtype is None else self._cast(call)
 
     def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
-        """Tickets in order; of sizes never seen, the extremes are planned first: those between need
-        no tracing.
+        """Tickets in order, those of requests that cannot be planned already failed. Of sizes never
+        seen, the extremes are planned first: those between need no tracing.
         """
         self._check_open()
         arguments, compiler = self._compiler.arguments, self._compiler
-        entries: dict[Any, Entry | None] = {}
-        found = []
+        entries: dict[Any, Entry | Exception | None] = {}
+        found: list[tuple[Any, Sequence[torch.Tensor]] | Exception] = []
         new: dict[Any, dict[tuple[int, ...], tuple[Structure, Any]]] = {}
         for call in calls:
-            bound = self._bind(*call)
-            tensors, rest, tree = arguments.flatten(*bound)
+            try:
+                bound = self._bind(*call)
+                tensors, rest, tree = arguments.flatten(*bound)
+            except CellcError as error:
+                found.append(error)
+                continue
             key = arguments.key(tensors, rest, tree)
             if key not in entries:
                 entries[key] = compiler.cached(key)
@@ -164,13 +189,23 @@ class Compiled:
         for members in new.values():
             for sizes in _extremes_first(list(members)):
                 structure, bound = members[sizes]
-                compiler.entry(structure, *bound)
+                entries[structure.key] = self._planned(structure, bound)
         for (
             members
         ) in new.values():  # a later trace may have changed what an earlier plan is made of
             for structure, bound in members.values():
-                entries[structure.key] = compiler.entry(structure, *bound)
-        return [Ticket(entries[key], tensors) for key, tensors in found]  # type: ignore[arg-type]
+                if not isinstance(entries[structure.key], Exception):
+                    entries[structure.key] = self._planned(structure, bound)
+        return [
+            Ticket.failed(one) if isinstance(one, Exception) else _ticket(entries[one[0]], one[1])
+            for one in found
+        ]
+
+    def _planned(self, structure: Structure, bound: Any) -> Entry | Exception:
+        try:
+            return self._compiler.entry(structure, *bound)
+        except CellcError as error:
+            return error
 
     def _cast(self, call: Any) -> Any:
         def cast(leaf: Any) -> Any:
@@ -207,8 +242,9 @@ class Compiled:
             return call
 
         tickets = self._tickets([piece(i) for i in range(size)])
-        self._engine.enqueue(tickets)
-        self._engine.run(tickets)
+        queued = [t for t in tickets if not t.done]
+        self._engine.enqueue(queued)
+        self._run(queued)
         for ticket in tickets:
             if ticket.error is not None:
                 raise ticket.error
@@ -338,6 +374,18 @@ class Compiled:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _ticket(entry: Entry | Exception | None, tensors: Sequence[torch.Tensor]) -> Ticket:
+    assert entry is not None
+    return Ticket.failed(entry) if isinstance(entry, Exception) else Ticket(entry, tensors)
+
+
+def _noted(error: BaseException, number: int, count: int) -> Any:
+    """The error, saying which request of `map` it is about (Python 3.11 and later print that)."""
+    if hasattr(error, "add_note") and count > 1:
+        error.add_note(f"in request {number} of the {count} given to map")
+    return error
 
 
 def _close_backend(backend: Backend) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cellc import env
 from cellc.compiled import Compiled
 from cellc.errors import BackendError, UnsupportedError
 from cellc.launch import Backend
@@ -57,6 +58,7 @@ def compile(
         raise UnsupportedError(
             what="carry (sessions)", remedy="pass the state as an argument and return it"
         )
+    env.check()
     chosen = make_options(options)
     check_counts(max_batch=max_batch, max_queue=max_queue)
     source = model

@@ -23,7 +23,7 @@ VARIABLES = {
 
 
 def check() -> None:
-    """Raise UsageError for a misspelt CELLC_* variable or a bad value; for `import cellc`."""
+    """Raise UsageError for a misspelt CELLC_* variable or a bad value."""
     unknown = sorted(v for v in os.environ if v.startswith("CELLC_") and v not in VARIABLES)
     if unknown:
         known = "".join(f"\n  {name}: {meaning}" for name, meaning in VARIABLES.items())

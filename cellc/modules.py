@@ -6,6 +6,7 @@ Duty: look at a user's nn.Module or function from outside. Used by `cellc.compil
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -54,18 +55,45 @@ def module_names(model: Any) -> dict[int, str]:
     }
 
 
+_TABLES = ("_buffers", "_parameters", "_modules")  # where nn.Module keeps some attributes
+_warned: set[tuple[type, str]] = set()
+
+
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Modules in eval mode inside; afterwards their mode and attributes are as they were before."""
+    """Modules in eval mode inside; afterwards their mode and attributes are as they were before.
+
+    Warns where the forward set an attribute: the next request does not see it.
+    """
     modules = [m for root in modules_of(model).values() for m in root.modules()]
-    before = [dict(vars(m)) for m in modules]
+    places = [(m, p) for m in modules for p in (vars(m), *(vars(m)[t] for t in _TABLES))]
+    before = [dict(place) for _, place in places]
     for module in modules:
         module.training = False
     try:
         yield
     finally:
-        for module, kept in zip(modules, before, strict=True):
-            now = vars(module)
-            for name in set(now) - set(kept):
-                del now[name]
-            now.update({name: v for name, v in kept.items() if now.get(name) is not v})
+        for (module, place), kept in zip(places, before, strict=True):
+            for name in _restore(place, kept) - {"training"}:
+                _warn_of_state(type(module), name)
+
+
+def _restore(place: dict[str, Any], kept: dict[str, Any]) -> set[str]:
+    """Make a dict what it was; returns the names that differed."""
+    changed = {n for n in place.keys() | kept.keys() if place.get(n) is not kept.get(n)}
+    for name in changed:
+        if name in kept:
+            place[name] = kept[name]
+        else:
+            del place[name]
+    return changed
+
+
+def _warn_of_state(kind: type, name: str) -> None:
+    if (kind, name) not in _warned:
+        _warned.add((kind, name))
+        warnings.warn(
+            f"the forward sets self.{name} of a {kind.__name__}: a request does not see what "
+            "another set; return the value, or pass it in as an argument",
+            stacklevel=2,
+        )

@@ -63,7 +63,7 @@ class Arguments:
             names = ", ".join(self.names)
             raise RequestError(
                 argument=_culprit(str(error), self.names),
-                got=str(error),
+                got=str(error).removeprefix("got "),
                 expected=f"a call of forward({names})",
             ) from None
         return bound.args, bound.kwargs

@@ -33,6 +33,11 @@ class Ticket:
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions
 
+    @classmethod
+    def failed(cls, error: BaseException) -> Ticket:
+        """One that is never queued."""
+        return cls(None, (), error=error, done=True)  # type: ignore[arg-type]
+
 
 @dataclass
 class Counters:

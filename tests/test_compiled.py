@@ -413,6 +413,56 @@ def test_wrong_request_in_a_map(model: Words, compiled: cellc.Compiled) -> None:
     assert compiled.stats()["running"] == 0
 
 
+def test_errors_in_place_of_results(model: Words, compiled: cellc.Compiled) -> None:
+    """A map goes on past wrong requests, whether planning or data shows that they are wrong."""
+    good = words(3)
+    requests: list[Any] = [good, torch.tensor([V]), torch.rand(3), (good, good, good), good]
+    got = compiled.map(requests, return_exceptions=True)
+    assert [isinstance(r, cellc.CellcError) for r in got] == [False, True, True, True, False]
+    same(got[0], eager(model, good))
+    same(got[4], eager(model, good))
+    with pytest.raises(cellc.CellcError) as error:
+        compiled.map(requests)
+    if sys.version_info >= (3, 11):
+        assert error.value.__notes__ == ["in request 1 of the 5 given to map"]
+
+
+def test_errors_in_place_of_batches() -> None:
+    model = Words().eval()
+    with cellc.compile(lambda x: model(x[0]), backend="eager", batch_dim=0) as compiled:
+        requests = [words(6).view(2, 3), torch.full((2, 3), V), words(0).view(0, 3)]
+        got = compiled.map(requests, return_exceptions=True)
+        assert [isinstance(r, cellc.CellcError) for r in got] == [False, True, True]
+        with pytest.raises(cellc.CellcError):
+            compiled.map(requests)
+
+
+class Remembering(nn.Module):
+    """Sets attributes of every kind that a module has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(I))
+        self.plain: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.plain = self.last = x * 2
+        self.fresh = 1
+        return self.last + self.plain
+
+
+def test_modules_are_as_before() -> None:
+    model = Remembering().eval()
+    last = model.last
+    with cellc.compile(model, backend="eager") as compiled:
+        with pytest.warns(UserWarning, match=r"sets self\.\w+ of a Remembering") as caught:
+            same(compiled(torch.ones(I)), torch.full((I,), 4.0))
+        names = {str(w.message).split("self.")[1].split()[0] for w in caught}
+        assert names == {"last", "plain", "fresh"}
+        assert model.last is last and model.plain is None and not hasattr(model, "fresh")
+        compiled(torch.ones(2, I))  # warned once
+
+
 def _branch(x: Tensor) -> Tensor:
     if x.sum() > 0:
         return x

@@ -31,7 +31,10 @@ def test_import_leaves_out(module: str) -> None:
     assert done.stdout.strip() == "False"
 
 
-def test_import_checks_the_environment() -> None:
-    done = run("import cellc", CELLC_LOG="plan")
+def test_the_environment_is_checked() -> None:
+    done = run("import cellc; cellc.compile(len)", CELLC_LOG="plan")
     assert done.returncode != 0
+    assert "CELLC_LOG" in done.stderr and "CELLC_LOGS" in done.stderr
+    done = run("from cellc.cli import main; raise SystemExit(main(['demo']))", CELLC_LOG="plan")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "CELLC_LOG" in done.stderr and "CELLC_LOGS" in done.stderr
