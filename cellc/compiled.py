@@ -131,8 +131,9 @@ class Compiled:
             raise
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """One request without waiting: a `concurrent.futures.Future`."""
+        """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now."""
         ticket = self._ticket(args, kwargs)
+        ticket.tensors = [t.detach().clone() for t in ticket.tensors]
         ticket.future = Future()
         self._engine.enqueue([ticket])
         self._engine.start()

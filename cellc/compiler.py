@@ -249,7 +249,7 @@ class Compiler:
         for name, value in given.items():
             good = self._good.get(name) if self._good is not None else None
             expected = unlike(value, good) if good is not None else None
-            if expected is None and isinstance(value, torch.Tensor) and value.numel() == 0:
+            if isinstance(value, torch.Tensor) and value.numel() == 0:
                 expected = "at least one element"
             if expected is not None:
                 return RequestError(
@@ -279,6 +279,8 @@ class Compiler:
         self._stage("rows", rows)
         calls = extract(rows, self._roles)
         self._check_cells(calls)
+        if env.verify():
+            verify.verify_reads(calls, rows.type_of)
         self._stage("extract", lambda: _print_calls(calls))
         passes.run(calls, self.params, self._options, self._rewritten)
         self._check_cells(calls)

@@ -50,6 +50,12 @@ def compile(
     (torch.Size([5, 1, 8]), torch.Size([1, 1, 8]))
     >>> compiled.close()
     """
+    if isinstance(model, type):
+        raise UnsupportedError(
+            what=f"the class {model.__name__}", remedy=f"pass an instance: {model.__name__}(...)"
+        )
+    if batch_dim is not None and (not isinstance(batch_dim, int) or batch_dim < 0):
+        raise UnsupportedError(what=f"batch_dim={batch_dim!r}", remedy="use 0 or another dimension")
     if not callable(model):
         raise UnsupportedError(
             what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"

@@ -84,7 +84,10 @@ def write(graph: CellGraph, path: str | Path) -> None:
     form = formats.get(Path(path).suffix)
     if form is None:
         raise UsageError(f"cannot draw into {path}; the name must end in {', '.join(formats)}")
-    Path(path).write_text(form(graph), encoding="utf-8")
+    try:
+        Path(path).write_text(form(graph), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from None
 
 
 def to_dot(graph: CellGraph) -> str:

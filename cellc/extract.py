@@ -79,7 +79,7 @@ class Extraction:
         found: list[int] = []
         weighted: list[frozenset[int]] = []
         for node in self.rows.nodes:
-            role = self.roles.role(node)
+            role = self.roles.role(node, self.rows.type_of)
             if any(isinstance(o, ParamRef) for o in node.operands):
                 weighted.append(frozenset([role]))
             else:
@@ -132,8 +132,8 @@ class Extraction:
             for j, operand in enumerate(node.operands):
                 if isinstance(operand, ScalarRef):
                     seen = known[self.role_of[i], j]
-                    if operand.value not in seen:
-                        seen.add(operand.value)
+                    if (value := repr(operand.value)) not in seen:  # 0.0 and -0.0 differ
+                        seen.add(value)
                         if len(seen) == 2:
                             self.roles.version += self.role_of[i] in self.roles.graph
         for i, node in enumerate(self.rows.nodes):

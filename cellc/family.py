@@ -228,11 +228,17 @@ def _constant_source(key: Any) -> tuple[Source, int]:
     """Constants that count (a loop's number, rows of a table) are one source with an index."""
     if key[0] == "param":
         return ("param", *key[1:-1]), int(key[-1])
-    if key[0] == "full" and isinstance(key[-1], (int, float)) and float(key[-1]).is_integer():
+    if key[0] == "full" and _is_count(key, key[-1]):
         return ("full", *key[1:-1], type(key[-1]).__name__), int(key[-1])
-    if key[0] == "rows" and len(key[-1]) == 1 and float(key[-1][0]).is_integer():
+    if key[0] == "rows" and len(key[-1]) == 1 and _is_count(key, key[-1][0]):
         return ("rows", *key[1:-1], type(key[-1][0]).__name__), int(key[-1][0])
     return ("constant", key), 0
+
+
+def _is_count(key: Any, value: Any) -> bool:
+    """Is it a whole number that a float holds exactly, and not one of those told by their text?"""
+    whole = isinstance(value, (int, float)) and float(value).is_integer()
+    return whole and abs(value) < 2**53 and len(key) == 4
 
 
 def _constant_key(source: Any, index: int) -> Hashable:

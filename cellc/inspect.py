@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from cellc import export, target
@@ -89,7 +90,7 @@ def _row(cell: CellReport, num_bytes: int) -> Sequence[str]:
         f"{cell.calls:,}",
         f"{cell.flops_per_row:,}",
         f"{num_bytes:,}",
-        "\n".join(cell.parameters) or "none",
+        escape("\n".join(cell.parameters)) or "none",
         short_ops(cell.ops),
         ", ".join(cell.kernels),
     )

@@ -12,6 +12,7 @@ import re
 import sys
 
 from cellc import env
+from cellc.errors import UsageError
 
 _LEVELS = env.logs()
 _INFO = frozenset(_LEVELS)
@@ -42,9 +43,12 @@ def dump(stage: str, text: str, suffix: str = ".txt") -> None:
     folder = env.dump()
     if folder is None:
         return
-    folder.mkdir(parents=True, exist_ok=True)
     name = re.sub(r"[^\w.-]+", "_", stage)
-    (folder / f"{next(_dumps):03}-{name}{suffix}").write_text(text.rstrip("\n") + "\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{next(_dumps):03}-{name}{suffix}").write_text(text.rstrip("\n") + "\n")
+    except OSError as error:
+        raise UsageError(f"CELLC_DUMP: cannot write to {folder}: {error.strerror}") from None
 
 
 def _print(name: str, text: str) -> None:

@@ -76,6 +76,8 @@ class Params(Mapping[str, torch.Tensor]):
             op, args, kwargs, operands, port = self._expressions[name]
             tensors = [self[o] for o in operands]
             _, base, overload = op.split(".")
+            if base in ("view", "_unsafe_view"):  # strides may not be those that were traced
+                base, overload = "reshape", "default"
             function = getattr(getattr(torch.ops.aten, base), overload)
             call = [_fill(a, tensors) for a in args]
             result: Any = function(*call, **{k: _fill(v, tensors) for k, v in kwargs})

@@ -155,8 +155,9 @@ class Tables:
         """Slot of a constant row: constants fill each arena from its start."""
         if (type, key) not in self.constants:
             number = self.type(type)
-            self.constants[type, key] = self.constant_counts.get(number, 0)
-            self.constant_counts[number] = self.constants[type, key] + 1
+            slot = self.constant_counts.get(number, 0)
+            self.constant_counts[number] = slot + 1  # first: others read constants, then counts
+            self.constants[type, key] = slot
         return self.constants[type, key]
 
 

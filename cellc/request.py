@@ -7,7 +7,9 @@ are its data; everything else about it (shapes, dtypes, the pytree, Python value
 
 from __future__ import annotations
 
+import enum
 import inspect
+import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -18,6 +20,17 @@ from torch.utils import _pytree as pytree
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import RequestError
 
+# Objects that are what they are: no two of them act alike, and none changes.
+_BY_IDENTITY = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
 _VALUES = (int, float, bool, str, bytes, complex, type(None))
 
 
@@ -61,9 +74,10 @@ class Arguments:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
             names = ", ".join(self.names)
+            strange = [k for k in kwargs if k not in self.names]
             raise RequestError(
-                argument=_culprit(str(error), self.names),
-                got=str(error).removeprefix("got "),
+                argument=", ".join(strange) or _culprit(str(error), self.names),
+                got="an unknown keyword" if strange else str(error).removeprefix("got "),
                 expected=f"a call of forward({names})",
             ) from None
         return bound.args, bound.kwargs
@@ -78,22 +92,28 @@ class Arguments:
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         for k, leaf in enumerate(leaves):
             if not isinstance(leaf, (torch.Tensor, *_VALUES)):
-                self._check_hashable(k, leaf, args, kwargs)
+                self._check_value(k, leaf, args, kwargs)
         rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         mask = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
         return tensors, rest, (_spec_key(spec), mask)
 
-    def _check_hashable(
+    def _check_value(
         self, k: int, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
+        """A Python object in a request is part of its structure: it must compare by value."""
         try:
             hash(leaf)
+            plain = isinstance(leaf, _BY_IDENTITY) or "__hash__" in _own_names(type(leaf))
+            fits = plain and not _holds_tensors(leaf)
         except TypeError:
+            fits = False
+        if not fits:
             raise RequestError(
                 argument=self.leaf_names(args, kwargs)[k],
-                got=f"a {type(leaf).__name__}",
-                expected="tensors, numbers, strings, and tuples, lists or dicts of them",
-            ) from None
+                got=f"an object of {type(leaf).__name__}",
+                expected="tensors, numbers, strings, and tuples, lists or dicts of them; a class "
+                "of your own can be registered with torch.utils._pytree.register_pytree_node",
+            )
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name, in order."""
@@ -133,6 +153,17 @@ class Arguments:
         return names
 
 
+def _own_names(kind: type) -> set[str]:
+    """What a class and its bases define, object aside."""
+    return {name for base in kind.__mro__[:-1] for name in vars(base)}
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    held = [*getattr(leaf, "__dict__", {}).values()]
+    held += [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
+    return any(isinstance(x, torch.Tensor) for x in held)
+
+
 def _values(rest: Sequence[Any], tree: Any) -> Hashable:
     """Python values of a request, in place; equal only where they act alike (1 and True do not)."""
     if isinstance(tree, int):
@@ -148,9 +179,17 @@ def _spec_key(spec: Any) -> Hashable:
     """A pytree's form as something that hashes."""
     if spec.is_leaf():
         return 0
-    context = spec.context if not isinstance(spec.context, list) else tuple(spec.context)
+    context = _frozen(spec.context)
     children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
     return (spec.type, context, tuple(map(_spec_key, children)))
+
+
+def _frozen(context: Any) -> Hashable:
+    """What a pytree says of a node, lists in it as tuples."""
+    if isinstance(context, (list, tuple)):
+        return tuple(map(_frozen, context))
+    frozen: Hashable = context
+    return frozen
 
 
 def _culprit(message: str, names: Sequence[str]) -> str:
@@ -189,8 +228,11 @@ def describe(value: Any) -> str:
 
 
 def as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A request of `map`: a tuple is positional arguments, a dict keywords, else one argument."""
-    if isinstance(request, tuple):
+    """A request of `map`: a tuple is positional arguments, a dict keywords, else one argument.
+
+    A named tuple is one argument.
+    """
+    if isinstance(request, tuple) and not hasattr(request, "_fields"):
         return request, {}
     if isinstance(request, dict):
         return (), request

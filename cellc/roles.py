@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from cellc.rows import ParamRef, RaggedRefs, RowNode, ScalarRef
+from cellc.ops import RowType
+from cellc.rows import ParamRef, RaggedRefs, Refs, RowNode, ScalarRef
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -27,6 +28,10 @@ def networkx() -> Any:
     return importlib.import_module("networkx")
 
 
+def _row_type(refs: Refs, type_of: Callable[[int], RowType]) -> RowType | None:
+    return type_of(int(refs[0])) if len(refs) else None
+
+
 @dataclass
 class Roles:
     """What all traces of a model have shown about its roles."""
@@ -36,16 +41,18 @@ class Roles:
     unpaired: set[tuple[int, int]] = field(default_factory=set)
     escaping: set[tuple[int, int]] = field(default_factory=set)
     distinct: set[tuple[Slot, Slot]] = field(default_factory=set)
-    scalars: dict[Slot, set[Hashable]] = field(default_factory=lambda: defaultdict(set))
+    scalars: dict[Slot, set[str]] = field(default_factory=lambda: defaultdict(set))  # repr
     served: dict[int, list[set[int]]] = field(default_factory=lambda: defaultdict(list))
     old: set[int] = field(default_factory=set)  # roles that earlier traces had shown
     version: int = 0
 
-    def role(self, node: RowNode) -> int:
+    def role(self, node: RowNode, type_of: Callable[[int], RowType]) -> int:
+        """`type_of` gives the row type of a value."""
         kinds = tuple(
             ("param", o.name) if isinstance(o, ParamRef)
             else ("scalar", o.dtype) if isinstance(o, ScalarRef)
-            else "ragged" if isinstance(o, RaggedRefs) else "row"
+            else ("ragged", _row_type(o.refs, type_of)) if isinstance(o, RaggedRefs)
+            else ("row", _row_type(o, type_of))
             for o in node.operands
         )  # fmt: skip
         return self._number((node.point, node.op, node.attrs, node.types, kinds))

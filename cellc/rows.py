@@ -8,10 +8,11 @@ references. One `RowNode` is one traced operation at one or more positions. Come
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -112,6 +113,7 @@ class RowGraph:
 
     def constant(self, key: Hashable, type: RowType) -> int:
         """Value id of a constant row; one id a key."""
+        key = _exact(key)
         if key not in self.constants:
             self.constants[key] = self.allocate(1, type)
         return self.constants[key]
@@ -151,6 +153,17 @@ class RowGraph:
             lines.append(f"%{value} = constant {key}: {self.type_of(value)}")
         lines += [_print(node) for node in self.nodes]
         return "\n".join(lines)
+
+
+def _exact(key: Any) -> Hashable:
+    """A constant's key; -0.0 and NaN, which do not compare as they act, get their text in it."""
+    values = key[-1] if isinstance(key[-1], tuple) else (key[-1],)
+    if key[0] not in ("full", "rows") or not any(
+        v != v or (v == 0 and isinstance(v, float) and math.copysign(1, v) < 0) for v in values
+    ):
+        exact: Hashable = key
+        return exact
+    return (*key[:-1], repr(values), key[-1] if key[-1] == key[-1] else math.nan)
 
 
 def _print(node: RowNode) -> str:

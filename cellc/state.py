@@ -65,11 +65,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             self._open(type)
         if len(self._tables.constants) == len(self._written):
             return True
-        for number, needed in self._tables.constant_counts.items():
+        constants = list(self._tables.constants.items())  # others may add to them meanwhile
+        for number, needed in list(self._tables.constant_counts.items()):
             regions = self._regions[number]
             if needed > regions.reserved and not regions.reserve(size_class(2 * needed)):
                 return False
-        for (type, key), slot in self._tables.constants.items():
+        for (type, key), slot in constants:
             if (type, key) not in self._written:
                 self._tensors[type][slot] = self._constant(type, key)
                 self._written[type, key] = slot

@@ -7,9 +7,12 @@ printed, planned and turned into a kernel.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import numpy as np
 
 from cellc import ops
+from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp, Operand
 from cellc.errors import VerifyError
 from cellc.graph import Graph, Node, Ref, Template
@@ -60,6 +63,19 @@ def verify_cell(cell: Cell, stage: str = "extraction") -> None:
     for operand in cell.outputs:
         if problem := _cell_output_problem(cell, ragged, operand):
             raise VerifyError(f"cell {cell.name}, output: {problem}", stage=stage)
+
+
+def verify_reads(calls: CallGraph, type_of: Callable[[int], RowType]) -> None:
+    """Check that every row a call reads has the type that its cell expects; raises VerifyError."""
+    for group in calls.groups:
+        for number, spec in enumerate(group.cell.inputs):
+            for value in np.unique(group.input_values(number)).tolist():
+                if type_of(value) != spec.type:
+                    raise VerifyError(
+                        f"cell {group.cell.name}, input {spec.name}: a call reads a row of "
+                        f"{type_of(value)}, expected {spec.type}",
+                        stage="extraction",
+                    )
 
 
 def _node_problems(graph: Graph, number: int, node: Node) -> Iterator[str]:

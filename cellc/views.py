@@ -36,7 +36,7 @@ class Cells(Mapping[str, CellView]):
         self._compiler = compiler
 
     def __getitem__(self, name: str) -> CellView:
-        for number, cell in self._compiler.by_number.items():
+        for number, cell in list(self._compiler.by_number.items()):
             if cell.name == name:
                 return self._view(number)
         raise KeyError(name)
@@ -63,7 +63,7 @@ class Cells(Mapping[str, CellView]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter([cell.name for cell in self._compiler.by_number.values()])
+        return iter([cell.name for cell in list(self._compiler.by_number.values())])
 
     def __len__(self) -> int:
         return len(self._compiler.by_number)

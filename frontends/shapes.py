@@ -109,7 +109,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
         given = [meta(a) for a in args]
         named = {k: meta(v) for k, v in kwargs.items()}
         device = asked[0] if asked else _device(func, forms)
-        if not forms and not asked:
+        if not forms and any(a.name == "device" for a in func._schema.arguments):
             named["device"] = torch.device("meta")
         out = func(*given, **named)
     leaves, spec = pytree.tree_flatten(out)

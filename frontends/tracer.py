@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
 from cellc.frontends import decompose, library
-from cellc.frontends.branching import CodesSeen
+from cellc.frontends.branching import CodesSeen, look_away
 from cellc.frontends.placeholder import Form, Placeholder, form_of, modes_off, row_major
 from cellc.frontends.shapes import Result, Results
 from cellc.graph import Graph, Ref, Template
@@ -111,11 +111,14 @@ class _Functions(TorchFunctionMode):
         if loop is not None and tracer.depth == 0:
             with self:
                 return loop(*args, **(kwargs or {}), scope=tracer.scope)
+        watcher = look_away()
         tracer.depth += 1
         try:
             return func(*args, **(kwargs or {}))
         finally:
             tracer.depth -= 1
+            if watcher is not None:
+                sys.setprofile(watcher)
 
 
 class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]

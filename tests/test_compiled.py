@@ -11,8 +11,9 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -435,6 +436,51 @@ def test_errors_in_place_of_batches() -> None:
         assert [isinstance(r, cellc.CellcError) for r in got] == [False, True, True]
         with pytest.raises(cellc.CellcError):
             compiled.map(requests)
+
+
+def test_submitted_tensors_may_be_used_again(model: Words, compiled: cellc.Compiled) -> None:
+    sent, buffer = [words(4) for _ in range(50)], torch.zeros(4, dtype=torch.long)
+    futures = []
+    for x in sent:
+        futures.append(compiled.submit(buffer.copy_(x)))
+        buffer.fill_(V + 1)
+    for x, future in zip(sent, futures, strict=True):
+        same(future.result(30), eager(model, x))
+
+
+@dataclass(eq=False)
+class Box:
+    value: Any
+
+
+@dataclass(frozen=True)
+class Frozen:
+    value: Any
+
+
+class Pair(NamedTuple):
+    left: Tensor
+    right: Tensor
+
+
+def test_objects_in_requests() -> None:
+    """What compares by identity or holds tensors is no structure; a named tuple is one argument."""
+    with cellc.compile(lambda box: torch.ones(I) * box.value, backend="eager") as compiled:
+        for box in (Box(2.0), Box(torch.ones(I)), Frozen(torch.ones(I))):
+            with pytest.raises(cellc.RequestError, match="register_pytree_node"):
+                compiled(box)
+        same(compiled(Frozen(3.0)), torch.full((I,), 3.0))
+    pairs = [Pair(torch.randn(n, I), torch.randn(n, I)) for n in (1, 2)]
+    with cellc.compile(lambda pair: pair.left + pair.right, backend="eager") as compiled:
+        for pair, got in zip(pairs, compiled.map(pairs), strict=True):
+            same(got, pair.left + pair.right)
+
+
+def test_compile_takes_instances() -> None:
+    with pytest.raises(cellc.UnsupportedError, match=r"class Words.*Words\(\.\.\.\)"):
+        cellc.compile(Words)
+    with pytest.raises(cellc.UnsupportedError, match="batch_dim='a'"):
+        cellc.compile(Words(), batch_dim="a")  # type: ignore[arg-type]
 
 
 class Remembering(nn.Module):

@@ -237,3 +237,60 @@ def test_batch_dim(backend: str) -> None:
             assert_same(compiled(request), call(model, request))
         for request, result in zip(requests, compiled.map(requests), strict=True):
             assert_same(result, call(model, request))
+
+
+class SplitSums(nn.Module):
+    """One line works on rows of different sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(I, 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([part.sum(-1) for part in self.linear(x).split([2, 3, 4], -1)])
+
+
+class Rolled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(I, I)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return torch.stack([self.linear(y.roll(j, -1)) for j in (1, 2)])
+
+
+class LargeConstant(nn.Module):
+    def forward(self, xs: Tensor) -> Tensor:
+        h = torch.full((I,), -1e30)
+        for x in xs:
+            h = torch.maximum(h, x)
+        return h
+
+
+class SignedZeros(nn.Module):
+    def forward(self, xs: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = torch.full((I,), 0.0), torch.full((I,), -0.0)
+        for x in xs:
+            a, b = a * x.abs(), b * x.abs()
+        return 1 / a, 1 / b
+
+
+class EinsumWeights(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, I, I))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("ti,kij->tkj", x, self.weight)
+
+
+@pytest.mark.parametrize("kind", [SplitSums, Rolled, LargeConstant, SignedZeros, EinsumWeights])
+def test_once_wrong(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = kind().eval()
+    with cellc.compile(model, backend="eager") as compiled:
+        for n in (2, 5, 3, 4, 7):
+            x = torch.randn(n, I)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
