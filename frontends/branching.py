@@ -13,7 +13,8 @@ from __future__ import annotations
 import dis
 import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
@@ -42,24 +43,17 @@ class CodesSeen:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch calls in this thread; where a profiler does already, nothing is known."""
-        if sys.getprofile() is not None:
-            self._unknown = True
-            yield
-            return
+        """Watch calls in this thread; where nobody can watch, nothing is known."""
         seen = self._seen
         root = sys._getframe(2)  # whose `with` this is
 
-        def note(frame: FrameType, event: str, _: Any) -> None:
-            if event == "call" and frame.f_code not in seen and not _importing(frame, root):
+        def note(frame: FrameType) -> None:
+            if frame.f_code not in seen and not _importing(frame, root):
                 seen.add(frame.f_code)
 
-        note.watcher = True  # type: ignore[attr-defined]
-        sys.setprofile(note)
-        try:
+        with _calls(note) as watched:
+            self._unknown = self._unknown or not watched
             yield
-        finally:
-            sys.setprofile(None)
 
     def may_branch(self) -> bool:
         """Does any function outside the trusted folders have a test that a size may decide?"""
@@ -70,16 +64,67 @@ class CodesSeen:
         )
 
 
-def look_away() -> Any:
-    """Stop watching while no code of the user's runs; returns what `sys.setprofile` takes again.
+Note = Callable[[FrameType], None]
 
-    None where nobody watches, and from Python 3.12 on, where switching costs more than watching.
-    """
-    watcher = sys.getprofile() if sys.version_info < (3, 12) else None
-    if watcher is None or not hasattr(watcher, "watcher"):
+if sys.version_info >= (3, 12):
+
+    @contextmanager
+    def _calls(note: Note) -> Iterator[bool]:
+        """Tell of every Python call in this thread; False where all tools are taken."""
+        monitoring, thread = sys.monitoring, threading.get_ident()
+        tool = next((i for i in (4, 3) if monitoring.get_tool(i) is None), None)
+        if tool is None:
+            yield False
+            return
+
+        def started(code: CodeType, offset: int) -> None:
+            if threading.get_ident() == thread:
+                note(sys._getframe(1))
+
+        start = monitoring.events.PY_START
+        monitoring.use_tool_id(tool, "cellc")
+        monitoring.register_callback(tool, start, started)
+        monitoring.set_events(tool, start)
+        try:
+            yield True
+        finally:
+            monitoring.set_events(tool, 0)
+            monitoring.register_callback(tool, start, None)
+            monitoring.free_tool_id(tool)
+
+    def look_away() -> Any:
+        """Nothing to do here: see below."""
         return None
-    sys.setprofile(None)
-    return watcher
+
+else:
+
+    @contextmanager
+    def _calls(note: Note) -> Iterator[bool]:
+        """Tell of every Python call in this thread; False where a profiler is at work."""
+        if sys.getprofile() is not None:
+            yield False
+            return
+
+        def watcher(frame: FrameType, event: str, _: Any) -> None:
+            if event == "call":
+                note(frame)
+
+        watcher.ours = True  # type: ignore[attr-defined]
+        sys.setprofile(watcher)
+        try:
+            yield True
+        finally:
+            sys.setprofile(None)
+
+    def look_away() -> Any:
+        """Stop watching while no code of the user's runs; returns what `sys.setprofile` takes
+        again, or None where nobody watches.
+        """
+        watcher = sys.getprofile()
+        if watcher is None or not hasattr(watcher, "ours"):
+            return None
+        sys.setprofile(None)
+        return watcher
 
 
 def _importing(frame: FrameType | None, root: FrameType) -> bool:
