@@ -20,9 +20,10 @@ from types import CodeType, FrameType
 from typing import Any
 
 _INTEGER_OPERATORS = ("%", "//", "&", "|", "^", "<<", ">>")
-_OLD_OPERATORS = frozenset(
-    "BINARY_MODULO BINARY_FLOOR_DIVIDE BINARY_AND BINARY_OR BINARY_XOR "
-    "BINARY_LSHIFT BINARY_RSHIFT".split()
+_OLD_OPERATORS = frozenset(  # up to Python 3.10
+    f"{kind}_{name}"
+    for kind in ("BINARY", "INPLACE")
+    for name in ("MODULO", "FLOOR_DIVIDE", "AND", "OR", "XOR", "LSHIFT", "RSHIFT")
 )
 _HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
 # Names through which a size may be rounded, looked up or tested.
