@@ -8,12 +8,13 @@ three files: this one, `cellc.compiler` (how a request never seen becomes a plan
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +34,23 @@ from cellc.views import Cells, CellView
 
 if TYPE_CHECKING:
     import networkx
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _without_autocast(method: F) -> F:
+    """Cells compute in the dtypes that were traced, whatever the caller's context says."""
+
+    @functools.wraps(method)
+    def call(self: Compiled, *args: Any, **kwargs: Any) -> Any:
+        kind = self._device.type
+        if not torch.is_autocast_enabled(kind):
+            return method(self, *args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 class Compiled:
@@ -67,6 +85,7 @@ class Compiled:
 
     # -- requests --
 
+    @_without_autocast
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """One request; equals `model(*args, **kwargs)` in eval mode.
 
@@ -85,6 +104,7 @@ class Compiled:
             raise ticket.error
         return ticket.result
 
+    @_without_autocast
     def map(self, requests: Iterable[Any], *, return_exceptions: bool = False) -> list[Any]:
         """Many requests at once, in order. A tuple is positional arguments, a dict keywords,
         anything else one argument.
@@ -130,6 +150,7 @@ class Compiled:
             self._engine.cancel(tickets)
             raise
 
+    @_without_autocast
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now."""
         ticket = self._ticket(args, kwargs)

@@ -15,7 +15,5 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "bool",
-    torch.complex64: "c64",
-    torch.complex128: "c128",
 }
 TORCH_DTYPES: dict[str, torch.dtype] = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -302,13 +302,18 @@ class Engine:
             return
         tickets: list[Ticket] = []
         prepared: set[int] = set()
+        broken: list[tuple[Ticket, Exception]] = []
         with self._turn:
             room = MAX_LIVE - len(self._live)
             while self._inbox and len(tickets) < room:
                 ticket = self._inbox[0]
                 plan = ticket.entry.plan
-                if id(plan) not in prepared and not self._arenas.prepare(plan):
-                    break
+                try:
+                    if id(plan) not in prepared and not self._arenas.prepare(plan):
+                        break
+                except Exception as error:
+                    broken.append((self._inbox.popleft(), error))
+                    continue
                 prepared.add(id(plan))
                 needed = ticket.nbytes = self._arenas.bytes_of(plan)
                 if self._live_bytes + needed > self._memory_limit and (self._live or tickets):
@@ -321,8 +326,17 @@ class Engine:
                     self._futures += 1
                 self._live_bytes += needed
                 tickets.append(ticket)
-        if tickets:
-            self._begin(tickets)
+        self._futures += sum(ticket.future is not None for ticket, _ in broken)
+        for ticket, reason in broken:
+            self._finish(ticket, error=reason)
+        try:
+            if tickets:
+                self._begin(tickets)
+        except Exception as error:  # ours: nobody waits for ever
+            for ticket in tickets:
+                if ticket.number not in self._live and not ticket.done:
+                    self._finish(ticket, error=error)
+            raise
 
     def _begin(self, tickets: list[Ticket]) -> None:
         plans = [t.entry.plan for t in tickets]
@@ -373,7 +387,18 @@ class Engine:
                 tensors.append(ticket.tensors[rows.leaf])
         errors: dict[int, BaseException] = {}
         for rows, members, starts, tensors in alike.values():
-            for k in self._arenas.write(rows, starts, tensors):
+            try:
+                wrong = self._arenas.write(rows, starts, tensors)
+            except Exception:  # one of them is a kind of tensor that cannot be copied so
+                wrong = []
+                for k, member in enumerate(members):
+                    try:
+                        tensors[k] = tensors[k].resolve_conj().resolve_neg()
+                        if self._arenas.write(rows, [starts[k]], [tensors[k]]):
+                            wrong.append(k)
+                    except Exception as error:
+                        errors[member] = error
+            for k in wrong:
                 errors[members[k]] = out_of_range(rows.name, rows.bound, tensors[k])
         return errors
 

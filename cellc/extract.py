@@ -50,6 +50,7 @@ class Extraction:
         self.node_of, self.port_of, self.lane_of = rows.producers()
         self.role_of = self._roles()
         self.live = self._live()
+        self.edges: set[tuple[int, int]] = set()  # of roles, (who makes, who reads)
 
     def run(self) -> CallGraph:
         self._lift_scalars()
@@ -167,6 +168,7 @@ class Extraction:
             if self.live[i]:
                 sources = {s for operand in node.operands for s in self._producers(operand)}
                 edges |= {(self.role_of[s], self.role_of[i]) for s in sources}
+        self.edges = edges
         self.roles.connect(live, edges)
 
     # -- recurrences --
@@ -361,7 +363,9 @@ class Extraction:
         links = nx.Graph()
         links.add_nodes_from(order)
         for u, v in graph.edges():
-            if u in nodes and v in nodes and level[u] == level[v] and (u, v) not in unpaired:
+            # an edge that only other requests have does not say which calls belong together here
+            joined = (u, v) in self.edges and (u, v) not in unpaired
+            if u in nodes and v in nodes and level[u] == level[v] and joined:
                 links.add_edge(u, v)
         rank = {role: k for k, role in enumerate(order)}
         found = [sorted(c, key=rank.__getitem__) for c in nx.connected_components(links)]

@@ -104,7 +104,7 @@ class Arguments:
         try:
             hash(leaf)
             plain = isinstance(leaf, _BY_IDENTITY) or "__hash__" in _own_names(type(leaf))
-            fits = plain and not _holds_tensors(leaf)
+            fits = plain and not holds_tensors(leaf)
         except TypeError:
             fits = False
         if not fits:
@@ -158,9 +158,11 @@ def _own_names(kind: type) -> set[str]:
     return {name for base in kind.__mro__[:-1] for name in vars(base)}
 
 
-def _holds_tensors(leaf: Any) -> bool:
-    held = [*getattr(leaf, "__dict__", {}).values()]
+def holds_tensors(leaf: Any) -> bool:
+    """Does a Python object that is no pytree hold tensors: as attributes, or as a set does?"""
+    held = [*getattr(leaf, "__dict__", {}).values()] if not isinstance(leaf, type) else []
     held += [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
+    held += leaf if isinstance(leaf, (set, frozenset)) else []
     return any(isinstance(x, torch.Tensor) for x in held)
 
 

@@ -112,7 +112,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         order = [i for i, r in enumerate(row_dims) if not r] + [
             i for i, r in enumerate(row_dims) if r
         ]
-        return weight.permute(order).reshape(-1, *type.shape)[index]
+        count = math.prod(n for n, r in zip(weight.shape, row_dims, strict=True) if not r)
+        return weight.permute(order).reshape(count, *type.shape)[index]
 
     def refresh(self) -> None:
         """The weights changed: write constant rows again."""

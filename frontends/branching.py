@@ -27,8 +27,23 @@ _OLD_OPERATORS = frozenset(  # up to Python 3.10
 )
 _HARMLESS_CALLS = frozenset(["isinstance", "hasattr", "callable", "issubclass"])
 # Names through which a size may be rounded, looked up or tested.
-_ROUNDING = frozenset(["int", "round", "divmod", "bool", "any", "all", "math", "get"])
+_ROUNDING = frozenset(
+    "int round divmod bool any all math get bisect bisect_left bisect_right gcd lcm isqrt log log2 "
+    "log10 sqrt ceil floor count index bin hex oct bit_length bit_count pow".split()
+)
 _SKIPPED = frozenset(["CACHE", "NOP", "TO_BOOL", "EXTENDED_ARG", "UNARY_NOT", "PRECALL", "COPY"])
+_SUBSCRIPTS = ("BINARY_SUBSCR",)
+_TABLES = (
+    "LOAD_GLOBAL",
+    "LOAD_DEREF",
+    "LOAD_CONST",
+    "LOAD_ATTR",
+    "LOAD_METHOD",
+    "BUILD_",
+    "LIST_",
+    "MAP_ADD",
+)
+_FORWARDS = ("forward", "__call__", "<lambda>")
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 _HANDLERS = ("CHECK_EXC_MATCH", "WITH_EXCEPT_START", "JUMP_IF_NOT_EXC_MATCH")
 _TESTED = ("LOAD_FAST", "LOAD_ATTR", "LOAD_DEREF", "LOAD_NAME", "LOAD_GLOBAL", "LOAD_CONST")
@@ -59,9 +74,14 @@ class CodesSeen:
     def may_branch(self) -> bool:
         """Does any function outside the trusted folders have a test that a size may decide?"""
         return self._unknown or any(
-            _may_branch(code)
-            for code in self._seen
-            if not code.co_filename.startswith(self._trusted)
+            _may_branch(code) for code in self._seen if not self._is_trusted(code.co_filename)
+        )
+
+    def _is_trusted(self, path: str) -> bool:
+        """In a trusted folder, packages installed below it aside."""
+        return any(
+            path.startswith(folder) and "-packages" not in path[len(folder) :]
+            for folder in self._trusted
         )
 
 
@@ -139,7 +159,11 @@ def _importing(frame: FrameType | None, root: FrameType) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _may_branch(code: CodeType) -> bool:
-    kept = [i for i in dis.get_instructions(code) if i.opname not in _SKIPPED]
+    instructions = list(dis.get_instructions(code))
+    kept = [i for i in instructions if i.opname not in _SKIPPED]
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    arguments = frozenset(() if code.co_name in _FORWARDS else names)
+    computed = _computed_names(kept)
     for k, instruction in enumerate(kept):
         name = instruction.opname
         if name in _OLD_OPERATORS:
@@ -150,10 +174,37 @@ def _may_branch(code: CodeType) -> bool:
             return True
         if name.startswith("LOAD") and instruction.argval in _ROUNDING:
             return True
+        if name in _SUBSCRIPTS and _looks_up(instructions[: instructions.index(instruction)]):
+            return True
         jumps = "JUMP" in name and "_IF_" in name and "NONE" not in name
-        if jumps and not _harmless_test(kept[:k]):
+        if jumps and not _harmless_test(kept[:k], arguments, computed):
             return True
     return False
+
+
+def _computed_names(kept: list[dis.Instruction]) -> frozenset[str]:
+    """Local names that are given the result of a computation or a call."""
+    return frozenset(
+        str(after.argval)
+        for before, after in zip(kept, kept[1:], strict=False)
+        if after.opname.startswith("STORE_FAST")
+        and before.opname.startswith(("CALL", "BINARY_", "INPLACE_", "UNARY_"))
+    )
+
+
+def _looks_up(before: list[dis.Instruction]) -> bool:
+    """Is it a computed place in something that is no local name: a table of Python's?"""
+    before = [i for i in before if i.opname not in ("CACHE", "EXTENDED_ARG")]
+    if not before or not before[-1].opname.startswith(("CALL", "BINARY_", "INPLACE_")):
+        return False
+    effect = 0
+    for k in range(len(before) - 1, 0, -1):
+        instruction = before[k]
+        argument = instruction.arg if instruction.opcode >= dis.HAVE_ARGUMENT else None
+        effect += dis.stack_effect(instruction.opcode, argument, jump=False)
+        if effect >= 1:  # the index begins here: what it is looked up in was made before, or here
+            return before[k - (effect == 1)].opname.startswith(_TABLES)
+    return True
 
 
 def _harmless_comparison(before: list[dis.Instruction]) -> bool:
@@ -170,13 +221,21 @@ def _harmless_comparison(before: list[dis.Instruction]) -> bool:
     return False
 
 
-def _harmless_test(before: list[dis.Instruction]) -> bool:
-    """Is what a jump tests (the value made last) an attribute, a name, or a check of a type?"""
+def _harmless_test(
+    before: list[dis.Instruction], arguments: frozenset[str], computed: frozenset[str]
+) -> bool:
+    """Is what a jump tests (the value made last) an attribute, a name, or a check of a type?
+
+    A name that is computed may be a size; so may an argument, but for those of a forward, which are
+    part of what requests have in common.
+    """
     if not before:
         return False
     last = before[-1]
     if last.opname in ("COMPARE_OP", "CONTAINS_OP"):
         return True  # looked at already
+    if last.opname.startswith("LOAD_FAST") and last.argval in (arguments | computed):
+        return False
     if last.opname.startswith(("IS_OP", *_TESTED)) or last.opname in _HANDLERS:
         return True
     if not last.opname.startswith("CALL"):

@@ -90,6 +90,7 @@ def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
 
 def _logsumexp(x: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
     top = x.amax(dim, keepdim=True)
+    top = torch.where(top.abs() == float("inf"), _like(x, 0), top)
     out = torch.exp(x - top).sum(dim, keepdim=True).log() + top
     if keepdim:
         return out
@@ -104,9 +105,8 @@ def _var(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = 
     for d in dims:
         n *= x.shape[d]
     centered = x - x.mean(dims, keepdim=True)
-    return (centered * centered).sum(dims, keepdim=keepdim) / (
-        n - (1 if correction is None else correction)
-    )
+    left = max(n - (1 if correction is None else correction), 0)
+    return (centered * centered).sum(dims, keepdim=keepdim) / left
 
 
 def _std(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
@@ -121,8 +121,13 @@ def _var_mean(x: Tensor, dim: Any = None, *, correction: Any = None, keepdim: bo
 def _norm(
     x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, dtype: Any = None
 ) -> Any:
+    x = x if dtype is None else x.to(dtype)
     if dim is None:
-        x, dim = x.reshape(-1), [0]
+        dim = list(range(x.dim()))
+    if ord == 0:
+        return (x != 0).to(x.dtype).sum(dim, keepdim=keepdim)
+    if ord == -float("inf"):
+        return x.abs().amin(dim, keepdim=keepdim)
     if ord == 2:
         return torch.sqrt((x * x).sum(dim, keepdim=keepdim))
     if ord == 1:
@@ -211,12 +216,16 @@ def _log_sigmoid(x: Tensor) -> Any:
 def _addmm(bias: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     out = torch.mm(a, b) if a.dim() == 2 else torch.bmm(a, b)
     out = out if alpha == 1 else out * alpha
+    if beta == 0:
+        return out
     return out + (bias if beta == 1 else bias * beta)
 
 
 def _addmv(bias: Tensor, a: Tensor, x: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     out = torch.mv(a, x)
     out = out if alpha == 1 else out * alpha
+    if beta == 0:
+        return out
     return out + (bias if beta == 1 else bias * beta)
 
 
@@ -357,7 +366,7 @@ def functional(name: str, overload: str) -> Callable[..., Any]:
     if name == "copy_":
         return _copy
     if name == "fill_":
-        return lambda x, value: x.new_zeros(x.shape) + value
+        return lambda x, value: x.new_zeros(x.shape) + torch.as_tensor(value).to(x.dtype)
     if name == "zero_":
         return lambda x: torch.full(x.shape, 0, dtype=x.dtype, device=x.device)
     op = getattr(getattr(aten, name[:-1]), overload)
@@ -385,6 +394,8 @@ def inverse_view(
         return aten.select_scatter.default, args, True
     if name == "slice":
         return aten.slice_scatter.default, args, True
+    if name == "view" and func._overloadname == "dtype":
+        name = "view(dtype)"
     if name in ("view", "_unsafe_view", "unsqueeze", "squeeze", "reshape", "_reshape_alias"):
         return aten.view.default, (list(shape),), False
     if name in ("transpose", "t"):

@@ -35,6 +35,9 @@ class Placeholder(torch.Tensor):
 
     @staticmethod
     def __new__(cls, form: Form) -> Placeholder:
+        if torch.is_inference_mode_enabled():  # views of a tensor made in it are refused
+            with torch.inference_mode(False):
+                return cls.__new__(cls, form)
         made: Placeholder = torch.Tensor._make_wrapper_subclass(
             cls,
             form.shape,

@@ -55,7 +55,8 @@ class Results:
 
         A `Form` may stand for a tensor.
         """
-        key = (func, _key(args), _key(tuple(kwargs.items())) if kwargs else None)
+        named = _key(tuple(kwargs.items())) if kwargs else None
+        key = (func, torch.get_default_dtype(), _key(args), named)
         try:
             found = self._known.get(key)
         except TypeError:  # an argument that is no key: a generator

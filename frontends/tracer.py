@@ -37,6 +37,7 @@ from cellc.frontends.branching import CodesSeen, look_away
 from cellc.frontends.placeholder import Form, Placeholder, form_of, modes_off, row_major
 from cellc.frontends.shapes import Result, Results
 from cellc.graph import Graph, Ref, Template
+from cellc.request import holds_tensors
 
 aten = torch.ops.aten
 _TORCH = os.path.dirname(torch.__file__)
@@ -52,16 +53,20 @@ _MACHINERY = (
     os.path.abspath(__file__),
 )
 # Code that takes no other path at another size, or is known to be right when it does.
-_TRUSTED = (_TORCH, os.path.dirname(_HERE), _HERE, sysconfig.get_path("stdlib"), "<frozen")
+_TRUSTED = (
+    *(f + os.sep for f in (_TORCH, os.path.dirname(_HERE), _HERE, sysconfig.get_path("stdlib"))),
+    "<frozen",
+)
 IDENTITY = {
     aten.detach.default,
     aten.alias.default,
     aten.lift_fresh.default,
     aten.lift.default,
-    aten.contiguous.default,
 }
 FRESH = {aten.lift_fresh.default, aten.lift.default}  # a tensor made of Python numbers
-READING_METHODS = ("numpy", "__array__", "tolist", "__dlpack__", "data_ptr")
+READING_METHODS = (
+    "numpy", "__array__", "tolist", "__dlpack__", "data_ptr", "apply_", "map_", "map2_",
+)  # fmt: skip
 _RESULTS = Results()
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
 SMALL_CONSTANT = 4096  # elements; smaller captured tensors are named by content, larger by identity
@@ -266,6 +271,10 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             )
         if func.namespace == "profiler":
             return func(*args, **kwargs)
+        if func is aten.contiguous.default:  # met in inference mode
+            (form,) = self._infer(func, args, kwargs).forms
+            func = aten.alias.default if form == form_of(args[0]) else aten.clone.default
+            args, kwargs = args[:1], {}
         if func in IDENTITY:
             return self._identity(func, args, kwargs)
         replacement = decompose.find(func)
@@ -316,14 +325,15 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Note how `out` views its storage, so that a write through either is seen by both."""
         tracked: _Tracked = out.tracked
-        if view and not func._schema.name.startswith("aten::unsafe_"):
+        unsafe = func._schema.name.startswith("aten::unsafe_")  # as good as copies
+        if view and not unsafe:
             assert source is not None
             parent = self._of(source)
             if parent.storage is not None:
                 step = (func, tuple(args[1:]), port, tuple(source.shape))
                 tracked.storage, tracked.version = parent.storage, parent.storage.version
                 tracked.chain = (*parent.chain, step)
-        elif id(source) not in self._params:
+        elif not view or id(source) not in self._params:
             tracked.storage = _Storage(tracked.value)
 
     def _emit(
@@ -516,7 +526,7 @@ def trace(
     for leaf, name in zip(leaves, names, strict=True):
         if isinstance(leaf, torch.Tensor):
             node = tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype))
-            given.append(tracer.new(form_of(leaf), (node, 0)))
+            given.append(tracer.new(row_major(leaf.shape, leaf.dtype, leaf.device), (node, 0)))
         else:
             given.append(leaf)
     call_args, call_kwargs = pytree.tree_unflatten(given, spec)
@@ -530,6 +540,12 @@ def trace(
         if isinstance(leaf, torch.Tensor):
             outputs.append(tracer.value(leaf))
             kept.append(("t", len(outputs) - 1))
+        elif holds_tensors(leaf):
+            raise UnsupportedError(
+                what=f"returning an object of {type(leaf).__name__} that holds tensors",
+                remedy="return tensors in tuples, lists or dicts, or register the class with "
+                "torch.utils._pytree.register_pytree_node",
+            )
         else:
             kept.append(("v", leaf))
     tracer.graph.outputs = outputs

@@ -28,7 +28,7 @@ STRAIGHT = {
     "attribute negated": "if not self.flag: y = x",
     "attribute, conditional expression": "return x if self.batch_first else y",
     "two attributes": "if self.a and self.b: y = x",
-    "argument": "if flag: y = x",
+    "look-up in a tensor": "for t in range(n): y = self.cells[t](x[t - 1], x[len(x) - 1 - t])",
     "is None": "if x is None: y = 1",
     "is not None": "if x is not None: y = 1",
     "None or a value": "y = x if y is None else y",
@@ -73,6 +73,15 @@ BRANCHING = {
     "membership kept": "few = n in (2, 4)\n return y[few]",
     "rounded": "y = x[: int(n / 2) * 2]",
     "divmod": "y = x[: divmod(n, 2)[0]]",
+    "truth of a computed name": "k = len(x) - 5\n y = x if k else y",
+    "truth of an argument": "if n: y = x",
+    "look-up in a table": "y = x * [1.0, 2.0, 1.0][len(x)]",
+    "look-up in a global": "y = x * TABLE[len(x)]",
+    "look-up in an attribute": "y = self.modules[n - 1](x)",
+    "look-up in a dict": "try: y = x + {3: 1.0}[len(x)]\n except KeyError: y = x",
+    "bisect": "y = x * bisect(self.edges, len(x))",
+    "gcd": "y = x * gcd(len(x), 6)",
+    "count": "y = x * [1, 2].count(n)",
 }
 
 

@@ -483,6 +483,42 @@ def test_compile_takes_instances() -> None:
         cellc.compile(Words(), batch_dim="a")  # type: ignore[arg-type]
 
 
+def test_tensors_that_cannot_be_copied_fail_alone() -> None:
+    x = torch.randn(3)
+    with cellc.compile(lambda x: x + 1, backend="eager") as compiled:
+        got = compiled.map([x, torch.complex(x, x).conj().imag, x])
+        for one, want in zip(got, (x, -x, x), strict=True):
+            same(one, want + 1)
+        got = compiled.map([x, x.to_sparse(), x], return_exceptions=True)
+        assert [isinstance(r, Exception) for r in got] == [False, True, False]
+        same(compiled(x), x + 1)
+
+
+@pytest.mark.parametrize("what", [torch.fft.rfft, lambda x: Box(x + 1), lambda x: {x + 1}])
+def test_results_that_are_refused(what: Any) -> None:
+    with cellc.compile(lambda x: what(x), backend="eager") as compiled:
+        with pytest.raises(cellc.UnsupportedError):
+            compiled(torch.randn(3))
+
+
+def test_contexts_of_the_caller() -> None:
+    """What was learned under one default dtype is not used under another; autocast is ignored."""
+    model = nn.Linear(I, H).eval()
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            with cellc.compile(lambda x: x / 2, backend="eager") as compiled:
+                assert compiled(torch.tensor([3])).dtype == default
+        finally:
+            torch.set_default_dtype(torch.float32)
+    x = torch.randn(I)
+    with cellc.compile(model, backend="eager") as compiled:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            got = compiled(x)
+            assert model(x).dtype == torch.bfloat16
+        same(got, eager(model, x))
+
+
 class Remembering(nn.Module):
     """Sets attributes of every kind that a module has."""
 
