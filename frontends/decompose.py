@@ -369,7 +369,10 @@ def functional(name: str, overload: str) -> Callable[..., Any]:
         return lambda x, value: x.new_zeros(x.shape) + torch.as_tensor(value).to(x.dtype)
     if name == "zero_":
         return lambda x: torch.full(x.shape, 0, dtype=x.dtype, device=x.device)
-    op = getattr(getattr(aten, name[:-1]), overload)
+    packet = getattr(aten, name[:-1])
+    op = getattr(packet, overload) if overload in packet.overloads() else packet
+    if op is not packet and str(op._schema.arguments[0].type) != "Tensor":  # pow.Scalar: 2 ** x
+        op = packet
 
     def compute(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         out: Tensor = op(x, *args, **kwargs)

@@ -112,6 +112,12 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in READING_METHODS and isinstance(args[0], Placeholder):
             raise ValueReadError(what=f"with .{name}()", origin=tracer.origin())
+        if name == "__deepcopy__":
+            return args[0].clone()
+        if name == "__set__" and func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+            raise UnsupportedError(
+                what="assigning to .data", remedy="use copy_", origin=tracer.origin()
+            )
         loop = library.LOOPS.get(name)
         if loop is not None and tracer.depth == 0:
             with self:

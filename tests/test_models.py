@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -307,6 +308,15 @@ class Inferring(nn.Module):
         return y @ z + x[0].sum()
 
 
+class InPlace(nn.Module):
+    def forward(self, x: Tensor) -> list[Tensor]:
+        a, b, c = copy.deepcopy(x), x.clone(), x.abs()
+        a.pow_(2)
+        b.transpose_(0, 1)
+        c.floor_divide_(2)
+        return [a, b, c]
+
+
 class Numerics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -329,7 +339,8 @@ class Numerics(nn.Module):
 
 
 WRONG = [
-    SplitSums, Rolled, LargeConstant, SignedZeros, EinsumWeights, Patched, Inferring, Numerics,
+    SplitSums, Rolled, LargeConstant, SignedZeros, EinsumWeights, Patched, Inferring, InPlace,
+    Numerics,
 ]  # fmt: skip
 
 
