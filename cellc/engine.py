@@ -211,8 +211,11 @@ class Engine:
         with self._turn:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():
                 return False
-            if not self._arenas.prepare(ticket.entry.plan):
-                return False
+            try:
+                if not self._arenas.prepare(ticket.entry.plan):
+                    return False
+            except Exception:
+                return False  # `_admit` meets it again, and answers the ticket
             self._inbox.popleft()
         plan = ticket.entry.plan
         bases = self._arenas.allocate([plan])

@@ -61,12 +61,14 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """Make arenas and constants for a plan; False while live rows lie where new constants must
         go.
         """
-        for type in list(self._tables.types)[len(self._types) :]:
+        tables = self._tables  # others add to them meanwhile: types, then counts, then constants
+        constants = list(tables.constants.items()) if self._lacks() else []
+        counts = list(tables.constant_counts.items())
+        for type in list(tables.types)[len(self._types) :]:
             self._open(type)
-        if len(self._tables.constants) == len(self._written):
+        if not constants:
             return True
-        constants = list(self._tables.constants.items())  # others may add to them meanwhile
-        for number, needed in list(self._tables.constant_counts.items()):
+        for number, needed in counts:
             regions = self._regions[number]
             if needed > regions.reserved and not regions.reserve(size_class(2 * needed)):
                 return False
@@ -75,6 +77,10 @@ class Arenas(Mapping[RowType, torch.Tensor]):
                 self._tensors[type][slot] = self._constant(type, key)
                 self._written[type, key] = slot
         return True
+
+    def _lacks(self) -> bool:
+        """Are there constants that no arena holds yet?"""
+        return len(self._tables.constants) != len(self._written)
 
     def _open(self, type: RowType) -> None:
         number = len(self._types)

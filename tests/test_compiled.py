@@ -23,7 +23,10 @@ from torch import Tensor, nn
 
 import cellc
 from cellc.kernels.eager import EagerBackend
+from cellc.ops import RowType
 from cellc.options import BackendName
+from cellc.plan import Tables
+from cellc.state import Arenas
 
 I, H, V = 5, 8, 11  # noqa: E741 - input size, hidden size, vocabulary
 
@@ -743,6 +746,36 @@ def test_many_threads(model: Words, compiled: cellc.Compiled) -> None:
             same(got, eager(model, x))
 
     assert in_threads(12, work) == []
+
+
+def test_types_that_others_add_meanwhile() -> None:
+    """Another thread plans with a new row type while this one prepares arenas."""
+    tables, other = Tables(), RowType((3,), "f32")
+    tables.constant(RowType((2,), "f32"), ("full", (2,), "f32", 1.0))
+
+    class Counts(dict[int, int]):
+        def items(self) -> Any:
+            if other not in tables.types:
+                tables.constant(other, ("full", (3,), "f32", 2.0))
+            return super().items()
+
+    tables.constant_counts = Counts(tables.constant_counts)
+    arenas = Arenas(tables, {}, torch.device("cpu"))
+    plan: Any = None  # what it holds is not looked at
+    assert arenas.prepare(plan) and arenas.prepare(plan)
+    assert arenas[other][0].tolist() == [2.0] * 3
+
+
+def test_a_plan_that_cannot_be_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3)
+    with cellc.compile(lambda x: x + 1, backend="eager") as compiled:
+        same(compiled(x), x + 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(Arenas, "prepare", lambda self, plan: 1 // 0)
+            for call in (lambda: compiled(x), lambda: compiled.submit(x).result(30)):
+                with pytest.raises(ZeroDivisionError):
+                    call()
+        same(compiled(x), x + 1)
 
 
 def test_constants_of_new_lengths_while_running() -> None:
