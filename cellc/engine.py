@@ -338,6 +338,7 @@ class Engine:
         except Exception as error:  # ours: nobody waits for ever
             for ticket in tickets:
                 if ticket.number not in self._live and not ticket.done:
+                    self._live_bytes -= ticket.nbytes
                     self._finish(ticket, error=error)
             raise
 

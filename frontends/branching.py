@@ -3,9 +3,9 @@
 Duty: decide whether what was learned at some sizes may be used between them (`cellc.family`). Sizes
 are plain Python integers while tracing, so that a branch on one leaves no trace. Comes in: every
 Python code object that ran while a request was traced; goes out: yes or no. A conservative look at
-bytecode: comparisons, remainders and truth tests of computed values may branch on a size; tests of
-attributes, of plain names and of `is`, `isinstance` and `hasattr`, and comparisons with words or of
-a number of dimensions, do not.
+bytecode: comparisons, remainders, look-ups in tables of Python's and truth tests of computed values
+and of arguments may branch on a size; tests of attributes, of other names and of `is`, `isinstance`
+and `hasattr`, and comparisons with words or of a number of dimensions, do not.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ if sys.version_info >= (3, 12):
             monitoring.free_tool_id(tool)
 
     def look_away() -> Any:
-        """Nothing to do here: see below."""
+        """Nothing to stop: watching costs little here."""
         return None
 
 else:
