@@ -70,6 +70,27 @@ class CallGraph:
         return "\n".join(lines)
 
 
+@dataclass
+class Forest:
+    """Call graphs of several requests side by side in one, each call the request it belongs to.
+
+    `owners[g]` has the request of every call of group g, ascending; data sources and outputs have
+    one owner each. Constants belong to all.
+    """
+
+    graph: CallGraph
+    num_requests: int
+    owners: list[Refs]
+    data_owners: list[int]
+    output_owners: list[int]
+
+    @classmethod
+    def of(cls, graph: CallGraph) -> Forest:
+        """One request."""
+        owners = [np.zeros(g.num_calls, np.int64) for g in graph.groups]
+        return cls(graph, 1, owners, [0] * len(graph.data), [0] * len(graph.outputs))
+
+
 def _list(values: Sequence[int] | Refs) -> str:
     head = ", ".join(f"%{v}" for v in values[:6])
     return f"[{head}, .. {len(values)}]" if len(values) > 6 else f"[{head}]"

@@ -28,7 +28,7 @@ from cellc.launch import Backend
 from cellc.modules import named_tensors
 from cellc.options import Options
 from cellc.passes import PassOptions
-from cellc.request import Structure, as_call
+from cellc.request import Request, Structure, as_call
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
 
@@ -172,12 +172,15 @@ class Compiled:
     def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         self._check_open()
         bound = self._bind(args, kwargs)
-        arguments, compiler = self._compiler.arguments, self._compiler
-        tensors, rest, tree = arguments.flatten(*bound)
-        entry = compiler.cached(arguments.key(tensors, rest, tree))
+        compiler = self._compiler
+        request = compiler.arguments.flatten(*bound)
+        entry = compiler.cached(request.key)
         if entry is None:
-            entry = compiler.entry(arguments.structure(tensors, rest, tree), *bound)
-        return Ticket(entry, tensors)
+            (found,) = self._planned([bound])
+            if isinstance(found, Exception):
+                raise found
+            return found
+        return Ticket(entry, request.tensors)
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -190,44 +193,121 @@ class Compiled:
         seen, the extremes are planned first: those between need no tracing.
         """
         self._check_open()
-        arguments, compiler = self._compiler.arguments, self._compiler
-        entries: dict[Any, Entry | Exception | None] = {}
-        found: list[tuple[Any, Sequence[torch.Tensor]] | Exception] = []
-        new: dict[Any, dict[tuple[int, ...], tuple[Structure, Any]]] = {}
+        bound: list[Any] = []
         for call in calls:
             try:
-                bound = self._bind(*call)
-                tensors, rest, tree = arguments.flatten(*bound)
+                bound.append(self._bind(*call))
             except CellcError as error:
-                found.append(error)
-                continue
-            key = arguments.key(tensors, rest, tree)
-            if key not in entries:
-                entries[key] = compiler.cached(key)
-                if entries[key] is None:
-                    structure = arguments.structure(tensors, rest, tree)
-                    new.setdefault(structure.family, {})[structure.sizes] = (structure, bound)
-            found.append((key, tensors))
-        for members in new.values():
-            for sizes in _extremes_first(list(members)):
-                structure, bound = members[sizes]
-                entries[structure.key] = self._planned(structure, bound)
-        for (
-            members
-        ) in new.values():  # a later trace may have changed what an earlier plan is made of
-            for structure, bound in members.values():
-                if not isinstance(entries[structure.key], Exception):
-                    entries[structure.key] = self._planned(structure, bound)
+                bound.append(error)
         return [
-            Ticket.failed(one) if isinstance(one, Exception) else _ticket(entries[one[0]], one[1])
-            for one in found
+            Ticket.failed(one) if isinstance(one, Exception) else one
+            for one in self._planned(bound)
         ]
 
-    def _planned(self, structure: Structure, bound: Any) -> Entry | Exception:
+    def _planned(self, bound: Sequence[Any]) -> list[Ticket | Exception]:
+        """Tickets of bound calls (or of errors, which are passed on)."""
+        compiler = self._compiler
+        while True:
+            flat = [self._flattened(call) for call in bound]
+            new: dict[Any, tuple[Request, Any, Any]] = {}
+            entries: dict[Any, Entry] = {}
+            for request, call in zip(flat, bound, strict=True):
+                if isinstance(request, Exception):
+                    continue
+                key = request.key
+                if key not in entries and key not in new:
+                    entry = compiler.cached(key)
+                    if entry is not None:
+                        entries[key] = entry
+                    else:
+                        new[key] = (request, *call)
+            any(compiler.unfolds(one[0]) for one in new.values())  # one may decide for all
+            chosen = [one for one in new.values() if compiler.unfolds(one[0])]
+            if not chosen:
+                break
+            if compiler.unfold(chosen) and self._agrees(chosen):
+                for request, _, _ in chosen:
+                    if (entry := compiler.cached(request.key, count=False)) is not None:
+                        entries[request.key] = entry
+                break
+        return self._traced(bound, flat, entries)
+
+    def _flattened(self, call: Any) -> Request | Exception:
+        if isinstance(call, Exception):
+            return call
+        try:
+            return self._compiler.arguments.flatten(*call)
+        except CellcError as error:
+            return error
+
+    def _traced(
+        self,
+        bound: Sequence[Any],
+        flat: Sequence[Request | Exception],
+        entries: Mapping[Any, Entry],
+    ) -> list[Ticket | Exception]:
+        """Tickets, requests without an entry planned one by one. Of sizes never seen, the extremes
+        are planned first: those between need no tracing.
+        """
+        compiler = self._compiler
+        out: list[Ticket | Exception | None] = [None] * len(flat)
+        left: list[tuple[int, Structure, Any, Request]] = []
+        for i, (request, call) in enumerate(zip(flat, bound, strict=True)):
+            if isinstance(request, Exception):
+                out[i] = request
+            elif (entry := entries.get(request.key)) is not None:
+                out[i] = Ticket(entry, request.tensors)
+            else:  # traced: Python numbers become part of it
+                exact = compiler.arguments.flatten(*call, exact=True)
+                left.append((i, exact.structure, call, exact))
+        families: dict[Any, dict[tuple[int, ...], tuple[Structure, Any]]] = {}
+        for _, structure, call, _ in left:
+            families.setdefault(structure.family, {})[structure.sizes] = (structure, call)
+        made: dict[Any, Entry | Exception] = {}
+        for members in families.values():
+            for sizes in _extremes_first(list(members)):
+                structure, call = members[sizes]
+                made[structure.key] = self._entry(structure, call)
+        for members in families.values():  # a later trace may have changed what earlier plans hold
+            for structure, call in members.values():
+                if not isinstance(made[structure.key], Exception):
+                    made[structure.key] = self._entry(structure, call)
+        for i, structure, _, exact in left:
+            entry_or_error = made[structure.key]
+            out[i] = (
+                entry_or_error
+                if isinstance(entry_or_error, Exception)
+                else Ticket(entry_or_error, exact.tensors)
+            )
+        return out  # type: ignore[return-value]
+
+    def _entry(self, structure: Structure, bound: Any) -> Entry | Exception:
         try:
             return self._compiler.entry(structure, *bound)
         except CellcError as error:
             return error
+
+    def _agrees(self, requests: Sequence[tuple[Request, Any, Any]]) -> bool:
+        """Do the first unfolded requests give what the model gives? If not, requests are traced."""
+        compiler = self._compiler
+        for request, args, kwargs in requests:
+            entry = compiler.cached(request.key, count=False)
+            if compiler.unfolder.to_check <= 0 or entry is None:
+                continue
+            ticket = Ticket(entry, [t.detach().clone() for t in request.tensors])
+            self._engine.enqueue([ticket])
+            self._run([ticket])
+            if ticket.error is not None:
+                continue  # the request's own fault
+            compiler.unfolder.to_check -= 1
+            try:
+                alike = _alike(ticket.result, compiler.own_result(args, kwargs))
+            except Exception:
+                continue  # the model refuses what can be planned: nothing to compare with
+            if not alike:
+                compiler.distrust("a request run on stubs gave another result than the model")
+                return False
+        return True
 
     def _cast(self, call: Any) -> Any:
         def cast(leaf: Any) -> Any:
@@ -398,9 +478,24 @@ class Compiled:
         self.close()
 
 
-def _ticket(entry: Entry | Exception | None, tensors: Sequence[torch.Tensor]) -> Ticket:
-    assert entry is not None
-    return Ticket.failed(entry) if isinstance(entry, Exception) else Ticket(entry, tensors)
+def _alike(got: Any, want: Any) -> bool:
+    """Equal but for rounding."""
+    a, a_spec = pytree.tree_flatten(got)
+    b, b_spec = pytree.tree_flatten(want)
+    if a_spec != b_spec:
+        return False
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(y, torch.Tensor):
+            if type(x) is not type(y) or x != y:
+                return False
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        y = y.to(x.device)
+        exact = not y.dtype.is_floating_point
+        if not (torch.equal(x, y) if exact else torch.allclose(x, y, 1e-2, 1e-3, equal_nan=True)):
+            return False
+    return True
 
 
 def _noted(error: BaseException, number: int, count: int) -> Any:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -23,24 +24,29 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cellc import env, log, passes, verify
-from cellc.calls import CallGraph
+from cellc.calls import CallGraph, Forest
 from cellc.cells import Cell
 from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.frontends.lower import lower
+from cellc.frontends.stub import CannotUnfold, NumberSteers
 from cellc.frontends.tracer import Trace, trace
+from cellc.frontends.unfold import LEAF
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
-from cellc.modules import evaluating, module_names, named_tensors
+from cellc.modules import evaluating, module_names, named_modules, named_tensors
 from cellc.params import Params
-from cellc.plan import Plan, Tables, make_plan, record_length
+from cellc.plan import Plan, Tables, make_plan, make_plans, record_length
 from cellc.printer import print_cell, print_graph
-from cellc.request import Arguments, Structure, describe, kind_of, unlike
+from cellc.request import Arguments, Request, Structure, describe, kind_of, unlike
 from cellc.roles import Roles
+from cellc.rows import RowGraph
+from cellc.skeleton import Copier
+from cellc.unfolder import Unfolded, Unfolder
 
-MAX_PLANS = 4096
+MAX_PLANS = 16384
 _CHANNELS = {
     "graph": "graph",
     "rows": "graph",
@@ -111,7 +117,7 @@ class Compiler:
         self.graph: Graph | None = None
         self.calls: CallGraph | None = None
         self.stages: list[Stage] = []
-        self.counts = {"plan_hits": 0, "plans_traced": 0, "plans_derived": 0}
+        self.counts = {"plan_hits": 0, "plans_traced": 0, "plans_derived": 0, "plans_unfolded": 0}
         self.reads_weights = False
         self._options = options
         self._roles = Roles()
@@ -121,6 +127,11 @@ class Compiler:
         self._families: dict[Hashable, _FamilyState] = {}
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
+        self.arguments.steering = frozenset()
+        self.unfolder = Unfolder(self, self.forward, named_modules(model), device)
+        self._last: tuple[Any, Any] | None = None  # request that was unfolded
+        self._unfolds = False  # was a request seen that holds structure
+        self._unfolded_cells: set[str] = set()
 
     # -- plans --
 
@@ -135,12 +146,136 @@ class Compiler:
                     self._plans.popitem(last=False)
             return entry
 
-    def cached(self, key: Hashable) -> Entry | None:
+    def cached(self, key: Hashable, *, count: bool = True) -> Entry | None:
         """The entry of a structure key that was planned already."""
         entry = self._plans.get(key)
-        if entry is not None:
+        if entry is not None and count:
             self.counts["plan_hits"] += 1
         return entry
+
+    # -- unfolding --
+
+    def unfolds(self, request: Request) -> bool:
+        """Is a new request's forward run on stubs, rather than traced by operators?"""
+        if self.unfolder.reason is not None:
+            return False
+        self._unfolds = self._unfolds or request.structured
+        return self._unfolds and request.nested
+
+    def unfold(self, requests: Sequence[tuple[Request, Any, Any]]) -> bool:
+        """Plan new requests at once. False where something was learned of the model that keys
+        requests otherwise: flatten them again. Requests that failed are left unplanned.
+        """
+        with self._lock:
+            steering = self.arguments.steering
+            assert steering is not None
+            before = self.unfolder.generation
+            start = time.perf_counter()
+            try:
+                with _TRACING, evaluating(self.model):
+                    runs = self.unfolder.unfold(requests, steering)
+                    forest = self.unfolder.forest(runs)
+            except NumberSteers as error:
+                log.info("plan", f"numbers at {error.place} decide: they are structure")
+                self.arguments.steering = steering | {error.place}
+                return False
+            except CannotUnfold as error:
+                self.distrust(f"{error.reason}", error.origin)
+                return False
+            if self.unfolder.generation != before and self._plans:
+                self._forget()
+            self._plan_unfolded(requests, runs, forest)
+            self._drop_cells()
+            stats = self.unfolder.stats
+            stats.seconds += time.perf_counter() - start
+            return True
+
+    def distrust(self, reason: str, origin: str = "") -> None:
+        """From now on requests are traced by operators."""
+        where = f" ({origin})" if origin else ""
+        log.info("plan", f"requests are traced by operators: {reason}{where}")
+        with self._lock:
+            self.unfolder.reason = reason + where
+            self.arguments.steering = None
+            self._forget()
+            self.unfolder.forget()
+            self._drop_cells()
+
+    def _plan_unfolded(
+        self,
+        requests: Sequence[tuple[Request, Any, Any]],
+        runs: Sequence[Unfolded],
+        forest: Forest,
+    ) -> None:
+        plans = make_plans(forest, self.tables)
+        self._number_cells(forest.graph)
+        self.calls, self.graph = forest.graph, None
+        self._last = requests[-1][1:]
+        stats = self.unfolder.stats
+        for run, plan in zip(runs, plans, strict=True):
+            if run.returned is None:
+                continue
+            for cell, depth in zip(plan.cells, plan.priority, strict=True):
+                self.priority[cell] = max(self.priority.get(cell, 0), depth)
+            spec = None if run.returned.spec == LEAF else run.returned.spec
+            entry = Entry(plan, tuple(run.returned.leaves), spec, (), self._roles.version)
+            self._plans[run.request.key] = entry
+            stats.requests += 1
+            stats.cells += plan.num_calls
+        while len(self._plans) > MAX_PLANS:
+            self._plans.popitem(last=False)
+        self.counts["plans_unfolded"] += len(runs)
+        if plans:
+            self._stage("plan", plans[-1])
+        for plan in plans:
+            if not self.kernels.keys() >= set(plan.cells):
+                self.make_kernels(plan)
+
+    def _drop_cells(self) -> None:
+        """Forget cells that unfolding made and would not make now."""
+        live = self.unfolder.cells()
+        for key in self._unfolded_cells - live:
+            self.cells.pop(key, None)
+        self._unfolded_cells = live
+
+    def traced_graph(self) -> Graph | None:
+        """The graph of the last planned request's operations."""
+        if self.graph is None and self._last is not None:
+            args, kwargs = self._last
+            names = self.arguments.leaf_names(args, kwargs)
+            self.graph = self._trace(args, kwargs, names).graph
+        return self.graph
+
+    def own_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the model itself gives, on a copy of the request."""
+        call = Copier(lambda leaf, _: leaf).call(args, kwargs)
+        with _TRACING, evaluating(self.model), torch.no_grad():
+            return self.forward(*call[0], **call[1])
+
+    def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace:
+        names = [f"x{i}" for i in range(len(tensors))]
+        traced = trace(run, self.params.base, module_names(self.model), tuple(tensors), {}, names)
+        self.params.base.update(traced.captured)
+        self.reads_weights = self.reads_weights or traced.reads_weights
+        return traced
+
+    def lower_alone(self, traced: Trace) -> RowGraph:
+        if env.verify():
+            verify.verify_graph(traced.graph)
+        return lower(traced.graph, self.params, set(), whole=True)
+
+    def extract_alone(self, rows: RowGraph) -> CallGraph:
+        calls = extract(rows, Roles())
+        self._check_cells(calls)
+        return calls
+
+    def rewrite_alone(self, calls: CallGraph) -> None:
+        self.stages = [s for s in self.stages if s.name == "plan"]
+        self._stage("extract", lambda: _print_calls(calls))
+        passes.run(calls, self.params, self._options, self._rewritten)
+        self._check_cells(calls)
+        self._name(calls)
+        self._stage("passes", lambda: _print_calls(calls))
 
     def _derived(self, structure: Structure) -> Entry | None:
         state = self._families.get(structure.family)
@@ -154,10 +289,6 @@ class Compiler:
 
     def _traced(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         names = self.arguments.leaf_names(args, kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        tensor_names = tuple(
-            n for n, leaf in zip(names, leaves, strict=True) if isinstance(leaf, torch.Tensor)
-        )
         traced = self._trace(args, kwargs, names)
         self.params.base.update(traced.captured)
         self.reads_weights = self.reads_weights or traced.reads_weights
@@ -176,7 +307,7 @@ class Compiler:
         plan = self._plan(graph)
         self._stage("plan", plan)
         self.make_kernels(plan)
-        entry = Entry(plan, tuple(kept), None if one else spec, tensor_names, self._roles.version)
+        entry = Entry(plan, tuple(kept), None if one else spec, tuple(names), self._roles.version)
         self._learn(structure, graph, entry, traced.may_branch)
         return entry
 
@@ -214,13 +345,16 @@ class Compiler:
 
     def _plan(self, graph: CallGraph) -> Plan:
         plan = make_plan(graph, self.tables)
+        self._number_cells(graph)
+        for cell, depth in zip(plan.cells, plan.priority, strict=True):
+            self.priority[cell] = max(self.priority.get(cell, 0), depth)
+        return plan
+
+    def _number_cells(self, graph: CallGraph) -> None:
         for group in graph.groups:
             number = self.tables.cell(group.cell)
             self.by_number.setdefault(number, self.cells.get(group.cell.key, group.cell))
             self.record_lengths[number] = record_length(group.cell)
-        for cell, depth in zip(plan.cells, plan.priority, strict=True):
-            self.priority[cell] = max(self.priority.get(cell, 0), depth)
-        return plan
 
     # -- stages --
 

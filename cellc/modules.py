@@ -47,6 +47,15 @@ def named_tensors(model: Any) -> dict[str, torch.Tensor]:
     return out
 
 
+def named_modules(model: Any) -> dict[str, nn.Module]:
+    """Modules by qualified name."""
+    return {
+        f"{prefix}.{name}" if prefix and name else prefix or name: module
+        for prefix, root in modules_of(model).items()
+        for name, module in root.named_modules()
+    }
+
+
 def module_names(model: Any) -> dict[int, str]:
     return {
         id(module): f"{prefix}.{name}" if prefix else name

@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from cellc.calls import CallGraph, CallGroup
+from cellc.calls import CallGraph, CallGroup, Forest
 from cellc.cells import Cell
 from cellc.errors import VerifyError
 from cellc.ops import RowType
@@ -162,72 +162,154 @@ class Tables:
 
 
 class _Planner:
-    def __init__(self, graph: CallGraph, tables: Tables) -> None:
-        self.graph, self.tables = graph, tables
-        self.starts = np.cumsum([0, *(g.num_calls for g in graph.groups)])
+    """Plans all requests of a forest at once: every array is over the calls of all of them, request
+    by request, and within a request group by group.
+    """
+
+    def __init__(self, forest: Forest, tables: Tables) -> None:
+        graph = forest.graph
+        self.forest, self.graph, self.tables = forest, graph, tables
+        self.num_requests = forest.num_requests
+        self.owners = forest.owners
+        self.counts = np.array(
+            [np.bincount(o, minlength=self.num_requests) for o in self.owners], np.int64
+        ).reshape(len(graph.groups), self.num_requests)
+        self.first_call, self.call_starts = self._layout(self.counts)
+        self.total = int(self.call_starts[-1])
+        self.ranks = [_ranks(o, c) for o, c in zip(self.owners, self.counts, strict=True)]
+        self.calls_of = [
+            first[o] + rank
+            for first, o, rank in zip(self.first_call, self.owners, self.ranks, strict=True)
+        ]
+        self.group_of = np.zeros(self.total, np.int64)
+        self.owner_of = np.repeat(np.arange(self.num_requests), np.diff(self.call_starts))
         self.producer = np.full(graph.num_values, -1, np.int64)
         self.type_of = np.full(graph.num_values, -1, np.int64)
-        for start, group in zip(self.starts, graph.groups, strict=False):
+        for g, (group, calls) in enumerate(zip(graph.groups, self.calls_of, strict=True)):
+            self.group_of[calls] = g
             for type, made in zip(group.cell.output_types, group.outputs, strict=True):
-                self.producer[made] = start + np.arange(len(made))
+                self.producer[made] = calls
                 self.type_of[made] = tables.type(type)
         self.slot = np.full(graph.num_values, -1, np.int64)
         self.owned = np.ones(graph.num_values, np.int64)
-        self.num_slots: dict[int, int] = {}
+        self.num_slots: dict[int, I64] = {}
 
-    def plan(self) -> Plan:
+    @staticmethod
+    def _layout(sizes: I64) -> tuple[I64, I64]:
+        """Sizes [groups, requests] laid out request by request: (first of each, of each request)."""
+        flat = sizes.T.reshape(-1)
+        ends = np.cumsum(flat)
+        first = (ends - flat).reshape(sizes.shape[::-1]).T
+        return first, np.concatenate([[0], np.cumsum(sizes.sum(0))]).astype(np.int64)
+
+    def plans(self) -> list[Plan]:
         chain, edges = self._chains()
+        self.used = self.graph.used()
         self._place_constants()
         data = self._place_data()
         self._place_made(chain)
-        records, base, record_at = self._records()
+        records, base, record_at, record_starts = self._records()
         successors, first, counts, missing = self._successors()
+        successor_starts = np.append(first, len(successors))[self.call_starts]
         ids = [self.tables.cell(g.cell) for g in self.graph.groups]
-        table = np.zeros((int(self.starts[-1]), NUM_COLUMNS), np.int32)
-        table[:, CELL] = np.repeat(ids, np.diff(self.starts))
+        table = np.zeros((self.total, NUM_COLUMNS), np.int32)
+        table[:, CELL] = np.array(ids, np.int32)[self.group_of] if ids else 0
         table[:, MISSING], table[:, CHAIN], table[:, EDGES] = missing, chain, edges
-        table[:, RECORD], table[:, SUCCESSOR], table[:, NUM_SUCCESSORS] = record_at, first, counts
+        table[:, RECORD] = record_at
+        table[:, SUCCESSOR] = first - successor_starts[self.owner_of]
+        table[:, NUM_SUCCESSORS] = counts
+        ready = np.flatnonzero(missing == 0)
+        ready_starts = np.searchsorted(ready, self.call_starts).tolist()
+        ready = (ready - self.call_starts[self.owner_of[ready]]).astype(np.int32)
         num_types = len(self.tables.types)
-        return Plan(
-            table,
-            records,
-            base,
-            successors,
-            np.flatnonzero(missing == 0).astype(np.int32),
-            tuple(self.num_slots.get(t, 0) for t in range(num_types)),
-            data,
-            self._outputs(),
-            tuple(ids),
-            tuple(self._depths(missing)),
-        )
+        slots = np.zeros((num_types, self.num_requests), np.int64)
+        for type, taken in self.num_slots.items():
+            slots[type] = taken
+        num_slots = slots.T.tolist()
+        outputs = self._outputs()
+        depths = self._depths(missing)
+        present = (self.counts > 0).T.tolist()
+        alone = self.num_requests == 1
+        plans = []
+        calls_at, records_at = self.call_starts.tolist(), record_starts.tolist()
+        successors_at = successor_starts.tolist()
+        for r in range(self.num_requests):
+            groups = range(len(ids)) if alone else [g for g, n in enumerate(present[r]) if n]
+            plans.append(
+                Plan(
+                    table[calls_at[r] : calls_at[r + 1]],
+                    records[records_at[r] : records_at[r + 1]],
+                    base[records_at[r] : records_at[r + 1]],
+                    successors[successors_at[r] : successors_at[r + 1]],
+                    ready[ready_starts[r] : ready_starts[r + 1]],
+                    tuple(num_slots[r]),
+                    tuple(data[r]),
+                    tuple(outputs[r]),
+                    tuple([ids[g] for g in groups]),
+                    tuple([depths[g] for g in groups]),
+                )
+            )
+        if not alone:
+            self._blocks(plans, table, records, base, successors)
+        return plans
+
+    def _blocks(
+        self, plans: list[Plan], table: I32, records: I32, base: I32, successors: I32
+    ) -> None:
+        """What `Plan.block` would make, for all plans at once."""
+        num_calls = np.diff(self.call_starts)
+        records_at = num_calls * NUM_COLUMNS
+        num_records = np.array([len(p.records) for p in plans])
+        num_successors = np.array([len(p.successors) for p in plans])
+        successors_at = records_at + num_records
+        sizes = successors_at + num_successors
+        sizes += -sizes % NUM_COLUMNS
+        starts = np.cumsum(sizes) - sizes
+        block, added = np.zeros(int(sizes.sum()), np.int32), np.full(int(sizes.sum()), NOTHING)
+        calls = table.copy()
+        calls[:, RECORD] += records_at[self.owner_of].astype(np.int32)
+        calls[:, SUCCESSOR] += successors_at[self.owner_of].astype(np.int32)
+        columns = np.full(NUM_COLUMNS, NOTHING)
+        columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
+        types = len(self.tables.types)
+        meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
+        at = ragged_range(starts, records_at)
+        block[at], added[at] = calls.reshape(-1), np.tile(columns, len(calls))
+        at = ragged_range(starts + records_at, num_records)
+        own = np.repeat(records_at, num_records)
+        block[at] = records + np.where(base == types, own, 0)
+        added[at] = meaning[base]
+        at = ragged_range(starts + successors_at, num_successors)
+        block[at], added[at] = successors, FIRST_CALL
+        added = added.astype(np.int32)
+        ends = (starts + sizes).tolist()
+        for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
+            plan.__dict__["block"] = block[start:end], added[start:end]
 
     # -- dependencies --
 
     def _edges(self) -> tuple[I64, I64]:
         """(producing call, reading call) for every read of a made value."""
         sources, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for start, group in zip(self.starts, self.graph.groups, strict=False):
+        for calls, group in zip(self.calls_of, self.graph.groups, strict=True):
             for column in group.inputs:
-                calls = start + np.arange(group.num_calls)
+                readers = calls
                 if isinstance(column, RaggedRefs):
-                    calls = np.repeat(calls, np.diff(column.offsets))
+                    readers = np.repeat(calls, np.diff(column.offsets))
                     column = column.refs
                 made = self.producer[column]
                 sources.append(made[made >= 0])
-                targets.append(calls[made >= 0])
+                targets.append(readers[made >= 0])
         return np.concatenate(sources), np.concatenate(targets)
 
     def _chains(self) -> tuple[I64, I64]:
         """For every call: length of the chain from it on, and how many reads link it to the call
         before.
         """
-        total = int(self.starts[-1])
+        total = self.total
         sources, targets = self._edges()
-        linked = sources == targets - 1
-        same = np.searchsorted(self.starts, sources, "right") == np.searchsorted(
-            self.starts, targets, "right"
-        )
-        self.chained = linked & same
+        same = self.group_of[sources] == self.group_of[targets]
+        self.chained = (sources == targets - 1) & same
         edges = np.bincount(targets[self.chained], minlength=total)
         ends = np.flatnonzero(np.append(edges[1:] == 0, True)) if total else np.zeros(0, np.int64)
         chain = ends[np.searchsorted(ends, np.arange(total))] - np.arange(total) + 1
@@ -236,23 +318,24 @@ class _Planner:
 
     def _successors(self) -> tuple[I32, I64, I64, I64]:
         """(successors but for chains, where each call's begin, how many, what a call waits for)."""
-        total = int(self.starts[-1])
         others = ~self.chained
-        successors, first, counts = _by_source(self.sources[others], self.targets[others], total)
-        missing = np.bincount(self.targets, minlength=total)
-        return successors.astype(np.int32), first, counts, missing
+        successors, first, counts = _by_source(
+            self.sources[others], self.targets[others], self.total
+        )
+        local = successors - self.call_starts[self.owner_of[successors]]
+        missing = np.bincount(self.targets, minlength=self.total)
+        return local.astype(np.int32), first, counts, missing
 
     def _depths(self, missing: I64) -> list[int]:
         """A depth a cell; raises VerifyError where calls wait for each other in a circle."""
-        left, total = missing.copy(), int(self.starts[-1])
+        left, total = missing.copy(), self.total
         successors, first, counts = _by_source(self.sources, self.targets, total)
         ready = np.flatnonzero(left == 0)
         seen, level = 0, 0
-        cell_of = np.searchsorted(self.starts, np.arange(total), "right") - 1
         depth = np.zeros(len(self.graph.groups), np.int64)
         while len(ready):
             seen += len(ready)
-            depth[np.unique(cell_of[ready])] = level
+            depth[self.group_of[ready]] = level
             index = ragged_range(first[ready], counts[ready])
             woken = successors[index]
             np.subtract.at(left, woken, 1)
@@ -264,15 +347,17 @@ class _Planner:
 
     # -- slots --
 
-    def _take(self, type: int, count: int) -> int:
-        start = self.num_slots.get(type, 0)
-        self.num_slots[type] = start + count
+    def _take(self, type: int, counts: I64) -> I64:
+        """First slot of as many as each request wants."""
+        start = self.num_slots.get(type)
+        if start is None:
+            start = np.zeros(self.num_requests, np.int64)
+        self.num_slots[type] = start + counts
         return start
 
     def _place_constants(self) -> None:
-        used = self.graph.used()
         for key, value in self.graph.constants.items():
-            type = self.graph_type(value) if used[value] else None
+            type = self.graph_type(value) if self.used[value] else None
             if type is not None:
                 self.type_of[value] = self.tables.type(type)
                 self.slot[value] = self.tables.constant(type, key)
@@ -289,32 +374,49 @@ class _Planner:
                 return output.type
         return None
 
-    def _place_data(self) -> tuple[DataRows, ...]:
-        used = self.graph.used()
-        bounds = self._bounds()
-        placed = []
-        for source in self.graph.data:
-            if not used[source.base : source.base + source.count].any():
-                continue
-            type = self.tables.type(source.type)
-            start = self._take(type, source.count)
-            values = slice(source.base, source.base + source.count)
-            self.slot[values] = start + np.arange(source.count)
-            self.type_of[values] = type
-            inside = bounds[values]
-            bound = (
-                int(inside.min()) if len(inside) and inside.min() < np.iinfo(np.int64).max else None
-            )
-            placed.append(
+    def _place_data(self) -> list[list[DataRows]]:
+        placed: list[list[DataRows]] = [[] for _ in range(self.num_requests)]
+        sources = self.graph.data
+        if not sources:
+            return placed
+        bases = np.array([s.base for s in sources])
+        counts = np.array([s.count for s in sources])
+        rows = ragged_range(bases, counts)
+        offsets = np.cumsum(counts) - counts
+        filled = np.flatnonzero(counts)  # reduceat knows no empty parts
+        used = np.zeros(len(sources), bool)
+        bounds = np.full(len(sources), _NO_BOUND, np.int64)
+        if len(filled):
+            used[filled] = np.logical_or.reduceat(self.used[rows], offsets[filled])
+            bounds[filled] = np.minimum.reduceat(self._bounds()[rows], offsets[filled])
+        kept = np.flatnonzero(used).tolist()
+        limits = bounds.tolist()
+        owners = self.forest.data_owners
+        starts: dict[tuple[int, int], int] = {}
+        types = [self.tables.type(sources[i].type) for i in kept]
+        firsts = []
+        for i, type in zip(kept, types, strict=True):
+            source, owner = sources[i], owners[i]
+            start = starts.get((type, owner), 0)
+            starts[type, owner] = start + source.count
+            firsts.append(start)
+            bound = limits[i] if limits[i] < _NO_BOUND else None
+            placed[owner].append(
                 DataRows(
                     source.leaf, source.name, start, source.count, type, source.row_dims, bound
                 )
             )
-        return tuple(placed)
+        for (type, owner), taken in starts.items():
+            self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))[owner] = taken
+        chosen = np.flatnonzero(used)
+        values = ragged_range(bases[chosen], counts[chosen])
+        self.slot[values] = ragged_range(np.array(firsts, np.int64), counts[chosen])
+        self.type_of[values] = np.repeat(np.array(types, np.int64), counts[chosen])
+        return placed
 
     def _bounds(self) -> I64:
         """For every value: the smallest table that it indexes as it is."""
-        bounds = np.full(self.graph.num_values, np.iinfo(np.int64).max, np.int64)
+        bounds = np.full(self.graph.num_values, _NO_BOUND, np.int64)
         for group in self.graph.groups:
             for op in group.cell.ops:
                 if op.op != "embedding":
@@ -330,22 +432,27 @@ class _Planner:
 
     def _place_made(self, chain: I64) -> None:
         reads = np.bincount(self._read_values(), minlength=self.graph.num_values)
-        for output in self.graph.outputs:
-            reads[output.refs.reshape(-1)] += 1 << 30
-        for start, group in zip(self.starts, self.graph.groups, strict=False):
-            n = group.num_calls
-            lengths = chain[start : start + n]
+        for refs in [o.refs.reshape(-1) for o in self.graph.outputs]:
+            reads[refs] += 1 << 30
+        requests = self.num_requests
+        for g, group in enumerate(self.graph.groups):
+            n, owner, rank = group.num_calls, self.owners[g], self.ranks[g]
+            lengths = chain[self.calls_of[g]]
             chain_start = np.append(True, lengths[1:] != lengths[:-1] - 1)[:n]
-            number = np.cumsum(chain_start) - 1
+            chains = np.bincount(owner[chain_start], minlength=requests)
+            number = np.cumsum(chain_start) - 1 - (np.cumsum(chains) - chains)[owner]
             passing = self._passing(group)
             for o, made in enumerate(group.outputs):
                 type = self.tables.type(group.cell.output_types[o])
-                last = lengths == 1
-                transient = (passing[o] == reads[made]) & ~(last & (reads[made] > 0))
-                pairs = self._take(type, 2 * int(number[-1] + 1)) if transient.any() else 0
-                place = pairs + 2 * number + np.arange(n) % 2
+                transient = (passing[o] == reads[made]) & ~((lengths == 1) & (reads[made] > 0))
+                place = np.zeros(n, np.int64)
+                if transient.any():
+                    some = np.bincount(owner[transient], minlength=requests) > 0
+                    pairs = self._take(type, 2 * chains * some)
+                    place = pairs[owner] + 2 * number + rank % 2
                 own = np.flatnonzero(~transient)
-                place[own] = self._take(type, len(own)) + np.arange(len(own))
+                counts = np.bincount(owner[own], minlength=requests)
+                place[own] = self._take(type, counts)[owner[own]] + _ranks(owner[own], counts)
                 self.slot[made] = place
 
     def _read_values(self) -> I64:
@@ -368,28 +475,43 @@ class _Planner:
 
     # -- records --
 
-    def _records(self) -> tuple[I32, I32, I64]:
+    def _records(self) -> tuple[I32, I32, I64, I64]:
+        """(slots, what to add, where each call's begin in its request's, where each request's do).
+
+        A request's records lie group by group, then the vectors of ragged inputs.
+        """
         num_types = len(self.tables.types)
         here, nothing = num_types, num_types + 1
-        slots: list[I64] = []
-        bases: list[I64] = []
-        tail: list[tuple[I64, I64]] = []
-        record_at = np.zeros(int(self.starts[-1]), np.int64)
-        size = sum(g.num_calls * record_length(g.cell) for g in self.graph.groups)
-        at = 0
-        for start, group in zip(self.starts, self.graph.groups, strict=False):
-            n, length = group.num_calls, record_length(group.cell)
-            record_at[start : start + n] = at + length * np.arange(n)
-            at += length * n
+        groups, requests = self.graph.groups, self.num_requests
+        lengths = np.array([record_length(g.cell) for g in groups], np.int64).reshape(-1, 1)
+        vectors = np.zeros(requests, np.int64)
+        for g, group in enumerate(groups):
+            for column in group.inputs:
+                if isinstance(column, RaggedRefs):
+                    vectors += _sums(np.diff(column.offsets), self.owners[g], requests)
+        sizes = self.counts * lengths
+        starts = np.concatenate([[0], np.cumsum(sizes.sum(0) + vectors)]).astype(np.int64)
+        inner = np.cumsum(sizes, 0) - sizes
+        tail = sizes.sum(0)
+        records = np.zeros(int(starts[-1]), np.int64)
+        bases = np.full(int(starts[-1]), nothing, np.int64)
+        record_at = np.zeros(self.total, np.int64)
+        for g, group in enumerate(groups):
+            n, owner, length = group.num_calls, self.owners[g], int(lengths[g, 0])
+            local = inner[g][owner] + length * self.ranks[g]
+            record_at[self.calls_of[g]] = local
             block, base = np.zeros((n, length), np.int64), np.full((n, length), nothing, np.int64)
             k = 0
             for column in group.inputs:
                 if isinstance(column, RaggedRefs):
-                    block[:, k] = size + column.offsets[:-1]
+                    sizes_of = np.diff(column.offsets)
+                    before = column.offsets[:-1] - _first_of(column.offsets[:-1], owner, requests)
+                    block[:, k] = tail[owner] + before
                     base[:, k] = here
-                    block[:, k + 1] = np.diff(column.offsets)
-                    tail.append(self._entries(column.refs, nothing))
-                    size += len(column.refs)
+                    block[:, k + 1] = sizes_of
+                    at = ragged_range(starts[owner] + block[:, k], sizes_of)
+                    records[at], bases[at] = self._entries(column.refs, nothing)
+                    tail = tail + _sums(sizes_of, owner, requests)
                     k += 2
                 else:
                     block[:, k], base[:, k] = self._entries(column, nothing)
@@ -397,32 +519,58 @@ class _Planner:
             for made in group.outputs:
                 block[:, k], base[:, k] = self._entries(made, nothing)
                 k += 1
-            slots.append(block.reshape(-1))
-            bases.append(base.reshape(-1))
-        slots += [t[0] for t in tail]
-        bases += [t[1] for t in tail]
-        empty = [np.zeros(0, np.int64)]
-        return (
-            np.concatenate(empty + slots).astype(np.int32),
-            np.concatenate(empty + bases).astype(np.int32),
-            record_at,
-        )
+            where = (starts[owner] + local)[:, None] + np.arange(length)
+            records[where], bases[where] = block, base
+        return records.astype(np.int32), bases.astype(np.int32), record_at, starts
 
     def _entries(self, values: I64, nothing: int) -> tuple[I64, I64]:
         base = np.where(self.owned[values] == 1, self.type_of[values], nothing)
         return self.slot[values], base
 
-    def _outputs(self) -> tuple[OutputRows, ...]:
-        out = []
-        for output in self.graph.outputs:
-            values = output.refs.reshape(-1)
-            slots = self.slot[values].astype(np.int32)
-            owned = self.owned[values].astype(np.int32)
-            contiguous = len(slots) > 0 and bool(owned.all() and (np.diff(slots) == 1).all())
-            type = self.tables.type(output.type)
-            order = _order(output.row_dims)
-            out.append(OutputRows(slots, owned, type, output.refs.shape, order, contiguous))
-        return tuple(out)
+    def _outputs(self) -> list[list[OutputRows]]:
+        out: list[list[OutputRows]] = [[] for _ in range(self.num_requests)]
+        outputs = self.graph.outputs
+        if not outputs:
+            return out
+        values = np.concatenate([o.refs.reshape(-1) for o in outputs])
+        slots, owned = self.slot[values].astype(np.int32), self.owned[values].astype(np.int32)
+        in_order = np.append(np.diff(slots) == 1, False)
+        at = 0
+        for output, owner in zip(outputs, self.forest.output_owners, strict=True):
+            end = at + output.refs.size
+            contiguous = end > at and bool(
+                owned[at:end].all() and (end - at == 1 or in_order[at : end - 1].all())
+            )
+            out[owner].append(
+                OutputRows(
+                    slots[at:end],
+                    owned[at:end],
+                    self.tables.type(output.type),
+                    output.refs.shape,
+                    _order(output.row_dims),
+                    contiguous,
+                )
+            )
+            at = end
+        return out
+
+
+_NO_BOUND = np.iinfo(np.int64).max
+
+
+def _ranks(owners: I64, counts: I64) -> I64:
+    """Place of each call among those of its owner; owners ascend."""
+    return np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+
+
+def _sums(values: I64, owners: I64, requests: int) -> I64:
+    return np.bincount(owners, values, minlength=requests).astype(np.int64)
+
+
+def _first_of(values: I64, owners: I64, requests: int) -> I64:
+    """The value of the first call of each call's owner; owners ascend."""
+    first = np.searchsorted(owners, np.arange(requests))
+    return values[np.minimum(first, max(len(values) - 1, 0))][owners]
 
 
 def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
@@ -460,7 +608,12 @@ def ragged_range(starts: npt.NDArray[np.integer], counts: npt.NDArray[np.integer
 
 def make_plan(graph: CallGraph, tables: Tables) -> Plan:
     """Arrange a request's calls; `tables` is kept by the model."""
-    return _Planner(graph, tables).plan()
+    return make_plans(Forest.of(graph), tables)[0]
+
+
+def make_plans(forest: Forest, tables: Tables) -> list[Plan]:
+    """Arrange the calls of several requests at once, one plan each."""
+    return _Planner(forest, tables).plans()
 
 
 def priorities(plans: Mapping[object, Plan]) -> dict[int, int]:

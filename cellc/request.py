@@ -7,31 +7,18 @@ are its data; everything else about it (shapes, dtypes, the pytree, Python value
 
 from __future__ import annotations
 
-import enum
 import inspect
-import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
+from cellc import skeleton
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import RequestError
 
-# Objects that are what they are: no two of them act alike, and none changes.
-_BY_IDENTITY = (
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    enum.Enum,
-    torch.dtype,
-    torch.device,
-    torch.layout,
-    torch.memory_format,
-)
-_VALUES = (int, float, bool, str, bytes, complex, type(None))
 
 
 @dataclass(frozen=True)
@@ -42,6 +29,32 @@ class Structure:
     family: Hashable  # the same, without sizes
     sizes: tuple[int, ...]  # every size of every tensor leaf
     shapes: tuple[tuple[int, ...], ...]
+
+
+@dataclass(slots=True)
+class Request:
+    """A flattened call: tensor leaves, then the Python numbers that are data as one tensor each of
+    int64 and float64; and what is left of it as tokens (or, of a flat call, the number of tensors).
+    """
+
+    tensors: list[torch.Tensor]
+    tokens: Hashable
+    given: int = -1  # how many of the tensors the caller gave
+    ints: bool = False
+    floats: bool = False
+    nested: bool = False  # does it hold a container
+    structured: bool = False  # does it hold more than flat groups of tensors
+
+    @property
+    def key(self) -> Hashable:
+        """Exact: requests of equal keys share a plan."""
+        return (self.tokens, *[(t.shape, t.dtype) for t in self.tensors])
+
+    @property
+    def structure(self) -> Structure:
+        shapes = tuple(tuple(t.shape) for t in self.tensors)
+        family = (self.tokens, tuple((len(t.shape), t.dtype) for t in self.tensors))
+        return Structure(self.key, family, tuple(s for shape in shapes for s in shape), shapes)
 
 
 class Arguments:
@@ -58,6 +71,7 @@ class Arguments:
             for k in kinds
         ) and bool(kinds)
         self._num = len(kinds)
+        self.steering: frozenset[Hashable] | None = None  # see `skeleton.flatten`
         self.names = list(self._signature.parameters) if self._signature else []
 
     def bind(
@@ -83,115 +97,76 @@ class Arguments:
         return bound.args, bound.kwargs
 
     def flatten(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[list[torch.Tensor], list[Any], Any]:
-        """(tensor leaves, all leaves with None in place of tensors, pytree)."""
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False
+    ) -> Request:
+        """A bound call as data and structure; `exact`: Python numbers are structure."""
         if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
-            return list(args), [None] * len(args), len(args)
-        leaves, spec = pytree.tree_flatten((args, kwargs))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        for k, leaf in enumerate(leaves):
-            if not isinstance(leaf, (torch.Tensor, *_VALUES)):
-                self._check_value(k, leaf, args, kwargs)
-        rest = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        mask = tuple(isinstance(leaf, torch.Tensor) for leaf in leaves)
-        return tensors, rest, (_spec_key(spec), mask)
-
-    def _check_value(
-        self, k: int, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """A Python object in a request is part of its structure: it must compare by value."""
+            return Request(list(args), len(args))
         try:
-            hash(leaf)
-            plain = isinstance(leaf, _BY_IDENTITY) or "__hash__" in _own_names(type(leaf))
-            fits = plain and not holds_tensors(leaf)
-        except TypeError:
-            fits = False
-        if not fits:
+            flat = skeleton.flatten(args, kwargs, None if exact else self.steering)
+        except skeleton.NotFlat as error:
+            raise self._refusal(error.leaf, args, kwargs) from None
+        tensors = flat.tensors
+        given = len(tensors)
+        if flat.ints:
+            tensors.append(self._numbers(flat.ints, args, kwargs))
+        if flat.floats:
+            tensors.append(torch.tensor(flat.floats, dtype=torch.float64))
+        return Request(
+            tensors,
+            flat.tokens,
+            given,
+            bool(flat.ints),
+            bool(flat.floats),
+            flat.nested,
+            flat.structured,
+        )
+
+    def _numbers(
+        self, ints: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        try:
+            return torch.from_numpy(np.array(ints, np.int64))
+        except OverflowError:
             raise RequestError(
-                argument=self.leaf_names(args, kwargs)[k],
-                got=f"an object of {type(leaf).__name__}",
-                expected="tensors, numbers, strings, and tuples, lists or dicts of them; a class "
-                "of your own can be registered with torch.utils._pytree.register_pytree_node",
-            )
+                argument=", ".join(self.by_name(args, kwargs)),
+                got=f"the number {max(ints, key=abs)}",
+                expected="numbers of 64 bits",
+            ) from None
+
+    def _refusal(
+        self, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> RequestError:
+        return RequestError(
+            argument=_where(leaf, self.by_name(args, kwargs)),
+            got=f"an object of {type(leaf).__name__}",
+            expected="tensors, numbers, strings, tuples, lists and dicts of them, and objects that "
+            "hold such in attributes; a class of your own can be registered with "
+            "torch.utils._pytree.register_pytree_node",
+        )
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments by name, in order."""
         spare = [f"args[{i}]" for i in range(len(self.names), len(args))]
         return {**dict(zip([*self.names, *spare], args, strict=False)), **kwargs}
 
-    def key(self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any) -> Hashable:
-        """Exact key of a flattened request: requests of equal keys share a plan."""
-        if isinstance(tree, int):
-            return (tree, *[(t.shape, t.dtype) for t in tensors])
-        return (tree[0], tree[1], _values(rest, tree), *[(t.shape, t.dtype) for t in tensors])
-
-    def structure(
-        self, tensors: Sequence[torch.Tensor], rest: Sequence[Any], tree: Any
-    ) -> Structure:
-        """The request's structure; Python values are compared by type and value."""
-        shapes = tuple(tuple(t.shape) for t in tensors)
-        kinds = tuple((len(t.shape), t.dtype) for t in tensors)
-        values = _values(rest, tree)
-        key = self.key(tensors, rest, tree)
-        family = (tree if isinstance(tree, int) else (tree[0], tree[1]), kinds, values)
-        return Structure(key, family, tuple(s for shape in shapes for s in shape), shapes)
-
     def leaf_names(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-        """A name for every leaf: the argument, with its path inside (`state[0]`)."""
-        paths, _ = pytree.tree_flatten_with_path((args, kwargs))
-        names = []
-        for path, _ in paths:
-            number, *rest = cast(Any, path[1:])
-            if path[0] == pytree.SequenceKey(0):
-                index = number.idx
-                variadic = index >= len(self.names)
-                name = f"args[{index}]" if variadic else self.names[index]
-            else:
-                name = str(number.key)
-            names.append(name + pytree.keystr(tuple(rest)))
-        return names
+        """A name for every tensor leaf: the argument, with its path inside (`state[0]`)."""
+        return skeleton.tensor_paths(args, kwargs, self.names)
 
 
-def _own_names(kind: type) -> set[str]:
-    """What a class and its bases define, object aside."""
-    return {name for base in kind.__mro__[:-1] for name in vars(base)}
-
-
-def holds_tensors(leaf: Any) -> bool:
-    """Does a Python object that is no pytree hold tensors: as attributes, or as a set does?"""
-    held = [*getattr(leaf, "__dict__", {}).values()] if not isinstance(leaf, type) else []
-    held += [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
-    held += leaf if isinstance(leaf, (set, frozenset)) else []
-    return any(isinstance(x, torch.Tensor) for x in held)
-
-
-def _values(rest: Sequence[Any], tree: Any) -> Hashable:
-    """Python values of a request, in place; equal only where they act alike (1 and True do not)."""
-    if isinstance(tree, int):
-        return ()
-    return tuple(
-        (type(value), repr(value) if isinstance(value, (float, complex)) else value)
-        for value, is_tensor in zip(rest, tree[1], strict=True)
-        if not is_tensor
-    )
-
-
-def _spec_key(spec: Any) -> Hashable:
-    """A pytree's form as something that hashes."""
-    if spec.is_leaf():
-        return 0
-    context = _frozen(spec.context)
-    children = spec.children() if callable(getattr(spec, "children", None)) else spec.children_specs
-    return (spec.type, context, tuple(map(_spec_key, children)))
-
-
-def _frozen(context: Any) -> Hashable:
-    """What a pytree says of a node, lists in it as tuples."""
-    if isinstance(context, (list, tuple)):
-        return tuple(map(_frozen, context))
-    frozen: Hashable = context
-    return frozen
+def _where(leaf: Any, given: Mapping[str, Any]) -> str:
+    """Path of a leaf among named arguments."""
+    seen: set[int] = set()
+    stack = list(given.items())
+    while stack:
+        path, x = stack.pop()
+        if x is leaf:
+            return path
+        if id(x) not in seen and (parts := skeleton.children(x)) is not None:
+            seen.add(id(x))
+            stack += zip(skeleton.steps(x, path), parts[1], strict=True)
+    return ", ".join(given)
 
 
 def _culprit(message: str, names: Sequence[str]) -> str:

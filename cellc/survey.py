@@ -152,7 +152,7 @@ def _fastest(work: Callable[[], T]) -> tuple[T, float]:
 
 def _structure(compiler: Compiler, request: Any) -> tuple[Structure, tuple[Any, ...], Any]:
     args, kwargs = compiler.arguments.bind(*as_call(request))
-    return compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs)), args, kwargs
+    return compiler.arguments.flatten(args, kwargs).structure, args, kwargs
 
 
 # -- coverage --------------------------------------------------------------------------------------

@@ -27,11 +27,13 @@ class Lowering:
     met data.
     """
 
-    def __init__(self, graph: Graph, params: Params, data_points: set[Hashable]) -> None:
+    def __init__(
+        self, graph: Graph, params: Params, data_points: set[Hashable], *, whole: bool = False
+    ) -> None:
         self.graph, self.params = graph, params
         self.rows = RowGraph()
         self.emitter = Emitter(self.rows, params)
-        self.dims = Dims(graph)
+        self.dims = Dims(graph, whole=whole)
         self.values: dict[Ref, Lowered] = {}
         self._expanded: dict[str, Lowered] = {}  # an expanded weight: what it repeats
         self.of_weights = self._fold(data_points)

@@ -26,8 +26,8 @@ STRONG, STEP, WEAK = 4, 2, 1
 class Dims:
     """Classes of dimensions of one graph's values."""
 
-    def __init__(self, graph: Graph) -> None:
-        self._graph = graph
+    def __init__(self, graph: Graph, *, whole: bool = False) -> None:
+        self._graph, self._whole = graph, whole  # whole: an input is one row
         self._start: list[int] = []
         total = 0
         self._ports: list[list[int]] = []
@@ -94,7 +94,10 @@ class Dims:
             return
         shape, dtype = node.outputs[0] if node.outputs else ((), "f32")
         if node.kind == "input":
-            if len(shape) > 1 and dtype not in ("i64", "i32", "bool", "u8", "i16", "i8"):
+            if self._whole:
+                for dim in range(len(shape)):
+                    self.mark(self.at((node.id, 0), dim), STRONG)
+            elif len(shape) > 1 and dtype not in ("i64", "i32", "bool", "u8", "i16", "i8"):
                 self.mark(self.at((node.id, 0), -1), WEAK)
             return
         if not node.operands:

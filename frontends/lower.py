@@ -164,12 +164,22 @@ def _lower_op(lw: Lowering, node: Node) -> None:
         lw.values[node.id, port] = result
 
 
-def lower(graph: Graph, params: Params, data_points: set[Hashable]) -> RowGraph:
+def _is_stack(rows: Rows) -> bool:
+    """Rows along the first dimension, and more than one."""
+    dims = rows.row_dims
+    return len(dims) > 0 and not dims[0] and all(dims[1:]) and rows.shape[0] > 1
+
+
+def lower(
+    graph: Graph, params: Params, data_points: set[Hashable], *, whole: bool = False
+) -> RowGraph:
     """Lower one traced request.
 
-    `params` receives expressions of weights; `data_points` is kept by the model.
+    `params` receives expressions of weights; `data_points` is kept by the model. `whole`: every
+    input is one row, and so is every output, but for those that are rows along their first
+    dimension.
     """
-    lw = Lowering(graph, params, data_points)
+    lw = Lowering(graph, params, data_points, whole=whole)
     leaf = 0
     for node in graph:
         if node.kind == "input":
@@ -181,5 +191,7 @@ def lower(graph: Graph, params: Params, data_points: set[Hashable]) -> RowGraph:
             lw.values[node.id, 0] = Weight(node.name, *node.outputs[0])
     for value in graph.outputs:
         rows = lw.rows_of(lw.values[value])
+        if whole and not _is_stack(rows):
+            rows = lw.rows_of(rows, (True,) * len(rows.shape))
         lw.rows.outputs.append(RowOutput(rows.refs, rows.type, rows.shape, rows.row_dims))
     return lw.rows

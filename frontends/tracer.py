@@ -37,7 +37,7 @@ from cellc.frontends.branching import CodesSeen, look_away
 from cellc.frontends.placeholder import Form, Placeholder, form_of, modes_off, row_major
 from cellc.frontends.shapes import Result, Results
 from cellc.graph import Graph, Ref, Template
-from cellc.request import holds_tensors
+from cellc.skeleton import Copier, holds_tensors
 
 aten = torch.ops.aten
 _TORCH = os.path.dirname(torch.__file__)
@@ -519,23 +519,20 @@ def trace(
     kwargs: dict[str, Any],
     names: list[str],
 ) -> Trace:
-    """Trace one request. `args` and `kwargs` hold `torch.Size`-like stand-ins made by
-    `request.specs`.
+    """Trace one request.
 
-    Every leaf that is a tensor is replaced by a placeholder of its shape and dtype; `names` gives
-    the leaves' names. Raises ForwardError, ValueReadError or UnsupportedError with the user's
+    Every tensor in it is replaced by a placeholder of its shape and dtype; `names` gives their
+    names, in walking order. Raises ForwardError, ValueReadError or UnsupportedError with the user's
     file:line.
     """
     tracer = Tracer(params, modules)
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    given = []
-    for leaf, name in zip(leaves, names, strict=True):
-        if isinstance(leaf, torch.Tensor):
-            node = tracer.graph.add_input(name, tuple(leaf.shape), _dtype_name(leaf.dtype))
-            given.append(tracer.new(row_major(leaf.shape, leaf.dtype, leaf.device), (node, 0)))
-        else:
-            given.append(leaf)
-    call_args, call_kwargs = pytree.tree_unflatten(given, spec)
+    names = list(names)[::-1]
+
+    def placeholder(leaf: torch.Tensor, _: Any) -> Placeholder:
+        node = tracer.graph.add_input(names.pop(), tuple(leaf.shape), _dtype_name(leaf.dtype))
+        return tracer.new(row_major(leaf.shape, leaf.dtype, leaf.device), (node, 0))
+
+    call_args, call_kwargs = Copier(placeholder).call(args, kwargs)
     codes = CodesSeen(_TRUSTED)
     with torch.no_grad(), codes.watching():
         result = _run(tracer, forward, call_args, call_kwargs)

@@ -83,7 +83,7 @@ def check_derived(compiled: cellc.Compiled, requests: list[Any]) -> None:
     compiler = compiled._compiler
     for request in requests:
         args, kwargs = compiler.arguments.bind(*as_call(request))
-        structure = compiler.arguments.structure(*compiler.arguments.flatten(args, kwargs))
+        structure = compiler.arguments.flatten(args, kwargs).structure
         if compiler._derived(structure) is not None:
             assert compiler.check_family(structure, args, kwargs)
 

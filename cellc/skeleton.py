@@ -1,0 +1,400 @@
+"""Skeletons: what a request is made of, whatever Python structure holds it.
+
+Duty: walk nested tuples, lists, dicts, named tuples, registered pytrees and plain objects
+(dataclasses, `ast` nodes, any class with attributes) once, in one order, to take out the data
+(tensors, and the Python numbers that only become tensors) and key what is left; and to copy a
+request with other leaves in place of its data. Shared parts stay shared, circles stay circles.
+Used by `cellc.request`, and by tracing and unfolding, which give the forward a copy.
+
+Walking is iterative, so that depth costs no recursion; a copy recurses only where it can.
+"""
+
+from __future__ import annotations
+
+import enum
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+# Objects that are what they are: no two of them act alike, and none changes.
+BY_IDENTITY = (
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    enum.Enum,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+)
+VALUES = (str, bytes, bool, complex, type(None))
+
+TENSOR, INT, FLOAT, REF, STEERS = "tensor", "int data", "float data", "ref", "steers"
+_HEAP_TYPE = 1 << 9
+
+Place = Hashable  # where in its container a leaf is, whatever the container's own place
+
+
+class NotFlat(Exception):
+    """A leaf that is neither data nor structure; `leaf` is it."""
+
+    def __init__(self, leaf: Any) -> None:
+        self.leaf = leaf
+
+
+@dataclass(slots=True)
+class Flat:
+    """A walked request: its tensors and numbers in walking order, and the rest as one key."""
+
+    tensors: list[torch.Tensor]
+    ints: list[int]
+    floats: list[float]
+    tokens: tuple[Hashable, ...]
+    nested: bool  # is there a container?
+    structured: bool  # more than flat groups of tensors?
+
+
+class _Steering:
+    """A number whose place says that Python code decides by it."""
+
+    __slots__ = ("value",)
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+
+def children(x: Any) -> tuple[Hashable, list[Any], list[Place]] | None:
+    """(what a container is without its items, its items, their places); None for a leaf."""
+    kind = type(x)
+    if kind is tuple:
+        return ("tuple", len(x)), list(x), [(len(x), i) for i in range(len(x))]
+    if kind is list:
+        return (list, len(x)), x, ["item"] * len(x)
+    if kind in (dict, OrderedDict):
+        keys = tuple((type(k), k) for k in x)
+        return (kind, keys), list(x.values()), [("key", k) for k in x]
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return (kind, len(x)), list(x), [(kind, i) for i in range(len(x))]
+    if kind in pytree.SUPPORTED_NODES:
+        items, context = pytree.SUPPORTED_NODES[kind].flatten_fn(x)
+        items = list(items)
+        return (kind, _frozen(context), len(items)), items, [(kind, i) for i in range(len(items))]
+    if is_object(x):
+        names = attributes(x)
+        return (
+            (kind, tuple(names)),
+            [getattr(x, n) for n in names],
+            [(kind, n) for n in names],
+        )
+    return None
+
+
+def is_object(x: Any) -> bool:
+    """Is it a plain object whose attributes are its content?"""
+    kind = type(x)
+    if isinstance(x, (torch.Tensor, nn.Module, *BY_IDENTITY, *VALUES, int, float)):
+        return False
+    if not kind.__flags__ & _HEAP_TYPE or not (hasattr(x, "__dict__") or _slots(kind)):
+        return False
+    if kind.__module__.split(".")[0] in ("torch", "numpy", "threading", "_thread"):
+        return False
+    if hasattr(kind, "__dataclass_fields__"):
+        return True
+    return not ("__hash__" in own_names(kind) and kind.__hash__ is not None)
+
+
+def attributes(x: Any) -> list[str]:
+    """Names of an object's attributes: of its dict, then its slots that are filled."""
+    return [*vars(x)] if not (slots := _slots(type(x))) else [
+        *getattr(x, "__dict__", ()),
+        *[n for n in slots if hasattr(x, n)],
+    ]
+
+
+def _slots(kind: type) -> list[str]:
+    found: list[str] = []
+    for base in kind.__mro__[:-1]:
+        slots = vars(base).get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else list(slots)
+    return [n for n in found if n not in ("__dict__", "__weakref__")]
+
+
+def own_names(kind: type) -> set[str]:
+    """What a class and its bases define, object aside."""
+    return {name for base in kind.__mro__[:-1] for name in vars(base)}
+
+
+def holds_tensors(leaf: Any) -> bool:
+    """Does a Python object that is no container hold tensors: as attributes, or as a set does?"""
+    held = [*getattr(leaf, "__dict__", {}).values()] if not isinstance(leaf, type) else []
+    held += [getattr(leaf, name, None) for name in getattr(type(leaf), "__slots__", ())]
+    held += leaf if isinstance(leaf, (set, frozenset)) else []
+    return any(isinstance(x, torch.Tensor) for x in held)
+
+
+def flatten(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], steering: frozenset[Place] | None
+) -> Flat:
+    """Walk a request. `steering`: places whose numbers Python code decides by; None: all of them.
+
+    Raises NotFlat for a leaf that cannot be part of a request.
+    """
+    tensors: list[torch.Tensor] = []
+    ints: list[int] = []
+    floats: list[float] = []
+    tokens: list[Hashable] = [len(args), *kwargs]
+    seen: dict[int, int] = {}
+    kept: list[Any] = []  # what registered containers made: alive, so that no id comes twice
+    data = steering is not None
+    structured = False
+    # a number that is a whole argument decides, as a rule: how many steps, which layer
+    stack = [
+        _Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())
+    ][::-1]
+    pop, push, emit = stack.pop, stack.extend, tokens.append
+    while stack:
+        x = pop()
+        kind = type(x)
+        if kind is int and data:
+            emit(INT)
+            ints.append(x)
+        elif kind is tuple and not steering:
+            if x:
+                number = id(x)
+                if number in seen:
+                    emit(REF)
+                    emit(seen[number])
+                    continue
+                seen[number] = len(seen)
+                structured = structured or any(type(y) is tuple for y in x)
+            emit(len(x))
+            push(x[::-1])
+        elif kind is torch.Tensor:
+            emit(TENSOR)
+            tensors.append(x)
+        elif kind in VALUES:
+            emit(kind)
+            emit(x if kind is not complex else repr(x))
+        elif kind is _Steering:
+            emit(STEERS)
+            emit(type(x.value))
+            emit(repr(x.value) if type(x.value) is float else x.value)
+        elif kind is float and data:
+            emit(FLOAT)
+            floats.append(x)
+        elif isinstance(x, torch.Tensor):
+            emit(TENSOR)
+            tensors.append(x)
+        elif isinstance(x, (int, float)) or isinstance(x, BY_IDENTITY):
+            emit(kind)
+            emit(repr(x) if isinstance(x, float) else x)
+        else:
+            if id(x) in seen:
+                emit(REF)
+                emit(seen[id(x)])
+                continue
+            parts = children(x)
+            if parts is None:
+                emit(kind)
+                emit(_value(x))
+                continue
+            seen[id(x)] = len(seen)
+            head, items, places = parts
+            structured = structured or not isinstance(x, (tuple, dict)) or bool(steering)
+            emit(head)
+            if steering:
+                items = [_marked(y, p, steering) for y, p in zip(items, places, strict=True)]
+            kept.append(items)
+            push(items[::-1])
+    structured = structured or bool(ints or floats)
+    return Flat(tensors, ints, floats, tuple(tokens), bool(seen), structured)
+
+
+def _roots(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Place]:
+    return [*[("argument", i) for i in range(len(args))], *[("argument", k) for k in kwargs]]
+
+
+def _marked(x: Any, place: Place, steering: frozenset[Place]) -> Any:
+    if type(x) in (int, float) and place in steering:
+        return _Steering(x)
+    return x
+
+
+def _value(leaf: Any) -> Hashable:
+    """A leaf that compares by value."""
+    try:
+        hash(leaf)
+        fits = "__hash__" in own_names(type(leaf)) and not holds_tensors(leaf)
+    except TypeError:
+        fits = False
+    if not fits:
+        raise NotFlat(leaf)
+    value: Hashable = leaf
+    return value
+
+
+def _frozen(context: Any) -> Hashable:
+    """What a pytree says of a node, lists in it as tuples."""
+    if isinstance(context, (list, tuple)):
+        return tuple(map(_frozen, context))
+    frozen: Hashable = context
+    return frozen
+
+
+class Copier:
+    """Copies a request with its data leaves replaced: `tensor(leaf, place)` and `number(value,
+    place)` give what stands in their place, called in walking order.
+    """
+
+    def __init__(
+        self,
+        tensor: Callable[[torch.Tensor, Place], Any],
+        number: Callable[[Any, Place], Any] | None = None,
+    ) -> None:
+        self._tensor, self._number = tensor, number
+        self._made: dict[int, Any] = {}
+        self._kept: list[Any] = []
+        self._open: set[int] = set()
+        self.containers: set[int] = set()  # ids of the copies; alive as long as this is
+
+    def call(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        places = _roots(args, kwargs)
+        values = [*args, *kwargs.values()]
+        made = [self._copy(v, p) for v, p in zip(values, places, strict=True)]
+        return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
+
+    def _copy(self, x: Any, place: Place) -> Any:
+        """Children before parents on a stack of our own; containers that can be filled later are
+        entered in the memo first, so circles close.
+        """
+        root: list[Any] = [None]
+        stack: list[Any] = [(x, place, root, 0)]
+        made, number = self._made, self._number
+        while stack:
+            task = stack.pop()
+            if len(task) == 3:  # finish a container whose items are there
+                finish, items, (target, at) = task
+                made_one = target[at] = finish(items)
+                self._kept.append(made_one)
+                if made_one != ():
+                    self.containers.add(id(made_one))
+                continue
+            x, place, target, at = task
+            kind = type(x)
+            if (kind is int or kind is float) and number is not None:
+                target[at] = number(x, place)
+                continue
+            if isinstance(x, torch.Tensor):
+                target[at] = self._tensor(x, place)
+                continue
+            if id(x) in made:
+                target[at] = made[id(x)]
+                continue
+            if kind is tuple:
+                if id(x) in self._open:  # a circle that no copy can close
+                    raise NotFlat(x)
+                self._open.add(id(x))
+                items = [None] * len(x)
+                stack.append((self._tuple(x), items, (target, at)))
+                size = len(x)
+                for i in range(size - 1, -1, -1):
+                    stack.append((x[i], (size, i), items, i))
+                continue
+            parts = children(x) if kind not in VALUES else None
+            if parts is None:
+                target[at] = x
+                continue
+            _, values, places = parts
+            self._kept.append(values)
+            items = [None] * len(values)
+            finish, shell = self._finisher(x)
+            if shell is not None:
+                made[id(x)] = target[at] = shell
+            stack.append((finish, items, (target, at)))
+            for i in range(len(values) - 1, -1, -1):
+                stack.append((values[i], places[i], items, i))
+        return root[0]
+
+    def _tuple(self, x: Any) -> Callable[[list[Any]], Any]:
+        def finish(items: list[Any]) -> Any:
+            made = self._made[id(x)] = tuple(items)
+            self._open.discard(id(x))
+            return made
+
+        return finish
+
+    def _finisher(self, x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
+        """(what makes or fills the copy from its items, the empty copy where it can be made)."""
+        kind = type(x)
+        if kind is list:
+            shell: Any = []
+            return lambda items: (shell.extend(items), shell)[1], shell
+        if kind in (dict, OrderedDict):
+            shell = kind()
+            keys = list(x)
+            return lambda items: (shell.update(zip(keys, items, strict=True)), shell)[1], shell
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            return lambda items: self._keep(x, kind(*items)), None
+        if kind in pytree.SUPPORTED_NODES:
+            node = pytree.SUPPORTED_NODES[kind]
+            context = node.flatten_fn(x)[1]
+            return lambda items: self._keep(x, node.unflatten_fn(items, context)), None
+        names = attributes(x)
+        try:
+            shell = object.__new__(kind)
+        except TypeError:
+            shell = kind.__new__(kind)
+
+        def fill(items: list[Any]) -> Any:
+            for name, item in zip(names, items, strict=True):
+                object.__setattr__(shell, name, item)
+            return shell
+
+        return fill, shell
+
+    def _keep(self, x: Any, made: Any) -> Any:
+        self._made[id(x)] = made
+        return made
+
+
+def tensor_paths(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> list[str]:
+    """A name for every tensor in walking order: its argument, with its path inside."""
+    found = []
+    seen: set[int] = set()
+    roots = [names[i] if i < len(names) else f"args[{i}]" for i in range(len(args))]
+    stack = list(zip([*args, *kwargs.values()], [*roots, *kwargs], strict=True))[::-1]
+    while stack:
+        x, path = stack.pop()
+        if isinstance(x, torch.Tensor):
+            found.append(path)
+            continue
+        if type(x) in (int, float, *VALUES) or id(x) in seen:
+            continue
+        parts = children(x)
+        if parts is not None:
+            seen.add(id(x))
+            stack += list(zip(parts[1], steps(x, path), strict=True))[::-1]
+    return found
+
+
+def steps(x: Any, path: str) -> Iterator[str]:
+    """Paths of a container's items, in order."""
+    kind = type(x)
+    if isinstance(x, dict):
+        return (f"{path}[{k!r}]" for k in x)
+    if isinstance(x, tuple) and hasattr(kind, "_fields"):
+        return (f"{path}.{name}" for name in kind._fields)
+    if isinstance(x, (tuple, list)):
+        return (f"{path}[{i}]" for i in range(len(x)))
+    if kind in pytree.SUPPORTED_NODES:
+        items, _ = pytree.SUPPORTED_NODES[kind].flatten_fn(x)
+        return (f"{path}[{i}]" for i in range(len(list(items))))
+    return (f"{path}.{name}" for name in attributes(x))

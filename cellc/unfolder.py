@@ -1,0 +1,530 @@
+"""Unfolding: plans of new structures from calls of cells alone.
+
+Duty: keep what is learned of a model's segments (see `frontends.unfold`): which feed themselves,
+which of their values are read elsewhere, and the call graph that each becomes; and write the calls
+of many new requests at once, by numpy. Comes in from `cellc.compiler`: requests; goes out: a
+`Forest` for `cellc.plan`.
+
+A segment is traced, lowered, extracted and rewritten once, as if it were a model of its own; its
+instances in a request are copies of that call graph with other values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import networkx as nx
+import numpy as np
+import torch
+from torch import nn
+
+from cellc import log
+from cellc.calls import CallGraph, CallGroup, Forest, join, take
+from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from cellc.frontends.dims import Dims
+from cellc.frontends.stub import CannotUnfold, Number, Stack, Stub, StubType
+from cellc.frontends.tracer import Trace
+from cellc.frontends.unfold import LEAF, OutType, Recorder, Returned, Segment, Study
+from cellc.ops import RowType
+from cellc.request import Request
+from cellc.rows import DataSource, RaggedRefs, Refs, RowGraph, RowOutput
+from cellc.skeleton import Copier
+
+SAMPLE = 3  # requests from which a model's segments are first learned
+ROUNDS = 12  # of learning, at most
+
+
+class Tools(Protocol):
+    """What the compiler lends: how one stretch of operations becomes a call graph."""
+
+    def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace: ...
+
+    def lower_alone(self, traced: Trace) -> RowGraph: ...
+
+    def extract_alone(self, rows: RowGraph) -> CallGraph: ...
+
+    def rewrite_alone(self, calls: CallGraph) -> None: ...
+
+
+@dataclass
+class Unfolded:
+    """One request's forward, run on stubs."""
+
+    request: Request
+    base: int  # its rows: from here on, data first
+    data: list[tuple[int, int, StubType, int]]  # (leaf, first row, type of a row, rows or -1)
+    returned: Returned | None = None
+    failed: bool = False
+
+
+@dataclass
+class Template:
+    """A segment as a call graph of its own: values of its inputs, of its constants, and others."""
+
+    graph: CallGraph
+    inputs: list[int]
+    constants: list[tuple[int, Hashable]]
+    results: list[tuple[int, int]]  # (row of the segment, value)
+    inner: Refs  # values that its calls make
+
+
+@dataclass
+class Stats:
+    requests: int = 0
+    cells: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Unfolder:
+    """What is known of one model's unfolding."""
+
+    tools: Tools
+    forward: Callable[..., Any]
+    modules: dict[str, nn.Module]
+    device: torch.device
+    reason: str | None = None  # why requests are traced instead, once that was found
+    stats: Stats = field(default_factory=Stats)
+
+    def __post_init__(self) -> None:
+        self.recorder = Recorder(self._study, self.device)
+        self.generation = 0  # of what was learned: older plans hold other cells
+        self.to_check = 2  # requests whose results are still compared with the model's own
+        self._stacks: set[Hashable] = set()  # places of tensors that are taken apart
+        self._edges: set[tuple[int, int]] = set()
+        self._templates: dict[Hashable, Template] = {}
+        self._live: dict[Hashable, Template] = {}
+
+    # -- one request on stubs --
+
+    def _run(self, request: Request, args: Any, kwargs: Any) -> Unfolded:
+        recorder = self.recorder
+        leaf = 0
+        out = Unfolded(request, recorder.next_row, [])
+        numbers = self._first_numbers(request)
+        given = {int: 0, float: 0}
+
+        def tensor(value: torch.Tensor, place: Hashable) -> Any:
+            nonlocal leaf
+            made = self._data(out, leaf, value, place)
+            leaf += 1
+            return made
+
+        def number(value: Any, place: Hashable) -> Any:
+            kind = type(value)
+            if place in self.steering or (type(place) is tuple and place[0] == "argument"):
+                return value
+            row = numbers[kind] + given[kind]
+            given[kind] += 1
+            return Number(kind, place, Stub(row, _NUMBERS[kind]))
+
+        ints, floats = request.ints, request.floats
+        copier = Copier(tensor, number if ints or floats else None)
+        recorder.containers = copier.containers
+        call_args, call_kwargs = copier.call(args, kwargs)
+        at = request.given
+        for kind, present in ((int, ints), (float, floats)):
+            if present:
+                out.data.append((at, numbers[kind], _NUMBERS[kind], len(request.tensors[at])))
+                at += 1
+        out.returned = recorder.run(self.forward, call_args, call_kwargs)
+        return out
+
+    def _first_numbers(self, request: Request) -> dict[type, int]:
+        """Rows of the numbers of each kind, taken now."""
+        first = {}
+        at = request.given
+        for kind, present in ((int, request.ints), (float, request.floats)):
+            first[kind] = self.recorder.next_row
+            if present:
+                self.recorder.next_row += len(request.tensors[at])
+                at += 1
+        return first
+
+    def _data(self, out: Unfolded, leaf: int, value: torch.Tensor, place: Hashable) -> Any:
+        recorder = self.recorder
+        if value.dtype not in DTYPE_NAMES:
+            raise CannotUnfold(f"a tensor of {value.dtype}")
+        device = self.recorder._device
+        row = recorder.next_row
+        shape = tuple(value.shape)
+        if 0 in shape:
+            raise CannotUnfold("an empty tensor")
+        apart = place in self._stacks or (
+            len(shape) > 0 and not value.dtype.is_floating_point and value.dtype is not torch.bool
+        )
+        if apart and len(shape) > 0:
+            inner = StubType.of(shape[1:], value.dtype, device)
+            recorder.next_row += shape[0]
+            out.data.append((leaf, row, inner, shape[0]))
+            return Stack([Stub(row + i, inner) for i in range(shape[0])])
+        recorder.next_row += 1
+        kind = StubType.of(shape, value.dtype, device)
+        out.data.append((leaf, row, kind, -1))
+        if len(shape) > 1:
+            self._whole[row] = place
+        return Stub(row, kind)
+
+    # -- learning --
+
+    def _study(
+        self,
+        alone: Callable[..., Any],
+        rows: Sequence[tuple[StubType, int]],
+        is_call: bool,
+    ) -> Study | None:
+        traced = self.tools.trace_alone(alone, [_example(t, self.device) for t, _ in rows])
+        kept, spec = traced.outputs
+        for kind, value in kept:
+            if kind == "v" and not isinstance(value, (int, float, bool, str, type(None))):
+                return None
+        lowered = self.tools.lower_alone(traced)
+        device = self.recorder._device
+        outputs = []
+        for out in lowered.outputs:
+            kind = StubType.of(out.shape, TORCH_DTYPES[out.type.dtype], device)
+            outputs.append(OutType(kind, -1 if all(out.row_dims) else out.shape[0]))
+        if is_call and any(g.cell.recurrent for g in self.tools.extract_alone(lowered).groups):
+            return None
+        keys = {value: key for key, value in lowered.constants.items()}
+        refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
+        constant = tuple(keys[r] for r in refs) if all(r in keys for r in refs) else None
+        dims = Dims(traced.graph)
+        inputs = [node for node in traced.graph if node.kind == "input"]
+        positions = []
+        for node in inputs:
+            form = dims.row_dims(node.id)
+            positions.append(len(form) > 1 and not form[0] and all(form[1:]))
+        spec = None if spec == LEAF else spec
+        return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions))
+
+    def unfold(
+        self, requests: Sequence[tuple[Request, Any, Any]], steering: frozenset[Hashable]
+    ) -> list[Unfolded]:
+        """Run new requests on stubs; what they did is in the recorder's segments.
+
+        Raises NumberSteers where a number turned out to decide, CannotUnfold where tracing has to
+        do it.
+        """
+        self.steering = steering
+        size = len(requests) if self._live else min(SAMPLE, len(requests))
+        for _ in range(ROUNDS):
+            runs, stable = self._record(requests[:size])
+            if stable and size == len(requests):
+                return runs
+            if stable:
+                size = len(requests)
+        raise CannotUnfold("its structure looks different each time")
+
+    def _record(self, requests: Sequence[tuple[Request, Any, Any]]) -> tuple[list[Unfolded], bool]:
+        recorder = self.recorder
+        recorder.reset()
+        recorder.relearn = False
+        self._whole: dict[int, Hashable] = {}
+        runs = []
+        known = len(recorder.all_ops)
+        with recorder.watching(self.modules):
+            for request, args, kwargs in requests:
+                base = recorder.next_row
+                try:
+                    runs.append(self._run(request, args, kwargs))
+                except Exception as error:
+                    log.info("plan", f"a request fails: {error!r}")
+                    runs.append(Unfolded(request, base, [], failed=True))
+        stable = not recorder.relearn
+        if self._take_apart(known):
+            stable = False
+        return runs, self._learn(runs) and stable
+
+    def _take_apart(self, known: int) -> bool:
+        """Were tensors met whole that tracing takes apart along their first dimension?"""
+        found = False
+        for segment in self.recorder.used:
+            reads = None
+            for op, wiring in zip(segment.ops, segment.wirings, strict=True):
+                if op.number < known and not any(op.study.positions):
+                    continue
+                for apart, w in zip(op.study.positions, wiring, strict=True):
+                    if not apart or w >= 0:
+                        continue
+                    if reads is None:
+                        reads = _reads(segment)
+                    for row in reads[:, ~w].tolist():
+                        place = self._whole.get(row)
+                        if place is not None and place not in self._stacks:
+                            self._stacks.add(place)
+                            found = True
+        return found
+
+    def _learn(self, runs: Sequence[Unfolded]) -> bool:
+        """Take in who feeds whom, and which values are read elsewhere; True if nothing is new."""
+        recorder = self.recorder
+        total = recorder.next_row
+        maker = np.full(total, -1, np.int64)
+        segment_of = np.full(total, -1, np.int64)
+        offset_of = np.zeros(total, np.int64)
+        for k, segment in enumerate(recorder.used):
+            rows = np.array(segment.made)[:, None] + np.arange(segment.num_rows)
+            maker[rows] = np.repeat(
+                [op.number for op in segment.ops], [op.num_rows for op in segment.ops]
+            )
+            segment_of[rows] = k
+            offset_of[rows] = np.arange(segment.num_rows)
+        edges: set[tuple[int, int]] = set()
+        read = [np.zeros(0, np.int64)]
+        for segment in recorder.used:
+            reads = _reads(segment)
+            for op, wiring in zip(segment.ops, segment.wirings, strict=True):
+                for w in wiring:
+                    if w >= 0:
+                        edges.add((self._op_at(segment, w), op.number))
+                    else:
+                        column = reads[:, ~w]
+                        makers = np.unique(maker[column[column >= 0]])
+                        edges.update((m, op.number) for m in makers.tolist() if m >= 0)
+            read.append(reads[reads >= 0])
+        for run in runs:
+            if run.returned is not None:
+                rows_out = [r for rows, _ in run.returned.tensors for r in rows if r >= 0]
+                read.append(np.array(rows_out, np.int64))
+        used = np.concatenate(read)
+        used = used[segment_of[used] >= 0]
+        stable = True
+        grown = np.unique(segment_of[used] * (1 << 32) + offset_of[used])
+        for number in grown.tolist():
+            segment = recorder.used[number >> 32]
+            output = _output_of(segment, number & 0xFFFFFFFF)
+            if output not in segment.escaping:
+                segment.escaping.add(output)
+                self.generation += 1
+        if not edges <= self._edges:
+            self._edges |= edges
+            stable = not self._components()
+        return stable
+
+    @staticmethod
+    def _op_at(segment: Segment, row: int) -> int:
+        for op in segment.ops:
+            if row < op.num_rows:
+                return op.number
+            row -= op.num_rows
+        raise AssertionError(row)
+
+    def _components(self) -> bool:
+        """Find the operations that feed themselves; True if that changed."""
+        graph = nx.DiGraph(self._edges)
+        component = dict.fromkeys(range(len(self.recorder.all_ops)), 0)
+        for members in nx.strongly_connected_components(graph):
+            if len(members) > 1 or any(graph.has_edge(m, m) for m in members):
+                component.update(dict.fromkeys(members, 1 + min(members)))
+        changed = False
+        for op in self.recorder.all_ops:
+            if op.component != component[op.number]:
+                op.component, changed = component[op.number], True
+        if changed:
+            self.recorder.roots.clear()
+            self._live.clear()
+            self.generation += 1
+        return changed
+
+    # -- call graphs --
+
+    def forest(self, runs: Sequence[Unfolded]) -> Forest:
+        """Calls of the recorded requests."""
+        recorder = self.recorder
+        starts = np.array([run.base for run in runs], np.int64)
+        next_value = recorder.next_row
+        constants: dict[Hashable, int] = {}
+        constant_rows = np.zeros(len(recorder.constants) + 2, np.int64)
+        for row, key in recorder.constants.items():
+            if key not in constants:
+                constants[key] = next_value
+                next_value += 1
+            constant_rows[-row] = constants[key]
+        alias: list[tuple[Refs, Refs]] = []
+        pieces: dict[str, list[tuple[CallGroup, Refs, Refs]]] = {}
+
+        def values_of(rows: Refs) -> Refs:
+            return np.where(rows < 0, constant_rows[np.where(rows < 0, -rows, 0)], rows)
+
+        for segment in recorder.used:
+            template = self._template(segment)
+            n = len(segment.made)
+            first = np.array(segment.made, np.int64)
+            values = np.zeros((n, template.graph.num_values), np.int64)
+            reads = values_of(_reads(segment))
+            values[:, template.inputs] = reads
+            for value, key in template.constants:
+                if key not in constants:
+                    constants[key] = next_value
+                    next_value += 1
+                values[:, value] = constants[key]
+            inner = template.inner
+            values[:, inner] = next_value + np.arange(n * len(inner)).reshape(n, len(inner))
+            next_value += n * len(inner)
+            own = set(inner.tolist())
+            for row, value in template.results:
+                if value in own:
+                    values[:, value] = first + row
+                    own.discard(value)
+                else:
+                    alias.append((first + row, values[:, value]))
+            owners = np.searchsorted(starts, first, "right") - 1
+            for group in template.graph.groups:
+                copied = _copies(group, values)
+                calls = np.repeat(owners, group.num_calls)
+                when = np.repeat(first, group.num_calls)
+                pieces.setdefault(group.cell.key, []).append((copied, calls, when))
+        final = np.arange(next_value)
+        for rows, values in alias:
+            final[rows] = values
+        while alias and not np.array_equal(following := final[final], final):
+            final = following
+        groups, all_owners = [], []
+        for parts in pieces.values():
+            group, owners = _joined(parts)
+            if alias:
+                group.inputs = [
+                    RaggedRefs(c.offsets, final[c.refs]) if isinstance(c, RaggedRefs) else final[c]
+                    for c in group.inputs
+                ]
+            groups.append(group)
+            all_owners.append(owners)
+        data, data_owners, outputs, output_owners = [], [], [], []
+        for r, run in enumerate(runs):
+            for leaf, base, kind, count in run.data:
+                data.append(_source(leaf, base, kind, count))
+                data_owners.append(r)
+            for rows, out in run.returned.tensors if run.returned is not None else ():
+                refs = final[values_of(np.array(rows, np.int64))]
+                outputs.append(_output(refs, out))
+                output_owners.append(r)
+        graph = CallGraph(groups, data, constants, outputs, next_value)
+        return Forest(graph, len(runs), all_owners, data_owners, output_owners)
+
+    def _template(self, segment: Segment) -> Template:
+        escaping = tuple(sorted(segment.escaping))
+        recurrent = segment.ops[0].component != 0
+        key = (
+            tuple(op.number for op in segment.ops), segment.wirings, escaping, recurrent,
+        )
+        template = self._templates.get(key)
+        if template is None:
+            template = self._templates[key] = self._made(segment, escaping, recurrent)
+        self._live[key[:2]] = template
+        return template
+
+    def _made(self, segment: Segment, escaping: Sequence[int], recurrent: bool) -> Template:
+        def run(*tensors: Any) -> list[Any]:
+            made = segment.compute(tensors)
+            return [made[i] for i in escaping]
+
+        kinds = segment.external_types()
+        traced = self.tools.trace_alone(run, [_example(t, self.device) for t in kinds])
+        lowered = self.tools.lower_alone(traced)
+        graph = self.tools.extract_alone(lowered)
+        if recurrent:
+            for group in graph.groups:
+                group.cell = replace(group.cell, recurrent=True)
+        self.tools.rewrite_alone(graph)
+        rows = np.cumsum([0, *[max(1, o.count) for o in segment.outputs]]).tolist()
+        results = []
+        for i, out in zip(escaping, graph.outputs, strict=True):
+            expected = 1 if segment.outputs[i].count < 0 else segment.outputs[i].count
+            if out.refs.size != expected:
+                raise CannotUnfold(f"{segment} gives other rows than its parts")
+            results += [(rows[i] + k, int(v)) for k, v in enumerate(out.refs.reshape(-1))]
+        inner = [v for g in graph.groups for column in g.outputs for v in column.tolist()]
+        inputs = [source.base for source in graph.data]
+        if any(s.count != 1 for s in graph.data) or len(inputs) != len(kinds):
+            raise CannotUnfold(f"{segment} takes its inputs apart")
+        constants = [(value, key) for key, value in graph.constants.items()]
+        return Template(graph, inputs, constants, results, np.array(inner, np.int64))
+
+    def forget(self) -> None:
+        """Its cells are not used any more."""
+        self._live.clear()
+
+    def cells(self) -> set[str]:
+        """Keys of the cells that plans made now would hold."""
+        return {g.cell.key for t in self._live.values() for g in t.graph.groups}
+
+    def explain(self) -> list[str]:
+        """Segments that feed themselves though they are no call: lines to move into a method."""
+        return sorted(
+            {
+                f"{op.origin}: {op.name}"
+                for op in self.recorder.all_ops
+                if op.component and not op.is_call
+            }
+        )
+
+
+_NUMBERS = {int: StubType.of((), torch.int64), float: StubType.of((), torch.float64)}
+
+
+def _example(kind: StubType, device: torch.device) -> torch.Tensor:
+    return torch.empty(kind.shape, dtype=kind.dtype, device=device)
+
+
+def _reads(segment: Segment) -> Refs:
+    """[instances, inputs] rows."""
+    return np.array(segment.reads, np.int64).reshape(len(segment.made), segment.num_external)
+
+
+def _output_of(segment: Segment, row: int) -> int:
+    for i, out in enumerate(segment.outputs):
+        if row < max(1, out.count):
+            return i
+        row -= max(1, out.count)
+    raise AssertionError(row)
+
+
+def _copies(group: CallGroup, values: Refs) -> CallGroup:
+    """The calls of a template's group for every instance, instance by instance."""
+    n = len(values)
+
+    def column(refs: Refs | RaggedRefs) -> Refs | RaggedRefs:
+        if not isinstance(refs, RaggedRefs):
+            return values[:, refs].reshape(-1)
+        counts = np.tile(np.diff(refs.offsets), n)
+        offsets = np.concatenate([[0], np.cumsum(counts)])
+        return RaggedRefs(offsets, values[:, refs.refs].reshape(-1))
+
+    outputs = [values[:, o].reshape(-1) for o in group.outputs]
+    return CallGroup(group.cell, [column(c) for c in group.inputs], outputs)
+
+
+def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, Refs]:
+    """One group of a cell's calls from all segments, request by request, in time order."""
+    first, owners, when = parts[0]
+    group = CallGroup(first.cell, list(first.inputs), list(first.outputs))
+    for more, more_owners, more_when in parts[1:]:
+        group.inputs = [join(a, b) for a, b in zip(group.inputs, more.inputs, strict=True)]
+        group.outputs = [np.concatenate(p) for p in zip(group.outputs, more.outputs, strict=True)]
+        owners, when = np.concatenate([owners, more_owners]), np.concatenate([when, more_when])
+    if len(parts) > 1:
+        order = np.argsort(when, kind="stable")
+        group.inputs = [take(c, order) for c in group.inputs]
+        group.outputs = [o[order] for o in group.outputs]
+        owners = owners[order]
+    return group, owners
+
+
+def _source(leaf: int, base: int, kind: StubType, count: int) -> DataSource:
+    type = RowType(kind.shape, DTYPE_NAMES[kind.dtype])
+    rows = (True,) * len(kind.shape)
+    if count < 0:
+        return DataSource(leaf, f"leaf {leaf}", base, 1, type, rows)
+    return DataSource(leaf, f"leaf {leaf}", base, count, type, (False, *rows))
+
+
+def _output(refs: Refs, out: OutType) -> RowOutput:
+    shape, dtype = out.type.shape, DTYPE_NAMES[out.type.dtype]
+    if out.count < 0:
+        return RowOutput(refs.reshape(()), RowType(shape, dtype), shape, (True,) * len(shape))
+    dims = (False, *[True] * (len(shape) - 1))
+    return RowOutput(refs, RowType(shape[1:], dtype), shape, dims)
+

@@ -1,0 +1,284 @@
+"""Stubs: what a forward runs on while its structure is unfolded.
+
+Duty: objects that stand for a request's tensors and numbers, and know a shape and a dtype only. A
+`Stub` is one row; a `Stack` is a tensor whose first dimension is a list of rows, so that indexing,
+stacking and reversing it moves nothing; a `Number` is a Python number that is data as long as it
+only becomes a tensor. All they do is told to the `Recorder` of `frontends.unfold`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, Protocol
+
+import torch
+
+
+class StubType:
+    """Shape and dtype of a stub; one object each, so that identity is equality."""
+
+    __slots__ = ("device", "dtype", "shape", "size")
+    _made: dict[tuple[Any, ...], StubType] = {}
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.size = torch.Size(shape)
+
+    @classmethod
+    def of(
+        cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
+    ) -> StubType:
+        key = (tuple(shape), dtype, device)
+        found = cls._made.get(key)
+        if found is None:
+            place = device if device is not None else torch.device("cpu")
+            found = cls._made[key] = cls(tuple(shape), dtype, place)
+        return found
+
+    def __repr__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}".removeprefix("torch.")
+
+
+class Target(Protocol):
+    """Who is told what happens to stubs."""
+
+    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
+
+
+class NumberSteers(BaseException):
+    """Python code used a number as a value: numbers at its place are structure, not data.
+
+    No Exception, so that no handler in the forward hides it.
+    """
+
+    def __init__(self, place: Any) -> None:
+        super().__init__(place)
+        self.place = place
+
+
+class CannotUnfold(BaseException):
+    """The forward does what only operator-level tracing handles; `origin` says where."""
+
+    def __init__(self, reason: str, origin: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.origin = reason, origin
+
+
+class _State:
+    target: Target | None = None
+
+
+current = _State()
+
+
+def _tell(func: Any, args: Any, kwargs: Any) -> Any:
+    target = current.target
+    if target is None:
+        raise CannotUnfold("a value of the request is used outside of its forward")
+    return target.function(func, args, kwargs, sys._getframe(2))
+
+
+class Stub:
+    """One row of a request in flight: a whole tensor of known shape."""
+
+    __slots__ = ("id", "type")
+
+    def __init__(self, id: int, type: StubType) -> None:
+        self.id, self.type = id, type
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return torch.Tensor
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        target = current.target
+        if target is None:
+            raise CannotUnfold("a value of the request is used outside of its forward")
+        return target.function(func, args, kwargs or {}, sys._getframe(1))
+
+    # -- what it knows --
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.type.size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.type.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.type.device
+
+    @property
+    def ndim(self) -> int:
+        return len(self.type.shape)
+
+    requires_grad = False
+    is_cuda = property(lambda self: self.type.device.type == "cuda")
+    is_sparse = is_quantized = is_nested = False
+    grad = None
+    layout = torch.strided
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.type.size if dim is None else self.type.shape[dim]
+
+    def dim(self) -> int:
+        return len(self.type.shape)
+
+    def numel(self) -> int:
+        return self.type.size.numel()
+
+    nelement, ndimension = numel, dim
+
+    def is_floating_point(self) -> bool:
+        return self.type.dtype.is_floating_point
+
+    def detach(self) -> Stub:
+        return self
+
+    def contiguous(self, *_: Any, **__: Any) -> Stub:
+        return self
+
+    def __len__(self) -> int:
+        if not self.type.shape:
+            raise TypeError("len() of a 0-d tensor")
+        return self.type.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([self[i] for i in range(len(self))])
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("_") and not name.endswith("__"):
+            raise CannotUnfold(f"{name} writes in place", _origin(sys._getframe(1)))
+        found = getattr(torch.Tensor, name)  # AttributeError where tensors have none
+        if not callable(found):
+            return _tell(found.__get__, (self,), {})
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            return _tell(found, (self, *args), kwargs)
+
+        return method
+
+    def __repr__(self) -> str:
+        return f"<a tensor of the request: {self.type}>"
+
+
+def _forwarding(name: str) -> Callable[..., Any]:
+    function = getattr(torch.Tensor, name)
+
+    def operator(self: Stub, *args: Any) -> Any:
+        return _tell(function, (self, *args), {})
+
+    return operator
+
+
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul "
+    "neg abs invert and or xor rand ror rxor eq ne lt le gt ge getitem"
+).split():
+    if hasattr(torch.Tensor, f"__{_name}__"):
+        setattr(Stub, f"__{_name}__", _forwarding(f"__{_name}__"))
+
+
+def _reading(name: str) -> Callable[..., Any]:
+    def read(self: Stub, *_: Any, **__: Any) -> NoReturn:
+        raise CannotUnfold(f"{name} reads a value", _origin(sys._getframe(1)))
+
+    return read
+
+
+for _name in "__bool__ __int__ __float__ __index__ __contains__ item tolist numpy".split():
+    setattr(Stub, _name, _reading(_name.strip("_")))
+
+
+def _writing(name: str) -> Callable[..., Any]:
+    def write(self: Stub, *_: Any) -> NoReturn:
+        raise CannotUnfold(f"{name} writes in place", _origin(sys._getframe(1)))
+
+    return write
+
+
+for _name in "setitem iadd isub imul itruediv iand ior ixor".split():
+    setattr(Stub, f"__{_name}__", _writing(_name))
+
+
+class Stack(Stub):
+    """A tensor whose rows along the first dimension are stubs of one type."""
+
+    __slots__ = ("items",)
+
+    def __init__(self, items: Sequence[Stub]) -> None:
+        inner = items[0].type
+        super().__init__(
+            -1, StubType.of((len(items), *inner.shape), inner.dtype, inner.device)
+        )
+        self.items = list(items)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        if type(index) is int:
+            return self.items[index]
+        if type(index) is slice and (chosen := self.items[index]):
+            return Stack(chosen)
+        if type(index) is tuple and index and type(index[0]) is int:
+            rest = index[1:]
+            inner = self.items[index[0]]
+            return inner[rest[0] if len(rest) == 1 else rest] if rest else inner
+        return _tell(torch.Tensor.__getitem__, (self, index), {})
+
+    def unbind(self, dim: int = 0) -> Any:
+        if dim in (0, -self.ndim):
+            return tuple(self.items)
+        return _tell(torch.Tensor.unbind, (self, dim), {})
+
+    def flip(self, *dims: Any) -> Any:
+        if dims in ((0,), ((0,),), ([0],)):
+            return Stack(self.items[::-1])
+        return _tell(torch.Tensor.flip, (self, *dims), {})
+
+
+class Number:
+    """A Python number of the request; `stub` is the row that it is as a tensor.
+
+    It passes `isinstance` checks for its kind; any use of its value raises `NumberSteers`.
+    """
+
+    __slots__ = ("kind", "place", "stub")
+
+    def __init__(self, kind: type, place: Any, stub: Stub) -> None:
+        self.kind, self.place, self.stub = kind, place, stub
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        return self.kind
+
+    def __getattr__(self, name: str) -> Any:
+        getattr(self.kind, name)  # AttributeError where such numbers have none
+        raise NumberSteers(self.place)
+
+
+def _steering(name: str) -> Callable[..., Any]:
+    def used(self: Number, *_: Any) -> NoReturn:
+        raise NumberSteers(self.place)
+
+    return used
+
+
+for _name in (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow neg pos abs "
+    "and or xor rand ror rxor lshift rshift eq ne lt le gt ge bool int float index hash repr str "
+    "format round invert divmod"
+).split():
+    setattr(Number, f"__{_name}__", _steering(_name))
+
+
+def _origin(frame: Any) -> str:
+    return f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
