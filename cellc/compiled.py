@@ -403,9 +403,10 @@ class Compiled:
     @property
     def graph(self) -> networkx.MultiDiGraph:
         """The networkx dataflow graph of the last traced request."""
-        if self._compiler.graph is None:
+        graph = self._compiler.traced_graph()
+        if graph is None:
             raise CellcError("nothing was traced yet; call the compiled model or warmup() first")
-        return self._compiler.graph.nx
+        return graph.nx
 
     @property
     def stages(self) -> list[Stage]:

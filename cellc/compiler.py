@@ -30,7 +30,7 @@ from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedErro
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.frontends.lower import lower
-from cellc.frontends.stub import CannotUnfold, NumberSteers
+from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, trace
 from cellc.frontends.unfold import LEAF
 from cellc.graph import Graph
@@ -44,7 +44,7 @@ from cellc.request import Arguments, Request, Structure, describe, kind_of, unli
 from cellc.roles import Roles
 from cellc.rows import RowGraph
 from cellc.skeleton import Copier
-from cellc.unfolder import Unfolded, Unfolder
+from cellc.unfolder import Steers, Unfolded, Unfolder
 
 MAX_PLANS = 16384
 _CHANNELS = {
@@ -175,7 +175,7 @@ class Compiler:
                 with _TRACING, evaluating(self.model):
                     runs = self.unfolder.unfold(requests, steering)
                     forest = self.unfolder.forest(runs)
-            except NumberSteers as error:
+            except Steers as error:
                 log.info("plan", f"numbers at {error.place} decide: they are structure")
                 self.arguments.steering = steering | {error.place}
                 return False

@@ -216,10 +216,6 @@ def flatten(
     return Flat(tensors, ints, floats, tuple(tokens), bool(seen), structured)
 
 
-def _roots(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Place]:
-    return [*[("argument", i) for i in range(len(args))], *[("argument", k) for k in kwargs]]
-
-
 def _marked(x: Any, place: Place, steering: frozenset[Place]) -> Any:
     if type(x) in (int, float) and place in steering:
         return _Steering(x)
@@ -247,9 +243,41 @@ def _frozen(context: Any) -> Hashable:
     return frozen
 
 
+def filler(x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
+    """(what makes or fills a copy from its items, the empty copy where there can be one)."""
+    kind = type(x)
+    if kind is list:
+        shell: Any = []
+        return lambda items: (shell.extend(items), shell)[1], shell
+    if kind in (dict, OrderedDict):
+        shell = kind()
+        keys = list(x)
+        return lambda items: (shell.update(zip(keys, items, strict=True)), shell)[1], shell
+    if issubclass(kind, tuple):
+        return (lambda items: kind(*items)) if kind is not tuple else tuple, None
+    if kind in pytree.SUPPORTED_NODES:
+        node = pytree.SUPPORTED_NODES[kind]
+        context = node.flatten_fn(x)[1]
+        return lambda items: node.unflatten_fn(items, context), None
+    names = attributes(x)
+    try:
+        shell = object.__new__(kind)
+    except TypeError:
+        shell = kind.__new__(kind)
+
+    def fill(items: list[Any]) -> Any:
+        for name, item in zip(names, items, strict=True):
+            object.__setattr__(shell, name, item)
+        return shell
+
+    return fill, shell
+
+
 class Copier:
-    """Copies a request with its data leaves replaced: `tensor(leaf, place)` and `number(value,
-    place)` give what stands in their place, called in walking order.
+    """Copies a request with `tensor(leaf, place)` in place of its tensors and `number(value,
+    place)` of its numbers, called in walking order.
+
+    Iterative, so that depth costs no recursion.
     """
 
     def __init__(
@@ -261,108 +289,50 @@ class Copier:
         self._made: dict[int, Any] = {}
         self._kept: list[Any] = []
         self._open: set[int] = set()
-        self.containers: set[int] = set()  # ids of the copies; alive as long as this is
 
     def call(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        places = _roots(args, kwargs)
-        values = [*args, *kwargs.values()]
-        made = [self._copy(v, p) for v, p in zip(values, places, strict=True)]
+        roots = [*enumerate(args), *kwargs.items()]
+        made = [self._copy(x, ("argument", k)) for k, x in roots]
         return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
 
     def _copy(self, x: Any, place: Place) -> Any:
-        """Children before parents on a stack of our own; containers that can be filled later are
-        entered in the memo first, so circles close.
+        """Children before parents; what can be filled later is known before its children, so that
+        circles close.
         """
         root: list[Any] = [None]
         stack: list[Any] = [(x, place, root, 0)]
-        made, number = self._made, self._number
         while stack:
-            task = stack.pop()
-            if len(task) == 3:  # finish a container whose items are there
-                finish, items, (target, at) = task
-                made_one = target[at] = finish(items)
-                self._kept.append(made_one)
-                if made_one != ():
-                    self.containers.add(id(made_one))
+            x, place, target, at = stack.pop()
+            if target is None:  # the items of a container are there
+                original, items, finish, (target, at) = x
+                target[at] = self._made[id(original)] = finish(items)
+                self._open.discard(id(original))
                 continue
-            x, place, target, at = task
             kind = type(x)
-            if (kind is int or kind is float) and number is not None:
-                target[at] = number(x, place)
-                continue
-            if isinstance(x, torch.Tensor):
+            if (kind is int or kind is float) and self._number is not None:
+                target[at] = self._number(x, place)
+            elif isinstance(x, torch.Tensor):
                 target[at] = self._tensor(x, place)
-                continue
-            if id(x) in made:
-                target[at] = made[id(x)]
-                continue
-            if kind is tuple:
-                if id(x) in self._open:  # a circle that no copy can close
-                    raise NotFlat(x)
-                self._open.add(id(x))
-                items = [None] * len(x)
-                stack.append((self._tuple(x), items, (target, at)))
-                size = len(x)
-                for i in range(size - 1, -1, -1):
-                    stack.append((x[i], (size, i), items, i))
-                continue
-            parts = children(x) if kind not in VALUES else None
-            if parts is None:
+            elif id(x) in self._made:
+                target[at] = self._made[id(x)]
+            elif (parts := None if kind in VALUES else children(x)) is None:
                 target[at] = x
-                continue
-            _, values, places = parts
-            self._kept.append(values)
-            items = [None] * len(values)
-            finish, shell = self._finisher(x)
-            if shell is not None:
-                made[id(x)] = target[at] = shell
-            stack.append((finish, items, (target, at)))
-            for i in range(len(values) - 1, -1, -1):
-                stack.append((values[i], places[i], items, i))
+            elif id(x) in self._open:
+                raise NotFlat(x)  # a circle that no copy can close
+            else:
+                _, values, places = parts
+                finish, shell = filler(x)
+                items = [None] * len(values)
+                self._kept += [values, x]
+                if shell is not None:
+                    self._made[id(x)] = target[at] = shell
+                self._open.add(id(x))
+                stack.append(((x, items, finish, (target, at)), None, None, 0))
+                for i in range(len(values) - 1, -1, -1):
+                    stack.append((values[i], places[i], items, i))
         return root[0]
-
-    def _tuple(self, x: Any) -> Callable[[list[Any]], Any]:
-        def finish(items: list[Any]) -> Any:
-            made = self._made[id(x)] = tuple(items)
-            self._open.discard(id(x))
-            return made
-
-        return finish
-
-    def _finisher(self, x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
-        """(what makes or fills the copy from its items, the empty copy where it can be made)."""
-        kind = type(x)
-        if kind is list:
-            shell: Any = []
-            return lambda items: (shell.extend(items), shell)[1], shell
-        if kind in (dict, OrderedDict):
-            shell = kind()
-            keys = list(x)
-            return lambda items: (shell.update(zip(keys, items, strict=True)), shell)[1], shell
-        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            return lambda items: self._keep(x, kind(*items)), None
-        if kind in pytree.SUPPORTED_NODES:
-            node = pytree.SUPPORTED_NODES[kind]
-            context = node.flatten_fn(x)[1]
-            return lambda items: self._keep(x, node.unflatten_fn(items, context)), None
-        names = attributes(x)
-        try:
-            shell = object.__new__(kind)
-        except TypeError:
-            shell = kind.__new__(kind)
-
-        def fill(items: list[Any]) -> Any:
-            for name, item in zip(names, items, strict=True):
-                object.__setattr__(shell, name, item)
-            return shell
-
-        return fill, shell
-
-    def _keep(self, x: Any, made: Any) -> Any:
-        self._made[id(x)] = made
-        return made
 
 
 def tensor_paths(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[str]) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import Any, TypeVar
 
@@ -18,10 +18,10 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
-from cellc.compiler import Compiler, Entry
+from cellc.compiler import Entry
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.plan import CELL
-from cellc.request import Structure, as_call
+from cellc.request import as_call
 
 T = TypeVar("T")
 
@@ -47,6 +47,8 @@ class Unfold:
 
     kind: str
     us_per_cell: float
+    reason: str = ""  # why it is not unfolded by cells
+    lines: list[str] = field(default_factory=list)  # recurrent operations that are no call
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
     """Run the requests, then trace the one with the most calls once more."""
     compiled.map(requests)
     compiler = compiled._compiler
-    plans = [compiler.entry(*_structure(compiler, request)).plan for request in requests]
+    plans = [ticket.entry.plan for ticket in compiled._tickets([as_call(r) for r in requests])]
     largest = max(range(len(plans)), key=lambda i: plans[i].num_calls)
     entry, unfold = _unfolded(compiled, requests[largest])
     calls = Counter({compiler.by_number[int(n)].name: 0 for p in plans for n in p.calls[:, CELL]})
@@ -129,15 +131,26 @@ def _cell_reports(compiled: Compiled, calls: Counter[str]) -> Iterator[CellRepor
 
 
 def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
-    """Trace a request again, and derive its plan from its family where that can be done."""
+    """Plan a request once more, as if its structure were new."""
     compiler = compiled._compiler
-    structure, args, kwargs = _structure(compiler, request)
+    args, kwargs = compiler.arguments.bind(*as_call(request))
+    flat = compiler.arguments.flatten(args, kwargs)
+    entry = compiler.cached(flat.key, count=False)
+    if compiler.unfolds(flat) and entry is not None:
+        _, seconds = _fastest(lambda: compiler.unfold([(flat, args, kwargs)]))
+        slow = compiler.unfolder.explain()
+        return entry, Unfold("cell-level unfolding", _a_call(seconds, entry), "", slow)
+    structure = compiler.arguments.flatten(args, kwargs, exact=True).structure
     entry, seconds = _fastest(lambda: compiler._traced(structure, args, kwargs))
     derived, derived_seconds = _fastest(lambda: compiler._derived(structure))
     if derived is not None:
-        entry, seconds = derived, derived_seconds
-    kind = "operator-level tracing" if derived is None else "closed form"
-    return entry, Unfold(kind, seconds * 1e6 / max(1, entry.plan.num_calls))
+        return derived, Unfold("closed form", _a_call(derived_seconds, derived))
+    reason = compiler.unfolder.reason or ""
+    return entry, Unfold("operator-level tracing", _a_call(seconds, entry), reason)
+
+
+def _a_call(seconds: float, entry: Entry) -> float:
+    return seconds * 1e6 / max(1, entry.plan.num_calls)
 
 
 def _fastest(work: Callable[[], T]) -> tuple[T, float]:
@@ -148,11 +161,6 @@ def _fastest(work: Callable[[], T]) -> tuple[T, float]:
         result = work()
         times.append(time.perf_counter() - start)
     return result, min(times)
-
-
-def _structure(compiler: Compiler, request: Any) -> tuple[Structure, tuple[Any, ...], Any]:
-    args, kwargs = compiler.arguments.bind(*as_call(request))
-    return compiler.arguments.flatten(args, kwargs).structure, args, kwargs
 
 
 # -- coverage --------------------------------------------------------------------------------------

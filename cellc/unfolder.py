@@ -11,6 +11,7 @@ instances in a request are copies of that call graph with other values.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -24,9 +25,10 @@ from cellc import log
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.frontends.dims import Dims
-from cellc.frontends.stub import CannotUnfold, Number, Stack, Stub, StubType
+from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, NumberSteers, Stack, Stub, StubType
 from cellc.frontends.tracer import Trace
 from cellc.frontends.unfold import LEAF, OutType, Recorder, Returned, Segment, Study
+from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
 from cellc.ops import RowType
 from cellc.request import Request
 from cellc.rows import DataSource, RaggedRefs, Refs, RowGraph, RowOutput
@@ -34,6 +36,14 @@ from cellc.skeleton import Copier
 
 SAMPLE = 3  # requests from which a model's segments are first learned
 ROUNDS = 12  # of learning, at most
+
+
+class Steers(Exception):
+    """Python code decides by the numbers at a place."""
+
+    def __init__(self, place: Hashable) -> None:
+        super().__init__(place)
+        self.place = place
 
 
 class Tools(Protocol):
@@ -93,6 +103,7 @@ class Unfolder:
         self.generation = 0  # of what was learned: older plans hold other cells
         self.to_check = 2  # requests whose results are still compared with the model's own
         self._stacks: set[Hashable] = set()  # places of tensors that are taken apart
+        self._shapes = Shapes({})
         self._edges: set[tuple[int, int]] = set()
         self._templates: dict[Hashable, Template] = {}
         self._live: dict[Hashable, Template] = {}
@@ -103,34 +114,48 @@ class Unfolder:
         recorder = self.recorder
         leaf = 0
         out = Unfolded(request, recorder.next_row, [])
-        numbers = self._first_numbers(request)
-        given = {int: 0, float: 0}
+        ints = recorder.next_row
+        at = request.given
+        rows = []
+        for present, form in ((request.ints, IntNumber), (request.floats, FloatNumber)):
+            rows.append(recorder.next_row)
+            if present:
+                count = len(request.tensors[at])
+                out.data.append((at, recorder.next_row, form.type, count))
+                recorder.next_row += count
+                at += 1
 
-        def tensor(value: torch.Tensor, place: Hashable) -> Any:
+        def tensor(value: torch.Tensor, place: Hashable, row: int) -> Any:
             nonlocal leaf
-            made = self._data(out, leaf, value, place)
+            made = self._data(out, leaf, value, place, row)
             leaf += 1
             return made
 
-        def number(value: Any, place: Hashable) -> Any:
-            kind = type(value)
-            if place in self.steering or (type(place) is tuple and place[0] == "argument"):
-                return value
-            row = numbers[kind] + given[kind]
-            given[kind] += 1
-            return Number(kind, place, Stub(row, _NUMBERS[kind]))
-
-        ints, floats = request.ints, request.floats
-        copier = Copier(tensor, number if ints or floats else None)
-        recorder.containers = copier.containers
-        call_args, call_kwargs = copier.call(args, kwargs)
-        at = request.given
-        for kind, present in ((int, ints), (float, floats)):
-            if present:
-                out.data.append((at, numbers[kind], _NUMBERS[kind], len(request.tensors[at])))
-                at += 1
-        out.returned = recorder.run(self.forward, call_args, call_kwargs)
+        tensors = recorder.next_row
+        stubber = Stubber(self._shapes, self.steering, (rows[0], rows[1], tensors), tensor)
+        call_args, call_kwargs = stubber.call(args, kwargs)
+        recorder.next_row = stubber.tensors
+        recorder.parts, recorder.data = stubber.parts, (ints, rows[1], tensors, stubber.tensors)
+        try:
+            out.returned = recorder.run(self.forward, call_args, call_kwargs)
+        except NumberSteers as error:
+            raise Steers(self._place_of(error.row, out, args, kwargs)) from error
         return out
+
+    def _place_of(self, row: int, out: Unfolded, args: Any, kwargs: Any) -> Hashable:
+        """Place of the number that is row `row`."""
+        places: dict[type, list[Hashable]] = {int: [], float: []}
+
+        def number(value: Any, place: Hashable) -> Any:
+            if place not in self.steering and place[0] != "argument":  # type: ignore[index]
+                places[type(value)].append(place)
+            return value
+
+        Copier(lambda leaf, _: leaf, number).call(args, kwargs)
+        for _, first, form, count in out.data:
+            if first <= row < first + count:
+                return places[int if form is IntNumber.type else float][row - first]
+        raise AssertionError(row)
 
     def _first_numbers(self, request: Request) -> dict[type, int]:
         """Rows of the numbers of each kind, taken now."""
@@ -143,12 +168,12 @@ class Unfolder:
                 at += 1
         return first
 
-    def _data(self, out: Unfolded, leaf: int, value: torch.Tensor, place: Hashable) -> Any:
-        recorder = self.recorder
+    def _data(
+        self, out: Unfolded, leaf: int, value: torch.Tensor, place: Hashable, row: int
+    ) -> Any:
         if value.dtype not in DTYPE_NAMES:
             raise CannotUnfold(f"a tensor of {value.dtype}")
         device = self.recorder._device
-        row = recorder.next_row
         shape = tuple(value.shape)
         if 0 in shape:
             raise CannotUnfold("an empty tensor")
@@ -157,10 +182,8 @@ class Unfolder:
         )
         if apart and len(shape) > 0:
             inner = StubType.of(shape[1:], value.dtype, device)
-            recorder.next_row += shape[0]
             out.data.append((leaf, row, inner, shape[0]))
             return Stack([Stub(row + i, inner) for i in range(shape[0])])
-        recorder.next_row += 1
         kind = StubType.of(shape, value.dtype, device)
         out.data.append((leaf, row, kind, -1))
         if len(shape) > 1:
@@ -205,7 +228,7 @@ class Unfolder:
     ) -> list[Unfolded]:
         """Run new requests on stubs; what they did is in the recorder's segments.
 
-        Raises NumberSteers where a number turned out to decide, CannotUnfold where tracing has to
+        Raises Steers where a number turned out to decide, CannotUnfold where tracing has to
         do it.
         """
         self.steering = steering
@@ -222,6 +245,21 @@ class Unfolder:
         recorder = self.recorder
         recorder.reset()
         recorder.relearn = False
+        if len(self._shapes.numbers) > MAX_SHAPES:
+            self._shapes.numbers.clear()
+            recorder.memos.clear()
+        collecting = gc.isenabled()
+        gc.disable()  # what is made here lives until the end of it
+        try:
+            return self._recorded(requests)
+        finally:
+            if collecting:
+                gc.enable()
+
+    def _recorded(
+        self, requests: Sequence[tuple[Request, Any, Any]]
+    ) -> tuple[list[Unfolded], bool]:
+        recorder = self.recorder
         self._whole: dict[int, Hashable] = {}
         runs = []
         known = len(recorder.all_ops)
@@ -230,9 +268,14 @@ class Unfolder:
                 base = recorder.next_row
                 try:
                     runs.append(self._run(request, args, kwargs))
+                except Steers:
+                    raise
                 except Exception as error:
                     log.info("plan", f"a request fails: {error!r}")
                     runs.append(Unfolded(request, base, [], failed=True))
+        recorder.expand()
+        recorder.leaks()
+        recorder.spans = []
         stable = not recorder.relearn
         if self._take_apart(known):
             stable = False
@@ -250,7 +293,7 @@ class Unfolder:
                     if not apart or w >= 0:
                         continue
                     if reads is None:
-                        reads = _reads(segment)
+                        reads, _ = segment.instances()
                     for row in reads[:, ~w].tolist():
                         place = self._whole.get(row)
                         if place is not None and place not in self._stacks:
@@ -266,7 +309,8 @@ class Unfolder:
         segment_of = np.full(total, -1, np.int64)
         offset_of = np.zeros(total, np.int64)
         for k, segment in enumerate(recorder.used):
-            rows = np.array(segment.made)[:, None] + np.arange(segment.num_rows)
+            _, made = segment.instances()
+            rows = made[:, None] + np.arange(segment.num_rows)
             maker[rows] = np.repeat(
                 [op.number for op in segment.ops], [op.num_rows for op in segment.ops]
             )
@@ -275,7 +319,7 @@ class Unfolder:
         edges: set[tuple[int, int]] = set()
         read = [np.zeros(0, np.int64)]
         for segment in recorder.used:
-            reads = _reads(segment)
+            reads, _ = segment.instances()
             for op, wiring in zip(segment.ops, segment.wirings, strict=True):
                 for w in wiring:
                     if w >= 0:
@@ -323,8 +367,10 @@ class Unfolder:
         for op in self.recorder.all_ops:
             if op.component != component[op.number]:
                 op.component, changed = component[op.number], True
+            op.alone = None
         if changed:
             self.recorder.roots.clear()
+            self.recorder.memos.clear()
             self._live.clear()
             self.generation += 1
         return changed
@@ -351,11 +397,10 @@ class Unfolder:
 
         for segment in recorder.used:
             template = self._template(segment)
-            n = len(segment.made)
-            first = np.array(segment.made, np.int64)
+            reads, first = segment.instances()
+            n = len(first)
             values = np.zeros((n, template.graph.num_values), np.int64)
-            reads = values_of(_reads(segment))
-            values[:, template.inputs] = reads
+            values[:, template.inputs] = values_of(reads)
             for value, key in template.constants:
                 if key not in constants:
                     constants[key] = next_value
@@ -462,16 +507,8 @@ class Unfolder:
         )
 
 
-_NUMBERS = {int: StubType.of((), torch.int64), float: StubType.of((), torch.float64)}
-
-
 def _example(kind: StubType, device: torch.device) -> torch.Tensor:
     return torch.empty(kind.shape, dtype=kind.dtype, device=device)
-
-
-def _reads(segment: Segment) -> Refs:
-    """[instances, inputs] rows."""
-    return np.array(segment.reads, np.int64).reshape(len(segment.made), segment.num_external)
 
 
 def _output_of(segment: Segment, row: int) -> int:

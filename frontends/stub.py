@@ -47,14 +47,14 @@ class Target(Protocol):
 
 
 class NumberSteers(BaseException):
-    """Python code used a number as a value: numbers at its place are structure, not data.
+    """Python code used the number of row `row` as a value: numbers at its place are structure.
 
     No Exception, so that no handler in the forward hides it.
     """
 
-    def __init__(self, place: Any) -> None:
-        super().__init__(place)
-        self.place = place
+    def __init__(self, row: int) -> None:
+        super().__init__(row)
+        self.row = row
 
 
 class CannotUnfold(BaseException):
@@ -246,28 +246,34 @@ class Stack(Stub):
 
 
 class Number:
-    """A Python number of the request; `stub` is the row that it is as a tensor.
+    """A Python number of the request, which is row `row` as a tensor.
 
     It passes `isinstance` checks for its kind; any use of its value raises `NumberSteers`.
     """
 
-    __slots__ = ("kind", "place", "stub")
+    __slots__ = ("row",)
+    kind: type = int
+    type: StubType
 
-    def __init__(self, kind: type, place: Any, stub: Stub) -> None:
-        self.kind, self.place, self.stub = kind, place, stub
+    def __init__(self, row: int) -> None:
+        self.row = row
 
     @property
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> Any:  # type: ignore[override]
         return self.kind
+
+    @property
+    def stub(self) -> Stub:
+        return Stub(self.row, self.type)
 
     def __getattr__(self, name: str) -> Any:
         getattr(self.kind, name)  # AttributeError where such numbers have none
-        raise NumberSteers(self.place)
+        raise NumberSteers(self.row)
 
 
 def _steering(name: str) -> Callable[..., Any]:
     def used(self: Number, *_: Any) -> NoReturn:
-        raise NumberSteers(self.place)
+        raise NumberSteers(self.row)
 
     return used
 
@@ -278,6 +284,21 @@ for _name in (
     "format round invert divmod"
 ).split():
     setattr(Number, f"__{_name}__", _steering(_name))
+
+
+class IntNumber(Number):
+    """An int of the request."""
+
+    __slots__ = ()
+    type = StubType.of((), torch.int64)
+
+
+class FloatNumber(Number):
+    """A float of the request."""
+
+    __slots__ = ()
+    kind = float
+    type = StubType.of((), torch.float64)
 
 
 def _origin(frame: Any) -> str:

@@ -20,7 +20,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -148,6 +148,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tracked: dict[int, _Tracked] = {}  # of tensors that are no placeholders, by id
         self._constants: dict[str, int] = {}
         self._scopes: list[Hashable] = []
+        self._origin = ""  # of operations that no frame of the user's is behind
         self._keep: list[torch.Tensor] = []
 
     @classmethod
@@ -250,6 +251,16 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         finally:
             self._scopes.pop()
 
+    @contextmanager
+    def replaying(self, tag: Hashable, origin: str) -> Iterator[None]:
+        """Operations inside stand at another place of the user's code."""
+        before, self._origin = self._origin, origin
+        try:
+            with self.scope(tag):
+                yield
+        finally:
+            self._origin = before
+
     def origin(self) -> str:
         """file:line of the innermost frame that is neither torch's nor ours."""
         last = ""
@@ -259,7 +270,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 last = last or f"{os.path.basename(path)}:{frame.f_lineno}"
                 if not path.startswith(_HERE):
                     return f"{os.path.basename(path)}:{frame.f_lineno}"
-        return last
+        return self._origin or last
 
     # -- operations
     # -----------------------------------------------------------------------------------------
@@ -561,8 +572,17 @@ def trace(
     )
 
 
+_tracing: list[Tracer] = []  # guarded by the compiler's lock on tracing
+
+
+def replaying(tag: Hashable, origin: str) -> AbstractContextManager[None]:
+    """See `Tracer.replaying`; for the trace that is being made, nothing outside of one."""
+    return _tracing[-1].replaying(tag, origin) if _tracing else nullcontext()
+
+
 def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     tracer.root = sys._getframe()
+    _tracing.append(tracer)
     try:
         with _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
@@ -580,6 +600,7 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
         raise ForwardError(str(error), kind=type(error).__name__, origin=_where(error)) from error
     finally:
         tracer.root = None  # it holds the callers' frames
+        _tracing.pop()
 
 
 def _where(error: BaseException) -> str:

@@ -22,19 +22,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError, UnsupportedError
 from cellc.frontends import stub as stubs
-from cellc.frontends.stub import CannotUnfold, Number, NumberSteers, Stack, Stub, StubType
+from cellc.frontends.memo import MAX_INSTANCES, MAX_MEMOS, Bases, Instance, Memo, Outside, Relative
+from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, NumberSteers, Stack, Stub, StubType
+from cellc.frontends.stubbing import Part
+from cellc.frontends.tracer import replaying
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _STATIC = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+_NUMBERS = (IntNumber, FloatNumber)
 _MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
+COMPARED = 24  # repetitions of a method that run all the same
+LOOKED_INTO = 256  # calls of a method looked into for rows that leave it unseen
+MAX_LEAVES = 8  # of a part that is kept: larger ones seldom repeat
 MANY_VALUES = 64  # variants of one call site by Python values: more, and its body runs instead
 
 
@@ -76,11 +85,14 @@ class Op:
         origin: str,
         number: int,
         is_call: bool,
+        is_cell: bool,
     ) -> None:
         self.run, self.template, self.inputs, self.study = run, template, tuple(inputs), study
         self.name, self.origin, self.number, self.is_call = name, origin, number, is_call
+        self.is_cell = is_cell  # a call of the user's own code: one cell, where it feeds itself
         self.component = 0  # of the graph of operations: 0 is none that feeds itself
         self.num_rows = sum(max(1, o.count) for o in study.outputs)
+        self.alone: Segment | None = None  # one of this operation only, all it reads distinct
         self.single: StubType | None = None  # its result, where that is one row
         self.build: Callable[[int], Any] = self._rebuild
         outputs, leaves = study.outputs, study.returned
@@ -150,6 +162,7 @@ class Segment:
         self.ops: tuple[Op, ...] = (*before.ops, op) if before and op else ()
         self.wirings: tuple[tuple[int, ...], ...] = (*before.wirings, wiring) if before and op else ()
         self.members = frozenset(self.ops)
+        self.has_cell = any(o.is_cell for o in self.ops)
         self.num_rows = sum(o.num_rows for o in self.ops)
         external = [~w for ws in self.wirings for w in ws if w < 0]
         self.num_external = max(external, default=-1) + 1
@@ -157,7 +170,31 @@ class Segment:
         self.templates: dict[Any, Any] = {}
         self.reads: list[int] = []
         self.made: list[int] = []
-        self.dirty = False
+        self.more_reads: list[Any] = []  # arrays of the same, from memos
+        self.more_made: list[Any] = []
+        self.used: list[Segment] | None = None  # where segments with instances are listed
+        self._sorted: Any = None
+
+    def use(self) -> None:
+        """An instance of it is written."""
+        if not (self.made or self.more_made) and self.used is not None:
+            self.used.append(self)
+
+    def clear(self) -> None:
+        self.reads, self.made, self.more_reads, self.more_made = [], [], [], []
+        self._sorted = None
+
+    def instances(self) -> tuple[Any, Any]:
+        """(rows read [instances, inputs], first rows made [instances]), in order of time."""
+        if self._sorted is None:
+            made = np.concatenate([np.array(self.made, np.int64), *self.more_made])
+            reads = np.concatenate([np.array(self.reads, np.int64), *self.more_reads])
+            reads = reads.reshape(len(made), self.num_external)
+            if not (made[1:] > made[:-1]).all():
+                order = np.argsort(made)
+                made, reads = made[order], reads[order]
+            self._sorted = reads, made
+        return self._sorted  # type: ignore[no-any-return]
 
     @property
     def outputs(self) -> list[OutType]:
@@ -176,7 +213,8 @@ class Segment:
         rows: list[Any] = []
         made: list[Any] = []
         for op, wiring in zip(self.ops, self.wirings, strict=True):
-            outputs = op([external[~w] if w < 0 else rows[w] for w in wiring])
+            with replaying(("op", op.number), op.origin):
+                outputs = op([external[~w] if w < 0 else rows[w] for w in wiring])
             made += outputs
             for (_, count), tensor in zip(op.study.outputs, outputs, strict=True):
                 rows += [tensor] if count < 0 else list(tensor.unbind(0))
@@ -201,14 +239,25 @@ class _Structural(Exception):
 
 
 _TRANSPARENT: Any = object()
+_VARIES: Any = object()
+_ARITHMETIC = frozenset(
+    f"{prefix}{name}{suffix}"
+    for name in "add radd sub rsub mul rmul truediv rtruediv".split()
+    for prefix, suffix in (("__", "__"), ("", ""))
+) | {"div"}
 
 
 class Callee:
     """Something whose calls may be operations: a module, a bound method, a marked function."""
 
-    def __init__(self, name: str, run: Callable[..., Any], marked: bool, key: Hashable) -> None:
+    def __init__(
+        self, name: str, run: Callable[..., Any], marked: bool, key: Hashable, own: bool
+    ) -> None:
         self.name, self.run, self.marked, self.key = name, run, marked, key
+        self.own = own  # code of the user's, not of torch's
         self.transparent = False  # met arguments that are structure: its body runs
+        self.repeats = True  # what its body does depends on its arguments alone
+        self.compared = self.looked_into = 0  # calls for which that was looked at
         self.row_arguments: set[int] = set()  # positions where a call had a value of the request
 
 
@@ -232,15 +281,20 @@ class Recorder:
         self._study, self._device = study, None if device.type == "cpu" else device
         self.ops: dict[Any, Any] = {}
         self.roots: dict[int, Segment] = {}
+        self.used: list[Segment] = []  # segments that have instances
         self.all_ops: list[Op] = []
         self.callees: dict[Hashable, Callee] = {}
         self.constants: dict[int, Hashable] = {}  # by row number, from -2 down
         self._constant_rows: dict[Hashable, int] = {}
+        self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
         self._variants: dict[Hashable, int] = {}
-        self._user_code: dict[Any, bool] = {}
+        self._user_code: dict[int, bool] = {}
+        self._codes: list[Any] = []  # kept alive: they are known by id
         self.on = False
         self.relearn = False  # something was learned that earlier runs did not know
-        self.containers: set[int] = set()  # ids of what the request is made of
+        self.parts: dict[int, Part] = {}  # what the request is made of, by id
+        self.data: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float, tensor row; end
+        self.memos: dict[Any, Memo] = {}
         self._thread = 0
         self.next_row = 0
         self._start()
@@ -248,18 +302,19 @@ class Recorder:
     # -- a run --
 
     def _start(self) -> None:
-        self.used: list[Segment] = []
+        self._events: list[Any] = []  # instances and replays of this request
+        self.spans: list[tuple[Callee, int, int, list[int]]] = []  # calls to look into
         self._frame: Any = None
         self._segment: Segment | None = None
         self._component = -1
-        self._external: dict[int, int] = {}
-        self._local: dict[int, int] = {}
+        self._external: dict[int, Any] = {}
         self._first = 0
 
     def reset(self) -> None:
         """Forget instances; keep what was learned."""
         for segment in self.used:
-            segment.reads, segment.made, segment.dirty = [], [], False
+            segment.clear()
+        self.used.clear()
         self.next_row = 0
         self._start()
 
@@ -288,8 +343,8 @@ class Recorder:
                 kept.append(("t", len(tensors)))
                 rows = [self._row(x) for x in leaf.items]
                 tensors.append((rows, OutType(leaf.type, len(rows))))
-            elif kind is Number:
-                raise NumberSteers(leaf.place)
+            elif kind in _NUMBERS:
+                raise NumberSteers(leaf.row)
             elif isinstance(leaf, (torch.Tensor, *_STATIC)) and not isinstance(leaf, _STATIC):
                 raise CannotUnfold("a weight is returned as it is")
             elif isinstance(leaf, _STATIC):
@@ -307,9 +362,11 @@ class Recorder:
 
     def call(self, callee: Callee, args: Any, kwargs: Any, frame: Any) -> Any:
         """A call of a callee: one operation, or its body."""
-        if not self.on or callee.transparent or self._thread != threading.get_ident():
+        if not self.on or self._thread != threading.get_ident():
             return callee.run(*args, **kwargs)
-        sign: list[Any] = [frame.f_code, frame.f_lasti, callee]
+        if callee.transparent:
+            return self._body(callee, args, kwargs)
+        sign: list[Any] = [id(frame.f_code), frame.f_lasti, callee]
         rows: list[int] = []
         add = sign.append
         try:
@@ -319,7 +376,7 @@ class Recorder:
                     add(x.type)
                     rows.append(x.id)
                 elif kind is tuple:
-                    if id(x) in self.containers:
+                    if id(x) in self.parts:
                         raise _Structural("part of the request's structure")
                     add(len(x))
                     for y in x:
@@ -345,7 +402,7 @@ class Recorder:
                     origin=_line(frame),
                 ) from None
             callee.transparent = self.relearn = True
-            return callee.run(*args, **kwargs)
+            return self._body(callee, args, kwargs)
         op = self.ops.get(tuple(sign))
         if op is None:
             op = self._learn(callee.run, (args, kwargs), tuple(sign), callee.name, frame, callee)
@@ -354,6 +411,121 @@ class Recorder:
         if op.study.constant is not None:
             return self._constant(op)
         return self._record(op, rows, frame)
+
+    def _body(self, callee: Callee, args: Any, kwargs: Any) -> Any:
+        """Run a call's body, or copy what it did on a part of the same shape."""
+        if kwargs or not callee.repeats:
+            return callee.run(*args, **kwargs)
+        key: list[Any] = [callee]
+        bases: tuple[int, ...] | None = None
+        for x in args:
+            kind = type(x)
+            part = self.parts.get(id(x))
+            if part is not None:
+                if part[0] < 0 or bases is not None or part[4] - part[1] + part[6] - part[3] > MAX_LEAVES:
+                    return callee.run(*args)
+                bases = part[1:]
+                key.append(part[0])
+            elif kind is IntNumber and bases is None:
+                bases = (x.row, 0, 0, x.row + 1, 0, 0)
+                key.append(IntNumber)
+            elif kind is FloatNumber and bases is None:
+                bases = (0, x.row, 0, 0, x.row + 1, 0)
+                key.append(FloatNumber)
+            elif kind is Stub and bases is None and self.data[2] <= x.id < self.data[3]:
+                bases = (0, 0, x.id, 0, 0, x.id + 1)
+                key.append(x.type)
+            elif kind in (int, bool, str, type(None)):
+                key.append((kind, x))
+            else:
+                return callee.run(*args)
+        if bases is None:
+            return callee.run(*args)
+        name = tuple(key)
+        memo = self.memos.get(name)
+        if memo is None or (memo.repeated == 0 and callee.compared < COMPARED):
+            return self._observed(callee, args, name, memo, bases)
+        self._cut()
+        at = self.next_row
+        self.next_row = at + memo.rows
+        ints, floats, tensors = bases[0], bases[1], bases[2]
+        memo.replays += (at, ints, floats, tensors)
+        self._events.append((memo, at, ints, floats, tensors))
+        return memo.build((0, at, ints, floats, tensors))
+
+    def _observed(
+        self, callee: Callee, args: Any, name: Any, known: Memo | None, bases: tuple[int, ...]
+    ) -> Any:
+        """Run a call's body, and keep what it did."""
+        self._cut()
+        first_event, start = len(self._events), self.next_row
+        result = callee.run(*args)
+        self._cut()
+        if self._events and len(self._events) - first_event > MAX_INSTANCES:
+            return result
+        relative = Relative(Bases(*bases), self.data, start)
+        instances: list[Instance] = []
+        try:
+            for event in self._events[first_event:]:
+                if type(event[0]) is Memo:
+                    instances += [relative.moved(i, *event[1:]) for i in event[0].instances]
+                else:
+                    segment, index = event
+                    width = segment.num_external
+                    rows = segment.reads[index * width : (index + 1) * width]
+                    reads = tuple([relative.row(r) for r in rows])
+                    instances.append(Instance(segment, reads, segment.made[index] - start))
+            memo = Memo(instances, self.next_row - start, relative.result(result))
+        except Outside:
+            return result
+        if len(instances) > MAX_INSTANCES:
+            return result
+        if known is None:
+            if len(self.memos) >= MAX_MEMOS:
+                self.memos.clear()
+            self.memos[name] = memo
+            if callee.looked_into < LOOKED_INTO:
+                callee.looked_into += 1
+                leaves = [x.id for x in pytree.tree_leaves(result) if type(x) is Stub]
+                self.spans.append((callee, start, self.next_row, leaves))
+        elif known.same(memo):
+            known.repeated += 1
+            callee.compared += 1
+        else:
+            self.distrust(callee)
+        return result
+
+    def distrust(self, callee: Callee) -> None:
+        """A method whose calls do not depend on their arguments alone: its body always runs."""
+        callee.repeats = False
+        self.relearn = True
+        self.memos = {k: m for k, m in self.memos.items() if k[0] is not callee}
+
+    def expand(self) -> None:
+        """Write what was replayed."""
+        for memo in self.memos.values():
+            if memo.replays:
+                memo.expand()
+
+    def leaks(self) -> bool:
+        """Do rows leave a call by another way than its result? Then its body always runs."""
+        if not self.spans:
+            return False
+        until = np.full(self.next_row, self.next_row + 1, np.int64)
+        whose = np.full(self.next_row, -1, np.int64)
+        for k, (_, start, end, results) in enumerate(self.spans):
+            kept = until[results], whose[results]
+            rows = np.arange(start, end)[until[start:end] > end]
+            until[rows], whose[rows] = end, k
+            until[results], whose[results] = kept
+        found = set()
+        for segment in self.used:
+            reads, made = segment.instances()
+            late = (reads >= 0) & (until[np.maximum(reads, 0)] <= made[:, None])
+            found.update(whose[reads[late]].tolist())
+        for k in found:
+            self.distrust(self.spans[k][0])
+        return bool(found)
 
     def _weight_argument(self, callee: Callee, k: int, x: torch.Tensor) -> Any:
         """A weight where other calls have a value of the request (a learned first state) is a row
@@ -385,7 +557,10 @@ class Recorder:
             made = special(args, kwargs)
             if made is not None:
                 return made
-        sign: list[Any] = [frame.f_code, frame.f_lasti, func]
+        site = (id(frame.f_code), frame.f_lasti, func)
+        if _name(func) in _ARITHMETIC and not kwargs:
+            args = self._scalars(site, args)
+        sign: list[Any] = [*site]
         rows: list[int] = []
         try:
             for x in args:
@@ -409,6 +584,24 @@ class Recorder:
             return self._constant(op)
         return self._record(op, rows, frame)
 
+    def _scalars(self, site: Any, args: Any) -> Any:
+        """A Python number that differs from call to call is a value, not part of the operation."""
+        for k, x in enumerate(args):
+            kind = type(x)
+            if kind is int or kind is float:
+                seen = self._numbers.setdefault((site, k), x)
+                if seen is not _VARIES and seen != x:
+                    self._numbers[site, k] = _VARIES
+                    self.relearn = True
+                    seen = _VARIES
+                if seen is _VARIES:
+                    dtype = torch.int64 if kind is int else torch.get_default_dtype()
+                    name = "i64" if kind is int else DTYPE_NAMES[dtype]
+                    form = StubType.of((), dtype, self._device)
+                    row = self._constant_row(("full", (), name, x), form)
+                    args = (*args[:k], Stub(row, form), *args[k + 1 :])
+        return args
+
     def _sign(self, x: Any, sign: list[Any], rows: list[int]) -> None:
         """Append the form of an argument, and the rows in it."""
         kind = type(x)
@@ -425,13 +618,13 @@ class Recorder:
         elif kind in (tuple, list, torch.Size) or (
             issubclass(kind, tuple) and hasattr(kind, "_fields")
         ):
-            if id(x) in self.containers:
+            if id(x) in self.parts:
                 raise _Structural("part of the request's structure")
             sign.append((kind, len(x)))
             for y in x:
                 self._sign(y, sign, rows)
         elif kind is dict:
-            if id(x) in self.containers:
+            if id(x) in self.parts:
                 raise _Structural("part of the request's structure")
             sign.append((dict, *x))
             for y in x.values():
@@ -439,7 +632,7 @@ class Recorder:
         elif kind is slice:
             for y in (x.start, x.stop, x.step):
                 self._sign(y, sign, rows)
-        elif kind is Number:
+        elif kind in _NUMBERS:
             raise _Structural("a number")
         elif kind in _STATIC:
             sign.append(kind)
@@ -454,7 +647,7 @@ class Recorder:
     def _tensor_of(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A tensor made of numbers of the request; None where there are none."""
         data = args[-1] if func is torch.Tensor.new_tensor else (args[0] if args else kwargs.get("data"))
-        if type(data) is Number:
+        if type(data) in _NUMBERS:
             made: Any = data.stub
             if data.kind is float:
                 made = made.to(torch.get_default_dtype())
@@ -470,7 +663,7 @@ class Recorder:
     def _nested(self, data: Any) -> Any:
         items = []
         for x in data:
-            if type(x) is Number:
+            if type(x) in _NUMBERS:
                 items.append(x.stub if x.kind is int else x.stub.to(torch.get_default_dtype()))
             elif isinstance(x, (list, tuple)):
                 items.append(self._nested(x))
@@ -482,47 +675,57 @@ class Recorder:
 
     def _record(self, op: Op, rows: list[int], frame: Any) -> Any:
         segment = self._segment
+        at = self.next_row
         if (
             segment is None
             or frame is not self._frame
             or op.component != self._component
             or op in segment.members
+            or (op.is_cell and segment.has_cell and op.component)
         ):
-            self._cut()
+            if segment is not None:
+                self._cut()
             self._frame, self._component = frame, op.component
-            segment = self.roots.get(op.component)
-            if segment is None:
-                segment = self.roots[op.component] = Segment(None, None, ())
-            self._first = self.next_row
-            self._external, self._local = {}, {}
-        external, local = self._external, self._local
-        wiring: list[Any] = [op]
-        for row in rows:
-            place = local.get(row) if local else None
-            if place is None:
-                place = ~external.setdefault(row, len(external))
-            wiring.append(place)
-        key = tuple(wiring)
-        following = segment.next.get(key)
-        if following is None:
-            following = segment.next[key] = Segment(segment, op, tuple(wiring[1:]))
+            self._first = at
+            external = self._external = dict(zip(rows, range(len(rows))))  # noqa: B905
+            if len(external) == len(rows) and op.alone is not None:
+                following = op.alone
+            else:
+                external.clear()
+                wiring = [~external.setdefault(row, len(external)) for row in rows]
+                root = self.roots.setdefault(op.component, Segment(None, None, ()))
+                following = self._following(root, op, wiring)
+                if len(external) == len(rows):
+                    op.alone = following
+        else:
+            external, first = self._external, self._first
+            wiring = [
+                row - first if row >= first else ~external.setdefault(row, len(external))
+                for row in rows
+            ]
+            following = segment.next.get((op, *wiring))
+            if following is None:
+                following = self._following(segment, op, wiring)
         self._segment = following
-        at = self.next_row
-        count = op.num_rows
-        self.next_row = at + count
-        offset = len(local)
-        for i in range(count):
-            local[at + i] = offset + i
+        self.next_row = at + op.num_rows
         single = op.single
         return Stub(at, single) if single is not None else op.build(at)
+
+    def _following(self, segment: Segment, op: Op, wiring: list[int]) -> Segment:
+        key = (op, *wiring)
+        following = segment.next.get(key)
+        if following is None:
+            following = segment.next[key] = Segment(segment, op, tuple(wiring))
+        following.used = self.used
+        return following
 
     def _cut(self) -> None:
         """End the segment that is being recorded."""
         segment = self._segment
         if segment is not None:
-            if not segment.dirty:
-                segment.dirty = True
+            if not (segment.made or segment.more_made):
                 self.used.append(segment)
+            self._events.append((segment, len(segment.made)))
             segment.reads += self._external
             segment.made.append(self._first)
             self._segment = None
@@ -581,7 +784,7 @@ class Recorder:
         self.on, target = False, stubs.current.target
         stubs.current.target = None
         try:
-            study = self._study(alone, rows, callee is not None)
+            study = self._study(alone, rows, callee is not None and callee.own)
         except (CannotUnfold, CellcError) as error:
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", _line(frame) if frame else "") from error
@@ -598,16 +801,29 @@ class Recorder:
             self.ops[key] = _TRANSPARENT
             return _TRANSPARENT
         origin = _line(frame) if frame is not None else ""
-        op = Op(run, template, inputs, study, name, origin, len(self.all_ops), callee is not None)
+        if frame is not None:
+            self._codes.append(frame.f_code)
+        op = Op(
+            run,
+            template,
+            inputs,
+            study,
+            name,
+            origin,
+            len(self.all_ops),
+            callee is not None,
+            callee is not None and callee.own,
+        )
         self.ops[key] = op
         self.all_ops.append(op)
         return op
 
     def _is_user(self, code: Any) -> bool:
-        known = self._user_code.get(code)
+        known = self._user_code.get(id(code))
         if known is None:
+            self._codes.append(code)
             known = not code.co_filename.startswith((_TORCH, _HERE, "<string>"))
-            self._user_code[code] = known
+            self._user_code[id(code)] = known
         return known
 
     # -- interception --
@@ -620,7 +836,7 @@ class Recorder:
         self._thread = threading.get_ident()
         placed: list[tuple[dict[str, Any], str, Any]] = []
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit * 2 + 200)
+        sys.setrecursionlimit(limit * 4 + 200)
         try:
             for name, module in modules.items():
                 self._watch(name, module, placed)
@@ -653,7 +869,7 @@ class Recorder:
                 ("method", name, method), f"{name}.{method}" if name else method,
                 types.MethodType(function, module), False,
             )
-            if not callee.transparent and method not in place:
+            if method not in place and not (callee.transparent and not callee.repeats):
                 put(method, self._interceptor(callee, 1))
 
     def _callee(
@@ -661,7 +877,10 @@ class Recorder:
     ) -> Callee:
         callee = self.callees.get(key)
         if callee is None:
-            callee = self.callees[key] = Callee(name, run, marked, key)
+            own = not isinstance(getattr(run, "__self__", None), nn.Module) or not type(
+                run.__self__  # type: ignore[attr-defined]
+            ).__module__.startswith("torch.")
+            callee = self.callees[key] = Callee(name, run, marked, key, own)
         callee.run = run
         return callee
 
@@ -727,7 +946,7 @@ def _template(x: Any, inputs: list[tuple[StubType, int]], at: list[int]) -> Any:
 
 def _has_number(data: Any) -> bool:
     return any(
-        type(x) is Number or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data
+        type(x) in _NUMBERS or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data
     )
 
 
