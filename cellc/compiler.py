@@ -259,13 +259,13 @@ class Compiler:
         self.reads_weights = self.reads_weights or traced.reads_weights
         return traced
 
-    def lower_alone(self, traced: Trace) -> RowGraph:
+    def lower_alone(self, traced: Trace, stacks: Sequence[bool] | int) -> RowGraph:
         if env.verify():
             verify.verify_graph(traced.graph)
-        return lower(traced.graph, self.params, set(), whole=True)
+        return lower(traced.graph, self.params, set(), whole=True, stacks=stacks)
 
-    def extract_alone(self, rows: RowGraph) -> CallGraph:
-        calls = extract(rows, Roles())
+    def extract_alone(self, rows: RowGraph, roles: Roles) -> CallGraph:
+        calls = extract(rows, roles)
         self._check_cells(calls)
         return calls
 

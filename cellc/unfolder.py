@@ -31,6 +31,7 @@ from cellc.frontends.unfold import LEAF, OutType, Recorder, Returned, Segment, S
 from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
 from cellc.ops import RowType
 from cellc.request import Request
+from cellc.roles import Roles
 from cellc.rows import DataSource, RaggedRefs, Refs, RowGraph, RowOutput
 from cellc.skeleton import Copier
 
@@ -51,9 +52,9 @@ class Tools(Protocol):
 
     def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace: ...
 
-    def lower_alone(self, traced: Trace) -> RowGraph: ...
+    def lower_alone(self, traced: Trace, stacks: Sequence[bool] | int) -> RowGraph: ...
 
-    def extract_alone(self, rows: RowGraph) -> CallGraph: ...
+    def extract_alone(self, rows: RowGraph, roles: Roles) -> CallGraph: ...
 
     def rewrite_alone(self, calls: CallGraph) -> None: ...
 
@@ -78,6 +79,7 @@ class Template:
     constants: list[tuple[int, Hashable]]
     results: list[tuple[int, int]]  # (row of the segment, value)
     inner: Refs  # values that its calls make
+    version: int = 0  # of the roles that it is made by
 
 
 @dataclass
@@ -107,6 +109,7 @@ class Unfolder:
         self._edges: set[tuple[int, int]] = set()
         self._templates: dict[Hashable, Template] = {}
         self._live: dict[Hashable, Template] = {}
+        self._roles: dict[Hashable, Roles] = {}  # by places in the code: alike whatever their sizes
 
     # -- one request on stubs --
 
@@ -196,21 +199,24 @@ class Unfolder:
         self,
         alone: Callable[..., Any],
         rows: Sequence[tuple[StubType, int]],
-        is_call: bool,
+        is_cell: bool,
+        lists: bool,
     ) -> Study | None:
         traced = self.tools.trace_alone(alone, [_example(t, self.device) for t, _ in rows])
         kept, spec = traced.outputs
         for kind, value in kept:
             if kind == "v" and not isinstance(value, (int, float, bool, str, type(None))):
                 return None
-        lowered = self.tools.lower_alone(traced)
+        lowered = self.tools.lower_alone(traced, 1 if lists else 2)
         device = self.recorder._device
         outputs = []
         for out in lowered.outputs:
             kind = StubType.of(out.shape, TORCH_DTYPES[out.type.dtype], device)
             outputs.append(OutType(kind, -1 if all(out.row_dims) else out.shape[0]))
-        if is_call and any(g.cell.recurrent for g in self.tools.extract_alone(lowered).groups):
-            return None
+        if is_cell:
+            groups = self.tools.extract_alone(lowered, Roles()).groups
+            if any(group.cell.recurrent for group in groups):
+                return None
         keys = {value: key for key, value in lowered.constants.items()}
         refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
         constant = tuple(keys[r] for r in refs) if all(r in keys for r in refs) else None
@@ -455,21 +461,26 @@ class Unfolder:
         key = (
             tuple(op.number for op in segment.ops), segment.wirings, escaping, recurrent,
         )
+        roles = self._roles.setdefault(tuple([op.site for op in segment.ops]), Roles())
         template = self._templates.get(key)
-        if template is None:
-            template = self._templates[key] = self._made(segment, escaping, recurrent)
+        if template is None or template.version != roles.version:
+            template = self._made(segment, escaping, recurrent, roles)
+            self._templates[key] = replace(template, version=roles.version)
         self._live[key[:2]] = template
         return template
 
-    def _made(self, segment: Segment, escaping: Sequence[int], recurrent: bool) -> Template:
+    def _made(
+        self, segment: Segment, escaping: Sequence[int], recurrent: bool, roles: Roles
+    ) -> Template:
         def run(*tensors: Any) -> list[Any]:
             made = segment.compute(tensors)
             return [made[i] for i in escaping]
 
         kinds = segment.external_types()
         traced = self.tools.trace_alone(run, [_example(t, self.device) for t in kinds])
-        lowered = self.tools.lower_alone(traced)
-        graph = self.tools.extract_alone(lowered)
+        stacks = [segment.outputs[i].count >= 0 for i in escaping]
+        lowered = self.tools.lower_alone(traced, stacks)
+        graph = self.tools.extract_alone(lowered, roles)
         if recurrent:
             for group in graph.groups:
                 group.cell = replace(group.cell, recurrent=True)

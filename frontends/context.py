@@ -30,7 +30,7 @@ class Lowering:
     def __init__(
         self, graph: Graph, params: Params, data_points: set[Hashable], *, whole: bool = False
     ) -> None:
-        self.graph, self.params = graph, params
+        self.graph, self.params, self.whole = graph, params, whole
         self.rows = RowGraph()
         self.emitter = Emitter(self.rows, params)
         self.dims = Dims(graph, whole=whole)

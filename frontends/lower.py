@@ -9,7 +9,7 @@ always right, only slower.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -164,20 +164,24 @@ def _lower_op(lw: Lowering, node: Node) -> None:
         lw.values[node.id, port] = result
 
 
-def _is_stack(rows: Rows) -> bool:
-    """Rows along the first dimension, and more than one."""
+def _is_stack(rows: Rows, fewest: int) -> bool:
     dims = rows.row_dims
-    return len(dims) > 0 and not dims[0] and all(dims[1:]) and rows.shape[0] > 1
+    return len(dims) > 0 and not dims[0] and all(dims[1:]) and rows.shape[0] >= fewest
 
 
 def lower(
-    graph: Graph, params: Params, data_points: set[Hashable], *, whole: bool = False
+    graph: Graph,
+    params: Params,
+    data_points: set[Hashable],
+    *,
+    whole: bool = False,
+    stacks: Sequence[bool] | int = 2,
 ) -> RowGraph:
     """Lower one traced request.
 
     `params` receives expressions of weights; `data_points` is kept by the model. `whole`: every
-    input is one row, and so is every output, but for those that are rows along their first
-    dimension.
+    input is one row, and so is every output, but for those that are stacks: rows along their first
+    dimension. `stacks` says of each output whether it is one, or the fewest rows that make one.
     """
     lw = Lowering(graph, params, data_points, whole=whole)
     leaf = 0
@@ -189,9 +193,10 @@ def lower(
             _lower_op(lw, node)
         else:
             lw.values[node.id, 0] = Weight(node.name, *node.outputs[0])
-    for value in graph.outputs:
+    for i, value in enumerate(graph.outputs):
         rows = lw.rows_of(lw.values[value])
-        if whole and not _is_stack(rows):
-            rows = lw.rows_of(rows, (True,) * len(rows.shape))
+        if whole:
+            stack = _is_stack(rows, stacks) if isinstance(stacks, int) else stacks[i]
+            rows = lw.rows_of(rows, (not stack, *[True] * len(rows.shape[1:]))[: len(rows.shape)])
         lw.rows.outputs.append(RowOutput(rows.refs, rows.type, rows.shape, rows.row_dims))
     return lw.rows

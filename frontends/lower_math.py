@@ -94,7 +94,7 @@ def _reduce_positions(
     shape = tuple(value.shape[i] for i in kept)
     refs = rows.refs
     length = int(np.prod([refs.shape[a] for a in axes], dtype=np.int64)) if axes else 1
-    if not axes or length == 1:
+    if not axes or (length == 1 and not lw.whole):  # a stack of one is like one of more
         refs = refs.reshape([s for k, s in enumerate(refs.shape) if k not in axes])
         return Rows(refs, row_dims, rows.type, shape)
     moved = np.moveaxis(refs, axes, range(-len(axes), 0))

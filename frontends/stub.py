@@ -15,6 +15,9 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 
+_CPU = torch.device("cpu")
+
+
 class StubType:
     """Shape and dtype of a stub; one object each, so that identity is equality."""
 
@@ -29,10 +32,10 @@ class StubType:
     def of(
         cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None
     ) -> StubType:
-        key = (tuple(shape), dtype, device)
+        place = device if device is not None else _CPU
+        key = (tuple(shape), dtype, place)
         found = cls._made.get(key)
         if found is None:
-            place = device if device is not None else torch.device("cpu")
             found = cls._made[key] = cls(tuple(shape), dtype, place)
         return found
 

@@ -86,9 +86,12 @@ class Op:
         number: int,
         is_call: bool,
         is_cell: bool,
+        site: int,
+        offset: int,
     ) -> None:
         self.run, self.template, self.inputs, self.study = run, template, tuple(inputs), study
         self.name, self.origin, self.number, self.is_call = name, origin, number, is_call
+        self.site, self.offset = site, offset  # place in the code; in its function's bytecode
         self.is_cell = is_cell  # a call of the user's own code: one cell, where it feeds itself
         self.component = 0  # of the graph of operations: 0 is none that feeds itself
         self.num_rows = sum(max(1, o.count) for o in study.outputs)
@@ -213,7 +216,7 @@ class Segment:
         rows: list[Any] = []
         made: list[Any] = []
         for op, wiring in zip(self.ops, self.wirings, strict=True):
-            with replaying(("op", op.number), op.origin):
+            with replaying(("op", op.site), op.origin):
                 outputs = op([external[~w] if w < 0 else rows[w] for w in wiring])
             made += outputs
             for (_, count), tensor in zip(op.study.outputs, outputs, strict=True):
@@ -275,7 +278,7 @@ class Recorder:
 
     def __init__(
         self,
-        study: Callable[[Callable[..., Any], Sequence[tuple[StubType, int]], bool], Study | None],
+        study: Callable[[Callable[..., Any], Sequence[tuple[StubType, int]], bool, bool], Study | None],
         device: torch.device,
     ) -> None:
         self._study, self._device = study, None if device.type == "cpu" else device
@@ -286,6 +289,7 @@ class Recorder:
         self.callees: dict[Hashable, Callee] = {}
         self.constants: dict[int, Hashable] = {}  # by row number, from -2 down
         self._constant_rows: dict[Hashable, int] = {}
+        self._sites: dict[Any, int] = {}
         self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
         self._variants: dict[Hashable, int] = {}
         self._user_code: dict[int, bool] = {}
@@ -308,7 +312,7 @@ class Recorder:
         self._segment: Segment | None = None
         self._component = -1
         self._external: dict[int, Any] = {}
-        self._first = 0
+        self._first = self._offset = 0
 
     def reset(self) -> None:
         """Forget instances; keep what was learned."""
@@ -681,6 +685,7 @@ class Recorder:
             or frame is not self._frame
             or op.component != self._component
             or op in segment.members
+            or op.offset < self._offset  # a loop went round
             or (op.is_cell and segment.has_cell and op.component)
         ):
             if segment is not None:
@@ -706,7 +711,7 @@ class Recorder:
             following = segment.next.get((op, *wiring))
             if following is None:
                 following = self._following(segment, op, wiring)
-        self._segment = following
+        self._segment, self._offset = following, op.offset
         self.next_row = at + op.num_rows
         single = op.single
         return Stub(at, single) if single is not None else op.build(at)
@@ -784,7 +789,12 @@ class Recorder:
         self.on, target = False, stubs.current.target
         stubs.current.target = None
         try:
-            study = self._study(alone, rows, callee is not None and callee.own)
+            study = self._study(
+                alone,
+                rows,
+                callee is not None and callee.own,
+                any(count == 1 for _, count in inputs),
+            )
         except (CannotUnfold, CellcError) as error:
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", _line(frame) if frame else "") from error
@@ -813,6 +823,8 @@ class Recorder:
             len(self.all_ops),
             callee is not None,
             callee is not None and callee.own,
+            self._sites.setdefault(key[:3], len(self._sites)),
+            frame.f_lasti if frame is not None else -1,
         )
         self.ops[key] = op
         self.all_ops.append(op)
