@@ -209,6 +209,14 @@ class Unfolder:
                 return None
         lowered = self.tools.lower_alone(traced, 1 if lists else 2)
         device = self.recorder._device
+        keys = {value: key for key, value in lowered.constants.items()}
+        refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
+        constant = None
+        if all(r in keys for r in refs):  # whole, whatever it is used for
+            lowered = self.tools.lower_alone(traced, [False] * len(lowered.outputs))
+            keys = {value: key for key, value in lowered.constants.items()}
+            refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
+            constant = tuple(keys.get(r) for r in refs) if all(r in keys for r in refs) else None
         outputs = []
         for out in lowered.outputs:
             kind = StubType.of(out.shape, TORCH_DTYPES[out.type.dtype], device)
@@ -217,9 +225,6 @@ class Unfolder:
             groups = self.tools.extract_alone(lowered, Roles()).groups
             if any(group.cell.recurrent for group in groups):
                 return None
-        keys = {value: key for key, value in lowered.constants.items()}
-        refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
-        constant = tuple(keys[r] for r in refs) if all(r in keys for r in refs) else None
         dims = Dims(traced.graph)
         inputs = [node for node in traced.graph if node.kind == "input"]
         positions = []
@@ -386,6 +391,9 @@ class Unfolder:
     def forest(self, runs: Sequence[Unfolded]) -> Forest:
         """Calls of the recorded requests."""
         recorder = self.recorder
+        for _ in range(ROUNDS):  # what one template teaches may change another
+            if not sum([self._template(segment)[1] for segment in recorder.used]):
+                break
         starts = np.array([run.base for run in runs], np.int64)
         next_value = recorder.next_row
         constants: dict[Hashable, int] = {}
@@ -402,7 +410,7 @@ class Unfolder:
             return np.where(rows < 0, constant_rows[np.where(rows < 0, -rows, 0)], rows)
 
         for segment in recorder.used:
-            template = self._template(segment)
+            template, _ = self._template(segment)
             reads, first = segment.instances()
             n = len(first)
             values = np.zeros((n, template.graph.num_values), np.int64)
@@ -455,19 +463,23 @@ class Unfolder:
         graph = CallGraph(groups, data, constants, outputs, next_value)
         return Forest(graph, len(runs), all_owners, data_owners, output_owners)
 
-    def _template(self, segment: Segment) -> Template:
+    def _template(self, segment: Segment) -> tuple[Template, bool]:
+        """(a segment's template, was it made now)."""
         escaping = tuple(sorted(segment.escaping))
-        recurrent = segment.ops[0].component != 0
+        recurrent = any(op.component for op in segment.ops)
         key = (
             tuple(op.number for op in segment.ops), segment.wirings, escaping, recurrent,
         )
         roles = self._roles.setdefault(tuple([op.site for op in segment.ops]), Roles())
         template = self._templates.get(key)
-        if template is None or template.version != roles.version:
+        stale = template is None or template.version != roles.version
+        if template is None or stale:
+            if template is not None:
+                self.generation += 1
             template = self._made(segment, escaping, recurrent, roles)
-            self._templates[key] = replace(template, version=roles.version)
+            template = self._templates[key] = replace(template, version=roles.version)
         self._live[key[:2]] = template
-        return template
+        return template, stale
 
     def _made(
         self, segment: Segment, escaping: Sequence[int], recurrent: bool, roles: Roles

@@ -12,6 +12,7 @@ What one operation gives (shapes, structure of its results) is learned once, by 
 
 from __future__ import annotations
 
+import dis
 import functools
 import os
 import sys
@@ -88,10 +89,12 @@ class Op:
         is_cell: bool,
         site: int,
         offset: int,
+        loop: int,
     ) -> None:
         self.run, self.template, self.inputs, self.study = run, template, tuple(inputs), study
         self.name, self.origin, self.number, self.is_call = name, origin, number, is_call
         self.site, self.offset = site, offset  # place in the code; in its function's bytecode
+        self.loop = loop  # innermost loop of its function that it is in
         self.is_cell = is_cell  # a call of the user's own code: one cell, where it feeds itself
         self.component = 0  # of the graph of operations: 0 is none that feeds itself
         self.num_rows = sum(max(1, o.count) for o in study.outputs)
@@ -310,8 +313,9 @@ class Recorder:
         self.spans: list[tuple[Callee, int, int, list[int]]] = []  # calls to look into
         self._frame: Any = None
         self._segment: Segment | None = None
-        self._component = -1
-        self._external: dict[int, Any] = {}
+        self._component = self._loop = -1
+        self._external: dict[int, int] = {}  # slots of the segment's inputs, by row
+        self._reads: list[int] = []  # and their rows
         self._first = self._offset = 0
 
     def reset(self) -> None:
@@ -683,38 +687,54 @@ class Recorder:
         if (
             segment is None
             or frame is not self._frame
-            or op.component != self._component
-            or op in segment.members
+            or (op.component != self._component and op.component)
+            or op.loop != self._loop
             or op.offset < self._offset  # a loop went round
+            or op in segment.members
             or (op.is_cell and segment.has_cell and op.component)
         ):
             if segment is not None:
                 self._cut()
-            self._frame, self._component = frame, op.component
+            self._frame, self._component, self._loop = frame, op.component, op.loop
             self._first = at
             external = self._external = dict(zip(rows, range(len(rows))))  # noqa: B905
-            if len(external) == len(rows) and op.alone is not None:
+            if op.alone is not None and (op.is_cell or len(external) == len(rows)):
+                self._reads = rows
                 following = op.alone
             else:
                 external.clear()
-                wiring = [~external.setdefault(row, len(external)) for row in rows]
+                self._reads = []
                 root = self.roots.setdefault(op.component, Segment(None, None, ()))
-                following = self._following(root, op, wiring)
-                if len(external) == len(rows):
+                following = self._following(root, op, self._wire(op, rows))
+                if len(self._reads) == len(rows):
                     op.alone = following
         else:
-            external, first = self._external, self._first
-            wiring = [
-                row - first if row >= first else ~external.setdefault(row, len(external))
-                for row in rows
-            ]
-            following = segment.next.get((op, *wiring))
-            if following is None:
-                following = self._following(segment, op, wiring)
+            wiring = self._wire(op, rows)
+            following = segment.next.get((op, *wiring)) or self._following(segment, op, wiring)
         self._segment, self._offset = following, op.offset
         self.next_row = at + op.num_rows
         single = op.single
         return Stub(at, single) if single is not None else op.build(at)
+
+    def _wire(self, op: Op, rows: list[int]) -> list[int]:
+        """Where an operation's rows come from: a row of the segment, or ~(input of the segment).
+
+        A constant is an input of its own at each use, and so is every argument of a cell: whether
+        two are the same row is chance.
+        """
+        external, reads, first = self._external, self._reads, self._first
+        wiring = []
+        for row in rows:
+            if row >= first:
+                wiring.append(row - first)
+                continue
+            slot = None if op.is_cell or row < 0 else external.get(row)
+            if slot is None:
+                slot = len(reads)
+                reads.append(row)
+                external.setdefault(row, slot)
+            wiring.append(~slot)
+        return wiring
 
     def _following(self, segment: Segment, op: Op, wiring: list[int]) -> Segment:
         key = (op, *wiring)
@@ -731,7 +751,7 @@ class Recorder:
             if not (segment.made or segment.more_made):
                 self.used.append(segment)
             self._events.append((segment, len(segment.made)))
-            segment.reads += self._external
+            segment.reads += self._reads
             segment.made.append(self._first)
             self._segment = None
 
@@ -825,6 +845,7 @@ class Recorder:
             callee is not None and callee.own,
             self._sites.setdefault(key[:3], len(self._sites)),
             frame.f_lasti if frame is not None else -1,
+            _loop_of(frame) if frame is not None else 0,
         )
         self.ops[key] = op
         self.all_ops.append(op)
@@ -1050,6 +1071,23 @@ def _methods(kind: type) -> dict[str, Any]:
 
 def _is_marked(module: nn.Module) -> bool:
     return bool(getattr(type(module), "_cellc_cell", False))
+
+
+def _loop_of(frame: Any) -> int:
+    """The innermost loop of a function that its frame is in, by where its body begins; 0: none."""
+    at = frame.f_lasti
+    around = [(end - start, start) for start, end in _loops(frame.f_code) if start <= at <= end]
+    return min(around)[1] if around else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _loops(code: types.CodeType) -> list[tuple[int, int]]:
+    """Stretches of bytecode that jumps backward repeat."""
+    return [
+        (i.argval, i.offset)
+        for i in dis.get_instructions(code)
+        if "JUMP" in i.opname and isinstance(i.argval, int) and i.argval < i.offset
+    ]
 
 
 def _refused(callee: Callee, error: BaseException | None, frame: Any) -> CellcError:
