@@ -24,7 +24,9 @@ from cellc.errors import (
 if TYPE_CHECKING:
     from cellc.compiled import Compiled
     from cellc.entry import compile
+    from cellc.marks import cell
     from cellc.options import Options
+    from cellc.trees import Dag, Tree
     from cellc.views import CellView
 
 __version__ = "0.1.0"
@@ -34,19 +36,25 @@ __all__ = [
     "CellcError",
     "ClosedError",
     "Compiled",
+    "Dag",
     "ForwardError",
     "Options",
     "Overloaded",
     "RequestError",
+    "Tree",
     "UnsupportedError",
     "ValueReadError",
     "__version__",
+    "cell",
     "compile",
 ]
 _HOMES = {
     "CellView": "cellc.views",
     "Compiled": "cellc.compiled",
+    "Dag": "cellc.trees",
     "Options": "cellc.options",
+    "Tree": "cellc.trees",
+    "cell": "cellc.marks",
     "compile": "cellc.entry",
 }
 

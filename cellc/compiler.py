@@ -36,6 +36,7 @@ from cellc.frontends.unfold import LEAF
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
+from cellc.marks import has_marks
 from cellc.modules import evaluating, module_names, named_modules, named_tensors
 from cellc.params import Params
 from cellc.plan import Plan, Tables, make_plan, make_plans, record_length
@@ -128,9 +129,12 @@ class Compiler:
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
         self.arguments.steering = frozenset()
-        self.unfolder = Unfolder(self, self.forward, named_modules(model), device)
+        self.unfolder = Unfolder(
+            self, self.forward, self.arguments.names, named_modules(model), device
+        )
         self._last: tuple[Any, Any] | None = None  # request that was unfolded
         self._unfolds = False  # was a request seen that holds structure
+        self._marked = has_marks(model)
         self._unfolded_cells: set[str] = set()
 
     # -- plans --
@@ -160,7 +164,7 @@ class Compiler:
         if self.unfolder.reason is not None:
             return False
         self._unfolds = self._unfolds or request.structured
-        return self._unfolds and request.nested
+        return self._marked or (self._unfolds and request.nested)
 
     def unfold(self, requests: Sequence[tuple[Request, Any, Any]]) -> bool:
         """Plan new requests at once. False where something was learned of the model that keys

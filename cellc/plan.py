@@ -228,13 +228,21 @@ class _Planner:
         num_slots = slots.T.tolist()
         outputs = self._outputs()
         depths = self._depths(missing)
-        present = (self.counts > 0).T.tolist()
+        present = list(map(tuple, (self.counts > 0).T.tolist()))
         alone = self.num_requests == 1
+        if alone:
+            present = [(True,) * len(ids)]
+        cells = {
+            there: (
+                tuple([i for i, yes in zip(ids, there, strict=True) if yes]),
+                tuple([d for d, yes in zip(depths, there, strict=True) if yes]),
+            )
+            for there in set(present)
+        }
         plans = []
         calls_at, records_at = self.call_starts.tolist(), record_starts.tolist()
         successors_at = successor_starts.tolist()
         for r in range(self.num_requests):
-            groups = range(len(ids)) if alone else [g for g, n in enumerate(present[r]) if n]
             plans.append(
                 Plan(
                     table[calls_at[r] : calls_at[r + 1]],
@@ -245,8 +253,7 @@ class _Planner:
                     tuple(num_slots[r]),
                     tuple(data[r]),
                     tuple(outputs[r]),
-                    tuple([ids[g] for g in groups]),
-                    tuple([depths[g] for g in groups]),
+                    *cells[present[r]],
                 )
             )
         if not alone:
@@ -535,12 +542,16 @@ class _Planner:
         values = np.concatenate([o.refs.reshape(-1) for o in outputs])
         slots, owned = self.slot[values].astype(np.int32), self.owned[values].astype(np.int32)
         in_order = np.append(np.diff(slots) == 1, False)
+        own = owned.tolist()
         at = 0
         for output, owner in zip(outputs, self.forest.output_owners, strict=True):
             end = at + output.refs.size
-            contiguous = end > at and bool(
-                owned[at:end].all() and (end - at == 1 or in_order[at : end - 1].all())
-            )
+            if end - at == 1:
+                contiguous = own[at] == 1
+            else:
+                contiguous = end > at and bool(
+                    owned[at:end].all() and in_order[at : end - 1].all()
+                )
             out[owner].append(
                 OutputRows(
                     slots[at:end],

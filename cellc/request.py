@@ -198,7 +198,10 @@ def unlike(value: Any, good: tuple[Any, ...]) -> str | None:
 def describe(value: Any) -> str:
     """`f32[3, 4]`, or a Python value as it prints."""
     if not isinstance(value, torch.Tensor):
-        text = repr(value)
+        try:
+            text = repr(value)
+        except RecursionError:
+            text = f"a deep {type(value).__name__}"
         return text if len(text) <= 60 else f"{text[:57]}..."
     name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
     return f"{name}[{', '.join(map(str, value.shape))}]"

@@ -98,6 +98,8 @@ def children(x: Any) -> tuple[Hashable, list[Any], list[Place]] | None:
 def is_object(x: Any) -> bool:
     """Is it a plain object whose attributes are its content?"""
     kind = type(x)
+    if getattr(kind, "structured", False) is True:
+        return False  # a structure of arrays: a value
     if isinstance(x, (torch.Tensor, nn.Module, *BY_IDENTITY, *VALUES, int, float)):
         return False
     if not kind.__flags__ & _HEAP_TYPE or not (hasattr(x, "__dict__") or _slots(kind)):
@@ -152,7 +154,7 @@ def flatten(
     seen: dict[int, int] = {}
     kept: list[Any] = []  # what registered containers made: alive, so that no id comes twice
     data = steering is not None
-    structured = False
+    structured = nested = False
     # a number that is a whole argument decides, as a rule: how many steps, which layer
     stack = [
         _Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())
@@ -201,6 +203,8 @@ def flatten(
                 continue
             parts = children(x)
             if parts is None:
+                structured = structured or getattr(kind, "structured", False) is True
+                nested = nested or structured
                 emit(kind)
                 emit(_value(x))
                 continue
@@ -213,7 +217,7 @@ def flatten(
             kept.append(items)
             push(items[::-1])
     structured = structured or bool(ints or floats)
-    return Flat(tensors, ints, floats, tuple(tokens), bool(seen), structured)
+    return Flat(tensors, ints, floats, tuple(tokens), bool(seen) or nested, structured)
 
 
 def _marked(x: Any, place: Place, steering: frozenset[Place]) -> Any:

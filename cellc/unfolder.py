@@ -12,9 +12,12 @@ instances in a request are copies of that call graph with other values.
 from __future__ import annotations
 
 import gc
+import sys
+import threading
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import networkx as nx
 import numpy as np
@@ -27,8 +30,8 @@ from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.frontends.dims import Dims
 from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, NumberSteers, Stack, Stub, StubType
 from cellc.frontends.tracer import Trace
-from cellc.frontends.unfold import LEAF, OutType, Recorder, Returned, Segment, Study
-from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
+from cellc.frontends.unfold import LEAF, OutType, Recorder, RefusedCell, Returned, Segment, Study
+from cellc.frontends.stubbing import MAX_SHAPES, Part, Shapes, Stubber
 from cellc.ops import RowType
 from cellc.request import Request
 from cellc.roles import Roles
@@ -37,6 +40,10 @@ from cellc.skeleton import Copier
 
 SAMPLE = 3  # requests from which a model's segments are first learned
 ROUNDS = 12  # of learning, at most
+ROOM = 1 << 29  # bytes of stack for structures deeper than Python's limit
+DEPTH = 100_000  # frames that fit in it
+
+T = TypeVar("T")
 
 
 class Steers(Exception):
@@ -64,10 +71,13 @@ class Unfolded:
     """One request's forward, run on stubs."""
 
     request: Request
-    base: int  # its rows: from here on, data first
-    data: list[tuple[int, int, StubType, int]]  # (leaf, first row, type of a row, rows or -1)
-    returned: Returned | None = None
-    failed: bool = False
+    data: list[tuple[int, int, StubType, int, str]] = field(default_factory=list)
+    # ^ (leaf, first row, type of a row, rows or -1, name)
+    call: tuple[Any, Any] = ((), {})  # the request as stubs
+    parts: dict[int, Part] = field(default_factory=dict)
+    rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float and tensor row, and the end
+    base: int = 0  # first row that its forward makes
+    returned: Returned | None = None  # None: it failed
 
 
 @dataclass
@@ -95,6 +105,7 @@ class Unfolder:
 
     tools: Tools
     forward: Callable[..., Any]
+    names: list[str]  # of its arguments
     modules: dict[str, nn.Module]
     device: torch.device
     reason: str | None = None  # why requests are traced instead, once that was found
@@ -103,6 +114,7 @@ class Unfolder:
     def __post_init__(self) -> None:
         self.recorder = Recorder(self._study, self.device)
         self.generation = 0  # of what was learned: older plans hold other cells
+        self._roomy = False  # is there room for deep recursion
         self.to_check = 2  # requests whose results are still compared with the model's own
         self._stacks: set[Hashable] = set()  # places of tensors that are taken apart
         self._shapes = Shapes({})
@@ -113,37 +125,41 @@ class Unfolder:
 
     # -- one request on stubs --
 
-    def _run(self, request: Request, args: Any, kwargs: Any) -> Unfolded:
+    def _stubbed(self, request: Request, args: Any, kwargs: Any) -> Unfolded:
+        """A request as stubs; its rows are taken."""
         recorder = self.recorder
-        leaf = 0
-        out = Unfolded(request, recorder.next_row, [])
-        ints = recorder.next_row
+        out = Unfolded(request)
         at = request.given
-        rows = []
+        starts = []
+        inside = ", ".join(self.names)
         for present, form in ((request.ints, IntNumber), (request.floats, FloatNumber)):
-            rows.append(recorder.next_row)
+            starts.append(recorder.next_row)
             if present:
                 count = len(request.tensors[at])
-                out.data.append((at, recorder.next_row, form.type, count))
+                out.data.append((at, recorder.next_row, form.type, count, f"a number in {inside}"))
                 recorder.next_row += count
                 at += 1
+        starts.append(recorder.next_row)
+        leaf = 0
 
         def tensor(value: torch.Tensor, place: Hashable, row: int) -> Any:
             nonlocal leaf
-            made = self._data(out, leaf, value, place, row)
             leaf += 1
-            return made
+            return self._data(out, leaf - 1, value, place, row)
 
-        tensors = recorder.next_row
-        stubber = Stubber(self._shapes, self.steering, (rows[0], rows[1], tensors), tensor)
-        call_args, call_kwargs = stubber.call(args, kwargs)
+        stubber = Stubber(self._shapes, self.steering, (starts[0], starts[1], starts[2]), tensor)
+        out.call, out.parts = stubber.call(args, kwargs), stubber.parts
         recorder.next_row = stubber.tensors
-        recorder.parts, recorder.data = stubber.parts, (ints, rows[1], tensors, stubber.tensors)
+        out.rows = (starts[0], starts[1], starts[2], stubber.tensors)
+        return out
+
+    def _run(self, out: Unfolded, args: Any, kwargs: Any) -> None:
+        recorder = self.recorder
+        recorder.parts, recorder.data = out.parts, out.rows
         try:
-            out.returned = recorder.run(self.forward, call_args, call_kwargs)
+            out.returned = recorder.run(self.forward, *out.call)
         except NumberSteers as error:
             raise Steers(self._place_of(error.row, out, args, kwargs)) from error
-        return out
 
     def _place_of(self, row: int, out: Unfolded, args: Any, kwargs: Any) -> Hashable:
         """Place of the number that is row `row`."""
@@ -155,21 +171,17 @@ class Unfolder:
             return value
 
         Copier(lambda leaf, _: leaf, number).call(args, kwargs)
-        for _, first, form, count in out.data:
+        for _, first, form, count, _ in out.data:
             if first <= row < first + count:
                 return places[int if form is IntNumber.type else float][row - first]
         raise AssertionError(row)
 
-    def _first_numbers(self, request: Request) -> dict[type, int]:
-        """Rows of the numbers of each kind, taken now."""
-        first = {}
-        at = request.given
-        for kind, present in ((int, request.ints), (float, request.floats)):
-            first[kind] = self.recorder.next_row
-            if present:
-                self.recorder.next_row += len(request.tensors[at])
-                at += 1
-        return first
+    def _name(self, place: Any) -> str:
+        """A tensor's name in error messages."""
+        if type(place) is tuple and place[0] == "argument":
+            k = place[1]
+            return self.names[k] if isinstance(k, int) and k < len(self.names) else str(k)
+        return f"a tensor in {', '.join(self.names)}"
 
     def _data(
         self, out: Unfolded, leaf: int, value: torch.Tensor, place: Hashable, row: int
@@ -185,11 +197,11 @@ class Unfolder:
         )
         if apart and len(shape) > 0:
             inner = StubType.of(shape[1:], value.dtype, device)
-            out.data.append((leaf, row, inner, shape[0]))
-            return Stack([Stub(row + i, inner) for i in range(shape[0])])
+            out.data.append((leaf, row, inner, shape[0], self._name(place)))
+            return Stack.of_rows(row, shape[0], inner)
         kind = StubType.of(shape, value.dtype, device)
-        out.data.append((leaf, row, kind, -1))
-        if len(shape) > 1:
+        out.data.append((leaf, row, kind, -1, self._name(place)))
+        if len(shape) > 0:
             self._whole[row] = place
         return Stub(row, kind)
 
@@ -263,27 +275,46 @@ class Unfolder:
         gc.disable()  # what is made here lives until the end of it
         try:
             return self._recorded(requests)
+        except RecursionError:
+            recorder.reset()
+            return self._with_room(lambda: self._recorded(requests))
         finally:
             if collecting:
                 gc.enable()
+
+    def _with_room(self, work: Callable[[], T]) -> T:
+        """Work in a thread with a large stack: deep structures need one."""
+        self._roomy = True
+        limit, size = sys.getrecursionlimit(), threading.stack_size(ROOM)
+        sys.setrecursionlimit(max(limit, DEPTH))
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                return pool.submit(work).result()
+        finally:
+            self._roomy = False
+            threading.stack_size(size)
+            sys.setrecursionlimit(limit)
 
     def _recorded(
         self, requests: Sequence[tuple[Request, Any, Any]]
     ) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         self._whole: dict[int, Hashable] = {}
-        runs = []
         known = len(recorder.all_ops)
+        runs = [self._stubbed(*request) for request in requests]
         with recorder.watching(self.modules):
-            for request, args, kwargs in requests:
-                base = recorder.next_row
+            for run, (_, args, kwargs) in zip(runs, requests, strict=True):
+                run.base = recorder.next_row
                 try:
-                    runs.append(self._run(request, args, kwargs))
-                except Steers:
+                    self._run(run, args, kwargs)
+                except (Steers, RefusedCell):
                     raise
+                except RecursionError:
+                    if not self._roomy:
+                        raise
+                    log.info("plan", "a request recurses too deep")
                 except Exception as error:
                     log.info("plan", f"a request fails: {error!r}")
-                    runs.append(Unfolded(request, base, [], failed=True))
         recorder.expand()
         recorder.leaks()
         recorder.spans = []
@@ -295,6 +326,11 @@ class Unfolder:
     def _take_apart(self, known: int) -> bool:
         """Were tensors met whole that tracing takes apart along their first dimension?"""
         found = False
+        for row in self.recorder.take_apart:
+            if (place := self._whole.get(row)) is not None and place not in self._stacks:
+                self._stacks.add(place)
+                found = True
+        self.recorder.take_apart.clear()
         for segment in self.recorder.used:
             reads = None
             for op, wiring in zip(segment.ops, segment.wirings, strict=True):
@@ -382,6 +418,7 @@ class Unfolder:
         if changed:
             self.recorder.roots.clear()
             self.recorder.memos.clear()
+            self.recorder.sites.clear()
             self._live.clear()
             self.generation += 1
         return changed
@@ -453,8 +490,8 @@ class Unfolder:
             all_owners.append(owners)
         data, data_owners, outputs, output_owners = [], [], [], []
         for r, run in enumerate(runs):
-            for leaf, base, kind, count in run.data:
-                data.append(_source(leaf, base, kind, count))
+            for leaf, base, kind, count, name in run.data:
+                data.append(_source(leaf, base, kind, count, name))
                 data_owners.append(r)
             for rows, out in run.returned.tensors if run.returned is not None else ():
                 refs = final[values_of(np.array(rows, np.int64))]
@@ -573,12 +610,12 @@ def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, R
     return group, owners
 
 
-def _source(leaf: int, base: int, kind: StubType, count: int) -> DataSource:
+def _source(leaf: int, base: int, kind: StubType, count: int, name: str) -> DataSource:
     type = RowType(kind.shape, DTYPE_NAMES[kind.dtype])
     rows = (True,) * len(kind.shape)
     if count < 0:
-        return DataSource(leaf, f"leaf {leaf}", base, 1, type, rows)
-    return DataSource(leaf, f"leaf {leaf}", base, count, type, (False, *rows))
+        return DataSource(leaf, name, base, 1, type, rows)
+    return DataSource(leaf, name, base, count, type, (False, *rows))
 
 
 def _output(refs: Refs, out: OutType) -> RowOutput:

@@ -65,7 +65,7 @@ class Memo:
         self.repeated = 0  # how often a repetition was run and found the same
         self.replays: list[int] = []  # (made, ints, floats, tensors) bases of each
         self.arrays: list[tuple[Segment, I64, I64, I64]] | None = None
-        self.build = _builder(result)
+        self.build = builder(result)
 
     def same(self, other: Memo) -> bool:
         return (
@@ -158,7 +158,7 @@ _LEAF = pytree.tree_structure(0)
 _PAIR = pytree.tree_structure((0, 0))
 
 
-def _builder(result: Any) -> Callable[[Sequence[int]], Any]:
+def builder(result: Any) -> Callable[[Sequence[int]], Any]:
     """What makes a replay's result from its (0, made, ints, floats, tensors) bases."""
     spec, leaves = result
     made = all(kind is not None and row[0] == MADE for kind, row in leaves)

@@ -69,7 +69,8 @@ class CannotUnfold(BaseException):
 
 
 class _State:
-    target: Target | None = None
+    target: Target | None = None  # who runs a forward on stubs now
+    marked_calls = 0  # of functions marked `@cellc.cell`, ever
 
 
 current = _State()
@@ -214,14 +215,32 @@ for _name in "setitem iadd isub imul itruediv iand ior ixor".split():
 class Stack(Stub):
     """A tensor whose rows along the first dimension are stubs of one type."""
 
-    __slots__ = ("items",)
+    __slots__ = ("_items", "first")
 
-    def __init__(self, items: Sequence[Stub]) -> None:
+    def __init__(self, items: Sequence[Stub], first: int | None = None) -> None:
         inner = items[0].type
         super().__init__(
             -1, StubType.of((len(items), *inner.shape), inner.dtype, inner.device)
         )
-        self.items = list(items)
+        self._items: list[Stub] | None = list(items)
+        self.first = first
+
+    @classmethod
+    def of_rows(cls, first: int, count: int, inner: StubType) -> Stack:
+        """Of rows that lie side by side; their stubs are made when they are asked for."""
+        made = cls.__new__(cls)
+        made.id, made.type = -1, StubType.of((count, *inner.shape), inner.dtype, inner.device)
+        made._items, made.first = None, first
+        return made
+
+    @property
+    def items(self) -> list[Stub]:
+        if self._items is None:
+            assert self.first is not None
+            kind = self.type
+            inner = StubType.of(kind.shape[1:], kind.dtype, kind.device)
+            self._items = [Stub(self.first + i, inner) for i in range(kind.shape[0])]
+        return self._items
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)

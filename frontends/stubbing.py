@@ -92,7 +92,7 @@ class Stubber:
         if isinstance(x, torch.Tensor):
             made = self._tensor(x, place, self.tensors)
             self._shape = self._shapes.of((type(made), made.type))
-            self.tensors += len(made.items) if type(made) is Stack else 1
+            self.tensors += made.type.shape[0] if type(made) is Stack else 1
             return made
         if kind in VALUES:
             self._shape = self._shapes.of((kind, x))

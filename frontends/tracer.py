@@ -608,7 +608,7 @@ def _where(error: BaseException) -> str:
     found, tb = "", error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if not path.startswith((_TORCH, _HERE)):
+        if not path.startswith((_TORCH, _HERE, "<string>")):
             found = f"{os.path.basename(path)}:{tb.tb_lineno}"
         tb = tb.tb_next
     return found

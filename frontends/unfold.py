@@ -31,6 +31,7 @@ from torch.utils import _pytree as pytree
 
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError, UnsupportedError
+from cellc.frontends import fold as folds
 from cellc.frontends import stub as stubs
 from cellc.frontends.memo import MAX_INSTANCES, MAX_MEMOS, Bases, Instance, Memo, Outside, Relative
 from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, NumberSteers, Stack, Stub, StubType
@@ -45,6 +46,7 @@ _MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
 COMPARED = 24  # repetitions of a method that run all the same
 LOOKED_INTO = 256  # calls of a method looked into for rows that leave it unseen
 MAX_LEAVES = 8  # of a part that is kept: larger ones seldom repeat
+SPARE = 1 << 48  # rows from here on stand for arguments of an observed function
 MANY_VALUES = 64  # variants of one call site by Python values: more, and its body runs instead
 
 
@@ -240,6 +242,10 @@ def _input_rows(inputs: Sequence[tuple[StubType, int]]) -> Iterator[tuple[StubTy
                 yield inner, 1
 
 
+class RefusedCell(UnsupportedError):
+    """A marked cell that cannot be one."""
+
+
 class _Structural(Exception):
     """An argument that is neither tensors nor small values."""
 
@@ -260,6 +266,9 @@ class Callee:
         self, name: str, run: Callable[..., Any], marked: bool, key: Hashable, own: bool
     ) -> None:
         self.name, self.run, self.marked, self.key = name, run, marked, key
+        module = getattr(run, "__self__", None)
+        inner = list(module.modules())[1:] if isinstance(module, nn.Module) else []
+        self.holds_cells = any(_is_marked(m) for m in inner)
         self.own = own  # code of the user's, not of torch's
         self.transparent = False  # met arguments that are structure: its body runs
         self.repeats = True  # what its body does depends on its arguments alone
@@ -302,6 +311,10 @@ class Recorder:
         self.parts: dict[int, Part] = {}  # what the request is made of, by id
         self.data: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float, tensor row; end
         self.memos: dict[Any, Memo] = {}
+        self.sites: dict[Hashable, folds.Site] = {}
+        self.folding: set[Hashable] = set()  # sites with calls that are not written yet
+        self.take_apart: set[int] = set()  # rows of tensors that are needed as lists of rows
+        self._spare = 0
         self._thread = 0
         self.next_row = 0
         self._start()
@@ -323,15 +336,18 @@ class Recorder:
         for segment in self.used:
             segment.clear()
         self.used.clear()
+        for site in self.sites.values():
+            site.folds = []
+        self.folding.clear()
         self.next_row = 0
+        self._spare = SPARE
         self._start()
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned:
         """One request on stubs; the caller is inside `watching`."""
         self.on, stubs.current.target = True, self
         try:
-            with _Functions(self), torch.no_grad():
-                result = forward(*args, **kwargs)
+            result = forward(*args, **kwargs)
         finally:
             self.on, stubs.current.target = False, None
             self._cut()
@@ -339,6 +355,8 @@ class Recorder:
         return self._returned(result)
 
     def _returned(self, result: Any) -> Returned:
+        if type(result) is Stub:
+            return Returned([([result.id], OutType(result.type, -1))], [("t", 0)], LEAF)
         leaves, spec = pytree.tree_flatten(result)
         tensors: list[tuple[list[int], OutType]] = []
         kept: list[tuple[str, Any]] = []
@@ -404,7 +422,7 @@ class Recorder:
                 self._sign(kwargs[name], sign, rows)
         except _Structural:
             if callee.marked:
-                raise UnsupportedError(
+                raise RefusedCell(
                     what=f"the cell {callee.name} called with Python structure",
                     remedy="give a cell tensors, tuples and lists of them, and plain values only",
                     origin=_line(frame),
@@ -503,6 +521,46 @@ class Recorder:
             self.distrust(callee)
         return result
 
+    # -- folds over arrays --
+
+    def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any:
+        """[states of the results] of `cellc.Dag.fold`; None where its calls have to be run."""
+        if not self.on or self._thread != threading.get_ident():
+            return None
+        states = folds.fold(self, self.sites, structure, node, leaf, nodes, leaves)
+        return None if states is None else [states]
+
+    def spare_row(self) -> int:
+        """A row that stands for an argument while a function is observed."""
+        self._spare += 1
+        return self._spare
+
+    def observe(self, run: Callable[[], Any]) -> Any:
+        """([(segment, reads, first row)], first row made, rows made, result) of a call that leaves
+        no trace; None where it cannot be alone.
+        """
+        self._cut()
+        first_event, start = len(self._events), self.next_row
+        result = run()
+        self._cut()
+        events = []
+        plain = True
+        for event in reversed(self._events[first_event:]):
+            if type(event[0]) is Memo:
+                del event[0].replays[-4:]
+                plain = False
+                continue
+            segment, _ = event
+            width = segment.num_external
+            reads = segment.reads[len(segment.reads) - width :]
+            del segment.reads[len(segment.reads) - width :]
+            events.append((segment, reads, segment.made.pop()))
+            if not segment.made:
+                self.used.remove(segment)
+        del self._events[first_event:]
+        rows, self.next_row = self.next_row - start, start
+        return (events[::-1], start, rows, result) if plain else None
+
     def distrust(self, callee: Callee) -> None:
         """A method whose calls do not depend on their arguments alone: its body always runs."""
         callee.repeats = False
@@ -514,6 +572,9 @@ class Recorder:
         for memo in self.memos.values():
             if memo.replays:
                 memo.expand()
+        for key in self.folding:
+            self.sites[key].expand()
+        self.folding.clear()
 
     def leaks(self) -> bool:
         """Do rows leave a call by another way than its result? Then its body always runs."""
@@ -725,7 +786,7 @@ class Recorder:
         external, reads, first = self._external, self._reads, self._first
         wiring = []
         for row in rows:
-            if row >= first:
+            if first <= row < SPARE:
                 wiring.append(row - first)
                 continue
             slot = None if op.is_cell or row < 0 else external.get(row)
@@ -808,6 +869,7 @@ class Recorder:
 
         self.on, target = False, stubs.current.target
         stubs.current.target = None
+        marked_calls = stubs.current.marked_calls
         try:
             study = self._study(
                 alone,
@@ -826,7 +888,7 @@ class Recorder:
         if study is None:
             if callee is None:
                 raise CannotUnfold(f"{name} has no fixed result", _line(frame) if frame else "")
-            if callee.marked:
+            if callee.marked and stubs.current.marked_calls == marked_calls and not callee.holds_cells:
                 raise _refused(callee, None, frame)
             self.ops[key] = _TRANSPARENT
             return _TRANSPARENT
@@ -869,11 +931,12 @@ class Recorder:
         self._thread = threading.get_ident()
         placed: list[tuple[dict[str, Any], str, Any]] = []
         limit = sys.getrecursionlimit()
-        sys.setrecursionlimit(limit * 4 + 200)
+        sys.setrecursionlimit(limit * 4 + 200)  # our frames are on the stack, too
         try:
             for name, module in modules.items():
                 self._watch(name, module, placed)
-            yield
+            with torch.no_grad(), _Functions(self):
+                yield
         finally:
             sys.setrecursionlimit(limit)
             for place, attribute, before in reversed(placed):
@@ -923,6 +986,7 @@ class Recorder:
         def called(*args: Any, **kwargs: Any) -> Any:
             return record(callee, args, kwargs, frame_of(depth))
 
+        called.callee = callee  # type: ignore[attr-defined]
         return called
 
     def marked(self, function: Callable[..., Any], args: Any, kwargs: Any, frame: Any) -> Any:
@@ -1093,9 +1157,11 @@ def _loops(code: types.CodeType) -> list[tuple[int, int]]:
 def _refused(callee: Callee, error: BaseException | None, frame: Any) -> CellcError:
     if isinstance(error, CellcError):
         reason = str(error).splitlines()[0]
+    elif error is None:
+        reason = "it holds a loop whose state feeds itself"
     else:
-        reason = "it holds a loop whose state feeds itself" if error is None else str(error)
-    return UnsupportedError(
+        reason = "it uses a value of the request that is none of its arguments"
+    return RefusedCell(
         what=f"the cell {callee.name}: {reason}",
         remedy="a cell takes all it needs as arguments, reads no values, and is one step",
         origin=_line(frame) if frame is not None else None,

@@ -467,12 +467,14 @@ class Pair(NamedTuple):
 
 
 def test_objects_in_requests() -> None:
-    """What compares by identity or holds tensors is no structure; a named tuple is one argument."""
+    """An object is what its attributes are; a named tuple is one argument."""
     with cellc.compile(lambda box: torch.ones(I) * box.value, backend="eager") as compiled:
-        for box in (Box(2.0), Box(torch.ones(I)), Frozen(torch.ones(I))):
-            with pytest.raises(cellc.RequestError, match="register_pytree_node"):
-                compiled(box)
-        same(compiled(Frozen(3.0)), torch.full((I,), 3.0))
+        for value in (2.0, torch.ones(I), torch.full((I,), 3.0), 3.0):
+            for box in (Box(value), Frozen(value)):
+                same(compiled(box), torch.ones(I) * value)
+        for value in (object(), {torch.ones(I)}, iter([1])):
+            with pytest.raises(cellc.RequestError, match=r"box.*register_pytree_node"):
+                compiled(Box(value))
     pairs = [Pair(torch.randn(n, I), torch.randn(n, I)) for n in (1, 2)]
     with cellc.compile(lambda pair: pair.left + pair.right, backend="eager") as compiled:
         for pair, got in zip(pairs, compiled.map(pairs), strict=True):
