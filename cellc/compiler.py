@@ -30,9 +30,9 @@ from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedErro
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.frontends.lower import lower
+from cellc.frontends.segments import LEAF
 from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, trace
-from cellc.frontends.unfold import LEAF
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel

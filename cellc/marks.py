@@ -49,7 +49,7 @@ def cell(target: T) -> T:
     if not isinstance(target, types.FunctionType):
         raise UnsupportedError(
             what=f"@cellc.cell on a {type(target).__name__}",
-            remedy="mark a function, a method (below @staticmethod or @property), or a Module class",
+            remedy="mark a function, a method (inside @staticmethod), or a Module class",
         )
 
     @functools.wraps(target)

@@ -196,7 +196,7 @@ class _Planner:
 
     @staticmethod
     def _layout(sizes: I64) -> tuple[I64, I64]:
-        """Sizes [groups, requests] laid out request by request: (first of each, of each request)."""
+        """Sizes [groups, requests], laid out request by request: (first of each, of requests)."""
         flat = sizes.T.reshape(-1)
         ends = np.cumsum(flat)
         first = (ends - flat).reshape(sizes.shape[::-1]).T
@@ -549,9 +549,7 @@ class _Planner:
             if end - at == 1:
                 contiguous = own[at] == 1
             else:
-                contiguous = end > at and bool(
-                    owned[at:end].all() and in_order[at : end - 1].all()
-                )
+                contiguous = end > at and bool(owned[at:end].all() and in_order[at : end - 1].all())
             out[owner].append(
                 OutputRows(
                     slots[at:end],

@@ -20,7 +20,6 @@ from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import RequestError
 
 
-
 @dataclass(frozen=True)
 class Structure:
     """What requests that share a plan have in common."""
@@ -134,9 +133,7 @@ class Arguments:
                 expected="numbers of 64 bits",
             ) from None
 
-    def _refusal(
-        self, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> RequestError:
+    def _refusal(self, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RequestError:
         return RequestError(
             argument=_where(leaf, self.by_name(args, kwargs)),
             got=f"an object of {type(leaf).__name__}",

@@ -113,10 +113,14 @@ def is_object(x: Any) -> bool:
 
 def attributes(x: Any) -> list[str]:
     """Names of an object's attributes: of its dict, then its slots that are filled."""
-    return [*vars(x)] if not (slots := _slots(type(x))) else [
-        *getattr(x, "__dict__", ()),
-        *[n for n in slots if hasattr(x, n)],
-    ]
+    return (
+        [*vars(x)]
+        if not (slots := _slots(type(x)))
+        else [
+            *getattr(x, "__dict__", ()),
+            *[n for n in slots if hasattr(x, n)],
+        ]
+    )
 
 
 def _slots(kind: type) -> list[str]:
@@ -156,9 +160,9 @@ def flatten(
     data = steering is not None
     structured = nested = False
     # a number that is a whole argument decides, as a rule: how many steps, which layer
-    stack = [
-        _Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())
-    ][::-1]
+    stack = [_Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())][
+        ::-1
+    ]
     pop, push, emit = stack.pop, stack.extend, tokens.append
     while stack:
         x = pop()

@@ -106,9 +106,9 @@ class Dag:
         up.
 
         A node's state is node(*its rows of `nodes`, [states of its children]). With `leaf`, a node
-        without children has leaf(*its rows of `leaves`) instead, and `nodes` has rows for the others
-        only, both in the order of the nodes. A state is a tensor or nested tuples of tensors, of one
-        form for all nodes.
+        without children has leaf(*its rows of `leaves`) instead, and `nodes` has rows for the
+        others only, both in the order of the nodes. A state is a tensor or nested tuples of
+        tensors, of one form for all nodes.
         """
         nodes = (nodes,) if isinstance(nodes, torch.Tensor) else tuple(nodes)
         leaves = (leaves,) if isinstance(leaves, torch.Tensor) else tuple(leaves)
@@ -116,7 +116,10 @@ class Dag:
         self._check_rows("nodes", nodes, self.num_nodes - num_leaves)
         self._check_rows("leaves", leaves, num_leaves)
         target = stubs.current.target
-        if target is not None and (made := target.fold(self, node, leaf, nodes, leaves)) is not None:
+        if (
+            target is not None
+            and (made := target.fold(self, node, leaf, nodes, leaves)) is not None
+        ):
             return self._returned(made[0])
         return self._returned(self.fold_eagerly(node, leaf, nodes, leaves))
 

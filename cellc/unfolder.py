@@ -27,11 +27,21 @@ from torch import nn
 from cellc import log
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
-from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, NumberSteers, Stack, Stub, StubType
-from cellc.frontends.tracer import Trace
-from cellc.frontends.unfold import LEAF, OutType, Recorder, RefusedCell, Returned, Segment, Study
+from cellc.frontends.segments import LEAF, OutType, Segment, Study
+from cellc.frontends.stub import (
+    CannotUnfold,
+    FloatNumber,
+    IntNumber,
+    NumberSteers,
+    Stack,
+    Stub,
+    StubType,
+)
 from cellc.frontends.stubbing import MAX_SHAPES, Part, Shapes, Stubber
+from cellc.frontends.tracer import Trace
+from cellc.frontends.unfold import Recorder, Returned
 from cellc.ops import RowType
 from cellc.request import Request
 from cellc.roles import Roles
@@ -188,7 +198,7 @@ class Unfolder:
     ) -> Any:
         if value.dtype not in DTYPE_NAMES:
             raise CannotUnfold(f"a tensor of {value.dtype}")
-        device = self.recorder._device
+        device = self.recorder.device
         shape = tuple(value.shape)
         if 0 in shape:
             raise CannotUnfold("an empty tensor")
@@ -220,7 +230,7 @@ class Unfolder:
             if kind == "v" and not isinstance(value, (int, float, bool, str, type(None))):
                 return None
         lowered = self.tools.lower_alone(traced, 1 if lists else 2)
-        device = self.recorder._device
+        device = self.recorder.device
         keys = {value: key for key, value in lowered.constants.items()}
         refs = [int(r) for out in lowered.outputs for r in out.refs.reshape(-1)]
         constant = None
@@ -505,7 +515,10 @@ class Unfolder:
         escaping = tuple(sorted(segment.escaping))
         recurrent = any(op.component for op in segment.ops)
         key = (
-            tuple(op.number for op in segment.ops), segment.wirings, escaping, recurrent,
+            tuple(op.number for op in segment.ops),
+            segment.wirings,
+            escaping,
+            recurrent,
         )
         roles = self._roles.setdefault(tuple([op.site for op in segment.ops]), Roles())
         template = self._templates.get(key)
@@ -624,4 +637,3 @@ def _output(refs: Refs, out: OutType) -> RowOutput:
         return RowOutput(refs.reshape(()), RowType(shape, dtype), shape, (True,) * len(shape))
     dims = (False, *[True] * (len(shape) - 1))
     return RowOutput(refs, RowType(shape[1:], dtype), shape, dims)
-

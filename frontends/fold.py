@@ -159,7 +159,11 @@ def fold(
     keys = (_identity(node), _identity(leaf))
     if None in keys:
         return None
-    key = (*keys, tuple([t.type.shape[1:] for t in nodes]), tuple([t.type.shape[1:] for t in leaves]))
+    key = (
+        *keys,
+        tuple([t.type.shape[1:] for t in nodes]),
+        tuple([t.type.shape[1:] for t in leaves]),
+    )
     site = sites.get(key)
     if site is None:
         site = sites[key] = Site()
@@ -174,7 +178,9 @@ def fold(
         first[kind] = at
         at += size * site.rules[kind].rows
     recorder.next_row = at
-    site.folds.append((structure, layout, first, [t.first for t in nodes], [t.first for t in leaves]))
+    site.folds.append(
+        (structure, layout, first, [t.first for t in nodes], [t.first for t in leaves])
+    )
     recorder.folding.add(key)
     results = []
     for kind, rank in layout.results:
@@ -227,7 +233,9 @@ def _learn(
                 offsets.append(row)
             else:
                 return False
-        instances.append((segment, np.array(kinds, np.int64), np.array(offsets, np.int64), first - start))
+        instances.append(
+            (segment, np.array(kinds, np.int64), np.array(offsets, np.int64), first - start)
+        )
     stubs, spec = pytree.tree_flatten(result)
     if not all(type(s) is Stub and s.id >= start for s in stubs):
         return False

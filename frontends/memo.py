@@ -132,7 +132,9 @@ class Relative:
                 return INTS, row - b.ints
         raise Outside
 
-    def moved(self, instance: Instance, made: int, ints: int, floats: int, tensors: int) -> Instance:
+    def moved(
+        self, instance: Instance, made: int, ints: int, floats: int, tensors: int
+    ) -> Instance:
         """An instance of a memo replayed inside this call."""
         b = self.bases
         shift = (0, made - self.start, ints - b.ints, floats - b.floats, tensors - b.tensors)

@@ -14,7 +14,6 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-
 _CPU = torch.device("cpu")
 
 
@@ -219,9 +218,7 @@ class Stack(Stub):
 
     def __init__(self, items: Sequence[Stub], first: int | None = None) -> None:
         inner = items[0].type
-        super().__init__(
-            -1, StubType.of((len(items), *inner.shape), inner.dtype, inner.device)
-        )
+        super().__init__(-1, StubType.of((len(items), *inner.shape), inner.dtype, inner.device))
         self._items: list[Stub] | None = list(items)
         self.first = first
 

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from cellc.frontends.stub import FloatNumber, IntNumber, Stack, Stub
+from cellc.frontends.stub import FloatNumber, IntNumber, Stack
 from cellc.skeleton import VALUES, Place, children, filler
 
 MAX_SHAPES = 1 << 20
@@ -68,8 +68,7 @@ class Stubber:
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         made = [
-            self._leaf_or_part(x, ("argument", k))
-            for k, x in [*enumerate(args), *kwargs.items()]
+            self._leaf_or_part(x, ("argument", k)) for k, x in [*enumerate(args), *kwargs.items()]
         ]
         return tuple(made[: len(args)]), dict(zip(kwargs, made[len(args) :], strict=True))
 
@@ -78,7 +77,9 @@ class Stubber:
         if kind is tuple:
             return self._tuple(x)
         if kind is int or kind is float:
-            steers = place in self._steering or (isinstance(place, tuple) and place[0] == "argument")
+            steers = place in self._steering or (
+                isinstance(place, tuple) and place[0] == "argument"
+            )
             if steers:
                 self._shape = self._shapes.of((kind, repr(x)))
                 return x
@@ -130,9 +131,7 @@ class Stubber:
             shape = numbers.setdefault(tuple(key), len(numbers))
         self._shape = shape
         made = self._made[id(x)] = tuple(items)
-        self.parts[id(made)] = (
-            shape, ints, floats, tensors, self.ints, self.floats, self.tensors
-        )
+        self.parts[id(made)] = (shape, ints, floats, tensors, self.ints, self.floats, self.tensors)
         return made
 
     def _container(self, x: Any) -> Any:
@@ -156,7 +155,5 @@ class Stubber:
         shape = UNLIKE if UNLIKE in key else self._shapes.of(tuple(key))
         self._shape = shape
         made = self._made[id(x)] = finish(items)
-        self.parts[id(made)] = (
-            shape, ints, floats, tensors, self.ints, self.floats, self.tensors
-        )
+        self.parts[id(made)] = (shape, ints, floats, tensors, self.ints, self.floats, self.tensors)
         return made
