@@ -274,6 +274,8 @@ class Compiled:
                     made[structure.key] = self._entry(structure, call)
         for i, structure, _, exact in left:
             entry_or_error = made[structure.key]
+            if not isinstance(entry_or_error, Exception):
+                compiler.traced_instead(flat[i])  # type: ignore[arg-type]
             out[i] = (
                 entry_or_error
                 if isinstance(entry_or_error, Exception)

@@ -134,6 +134,7 @@ class Compiler:
         )
         self._last: tuple[Any, Any] | None = None  # request that was unfolded
         self._unfolds = False  # was a request seen that holds structure
+        self._not_unfolded: dict[Hashable, str] = {}  # requests, with why
         self._marked = has_marks(model)
         self._unfolded_cells: set[str] = set()
 
@@ -161,7 +162,7 @@ class Compiler:
 
     def unfolds(self, request: Request) -> bool:
         """Is a new request's forward run on stubs, rather than traced by operators?"""
-        if self.unfolder.reason is not None:
+        if self.unfolder.reason is not None or request.key in self._not_unfolded:
             return False
         self._unfolds = self._unfolds or request.structured
         return self._marked or (self._unfolds and request.nested)
@@ -172,7 +173,8 @@ class Compiler:
         """
         with self._lock:
             steering = self.arguments.steering
-            assert steering is not None
+            if steering is None or any(r.steering != steering for r, _, _ in requests if r.nested):
+                return False  # another thread learned something
             before = self.unfolder.generation
             start = time.perf_counter()
             try:
@@ -184,7 +186,7 @@ class Compiler:
                 self.arguments.steering = steering | {error.place}
                 return False
             except CannotUnfold as error:
-                self.distrust(f"{error.reason}", error.origin)
+                self.distrust(str(error))
                 return False
             if self.unfolder.generation != before and self._plans:
                 self._forget()
@@ -194,12 +196,17 @@ class Compiler:
             stats.seconds += time.perf_counter() - start
             return True
 
-    def distrust(self, reason: str, origin: str = "") -> None:
+    def traced_instead(self, request: Request) -> None:
+        """A request that could not be unfolded was traced: so are all, if none ever could be."""
+        reason = self._not_unfolded.pop(request.key, None)
+        if reason is not None and self.unfolder.stats.requests == 0:
+            self.distrust(reason)
+
+    def distrust(self, reason: str) -> None:
         """From now on requests are traced by operators."""
-        where = f" ({origin})" if origin else ""
-        log.info("plan", f"requests are traced by operators: {reason}{where}")
+        log.info("plan", f"requests are traced by operators: {reason}")
         with self._lock:
-            self.unfolder.reason = reason + where
+            self.unfolder.reason = reason
             self.arguments.steering = None
             self._forget()
             self.unfolder.forget()
@@ -218,6 +225,8 @@ class Compiler:
         stats = self.unfolder.stats
         for run, plan in zip(runs, plans, strict=True):
             if run.returned is None:
+                if run.reason is not None:
+                    self._not_unfolded[run.request.key] = run.reason
                 continue
             for cell, depth in zip(plan.cells, plan.priority, strict=True):
                 self.priority[cell] = max(self.priority.get(cell, 0), depth)

@@ -43,6 +43,7 @@ class Request:
     floats: bool = False
     nested: bool = False  # does it hold a container
     structured: bool = False  # does it hold more than flat groups of tensors
+    steering: frozenset[Hashable] | None = None  # what numbers decided when it was flattened
 
     @property
     def key(self) -> Hashable:
@@ -101,8 +102,9 @@ class Arguments:
         """A bound call as data and structure; `exact`: Python numbers are structure."""
         if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             return Request(list(args), len(args))
+        steering = None if exact else self.steering
         try:
-            flat = skeleton.flatten(args, kwargs, None if exact else self.steering)
+            flat = skeleton.flatten(args, kwargs, steering)
         except skeleton.NotFlat as error:
             raise self._refusal(error.leaf, args, kwargs) from None
         tensors = flat.tensors
@@ -119,6 +121,7 @@ class Arguments:
             bool(flat.floats),
             flat.nested,
             flat.structured,
+            steering,
         )
 
     def _numbers(

@@ -88,6 +88,7 @@ class Unfolded:
     rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float and tensor row, and the end
     base: int = 0  # first row that its forward makes
     returned: Returned | None = None  # None: it failed
+    reason: str | None = None  # why it cannot be unfolded, where that is why
 
 
 @dataclass
@@ -311,14 +312,24 @@ class Unfolder:
         recorder = self.recorder
         self._whole: dict[int, Hashable] = {}
         known = len(recorder.all_ops)
-        runs = [self._stubbed(*request) for request in requests]
+        runs = []
+        for request in requests:
+            try:
+                runs.append(self._stubbed(*request))
+            except CannotUnfold as error:
+                runs.append(Unfolded(request[0], reason=str(error)))
         with recorder.watching(self.modules):
             for run, (_, args, kwargs) in zip(runs, requests, strict=True):
                 run.base = recorder.next_row
+                if run.reason is not None:
+                    continue
                 try:
                     self._run(run, args, kwargs)
                 except (Steers, RefusedCell):
                     raise
+                except CannotUnfold as error:
+                    run.reason = str(error)
+                    log.info("plan", f"a request cannot be unfolded: {error}")
                 except RecursionError:
                     if not self._roomy:
                         raise

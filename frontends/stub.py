@@ -63,8 +63,7 @@ class CannotUnfold(BaseException):
     """The forward does what only operator-level tracing handles; `origin` says where."""
 
     def __init__(self, reason: str, origin: str = "") -> None:
-        super().__init__(reason)
-        self.reason, self.origin = reason, origin
+        super().__init__(f"{reason} ({origin})" if origin else reason)
 
 
 class _State:
