@@ -135,7 +135,7 @@ class Compiler:
         self._last: tuple[Any, Any] | None = None  # request that was unfolded
         self._unfolds = False  # was a request seen that holds structure
         self._not_unfolded: dict[Hashable, str] = {}  # requests, with why
-        self._marked = has_marks(model)
+        self._marked = has_marks(model)  # every request is unfolded
         self._unfolded_cells: set[str] = set()
 
     # -- plans --

@@ -44,7 +44,7 @@ def cell(target: T) -> T:
                 what=f"@cellc.cell on the class {target.__name__}",
                 remedy="mark an nn.Module class, a method or a function",
             )
-        target._cellc_cell = True
+        target._cellc_cell = True  # type: ignore[attr-defined]
         return target
     if not isinstance(target, types.FunctionType):
         raise UnsupportedError(

@@ -220,7 +220,7 @@ class _Planner:
         table[:, NUM_SUCCESSORS] = counts
         ready = np.flatnonzero(missing == 0)
         ready_starts = np.searchsorted(ready, self.call_starts).tolist()
-        ready = (ready - self.call_starts[self.owner_of[ready]]).astype(np.int32)
+        local_ready = (ready - self.call_starts[self.owner_of[ready]]).astype(np.int32)
         num_types = len(self.tables.types)
         slots = np.zeros((num_types, self.num_requests), np.int64)
         for type, taken in self.num_slots.items():
@@ -249,7 +249,7 @@ class _Planner:
                     records[records_at[r] : records_at[r + 1]],
                     base[records_at[r] : records_at[r + 1]],
                     successors[successors_at[r] : successors_at[r + 1]],
-                    ready[ready_starts[r] : ready_starts[r + 1]],
+                    local_ready[ready_starts[r] : ready_starts[r + 1]],
                     tuple(num_slots[r]),
                     tuple(data[r]),
                     tuple(outputs[r]),
@@ -288,10 +288,10 @@ class _Planner:
         added[at] = meaning[base]
         at = ragged_range(starts + successors_at, num_successors)
         block[at], added[at] = successors, FIRST_CALL
-        added = added.astype(np.int32)
+        meanings = added.astype(np.int32)
         ends = (starts + sizes).tolist()
         for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
-            plan.__dict__["block"] = block[start:end], added[start:end]
+            plan.__dict__["block"] = block[start:end], meanings[start:end]
 
     # -- dependencies --
 

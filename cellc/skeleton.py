@@ -160,13 +160,13 @@ def flatten(
     data = steering is not None
     structured = nested = False
     # a number that is a whole argument decides, as a rule: how many steps, which layer
-    stack = [_Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())][
-        ::-1
-    ]
+    stack: list[Any] = [
+        _Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())
+    ][::-1]
     pop, push, emit = stack.pop, stack.extend, tokens.append
     while stack:
         x = pop()
-        kind = type(x)
+        kind: Any = type(x)
         if kind is int and data:
             emit(INT)
             ints.append(x)
@@ -189,7 +189,7 @@ def flatten(
             emit(x if kind is not complex else repr(x))
         elif kind is _Steering:
             emit(STEERS)
-            emit(type(x.value))
+            emit(type(x.value).__name__)
             emit(repr(x.value) if type(x.value) is float else x.value)
         elif kind is float and data:
             emit(FLOAT)
@@ -271,7 +271,7 @@ def filler(x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
     try:
         shell = object.__new__(kind)
     except TypeError:
-        shell = kind.__new__(kind)
+        shell = kind.__new__(kind)  # type: ignore[call-overload]
 
     def fill(items: list[Any]) -> Any:
         for name, item in zip(names, items, strict=True):

@@ -135,11 +135,11 @@ def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
     compiler = compiled._compiler
     args, kwargs = compiler.arguments.bind(*as_call(request))
     flat = compiler.arguments.flatten(args, kwargs)
-    entry = compiler.cached(flat.key, count=False)
-    if compiler.unfolds(flat) and entry is not None:
+    known = compiler.cached(flat.key, count=False)
+    if compiler.unfolds(flat) and known is not None:
         _, seconds = _fastest(lambda: compiler.unfold([(flat, args, kwargs)]))
         slow = compiler.unfolder.explain()
-        return entry, Unfold("cell-level unfolding", _a_call(seconds, entry), "", slow)
+        return known, Unfold("cell-level unfolding", _a_call(seconds, known), "", slow)
     structure = compiler.arguments.flatten(args, kwargs, exact=True).structure
     entry, seconds = _fastest(lambda: compiler._traced(structure, args, kwargs))
     derived, derived_seconds = _fastest(lambda: compiler._derived(structure))

@@ -509,15 +509,23 @@ class Unfolder:
                 ]
             groups.append(group)
             all_owners.append(owners)
-        data, data_owners, outputs, output_owners = [], [], [], []
+        data, data_owners, output_owners = [], [], []
+        result_rows: list[int] = []
+        forms: list[tuple[int, OutType]] = []
         for r, run in enumerate(runs):
             for leaf, base, kind, count, name in run.data:
                 data.append(_source(leaf, base, kind, count, name))
                 data_owners.append(r)
-            for rows, out in run.returned.tensors if run.returned is not None else ():
-                refs = final[values_of(np.array(rows, np.int64))]
-                outputs.append(_output(refs, out))
-                output_owners.append(r)
+            if run.returned is not None:
+                for returned_rows, out in run.returned.tensors:
+                    result_rows += returned_rows
+                    forms.append((len(returned_rows), out))
+                    output_owners.append(r)
+        refs = final[values_of(np.array(result_rows, np.int64))]
+        outputs, at = [], 0
+        for size, out in forms:
+            outputs.append(_output(refs[at : at + size], out))
+            at += size
         graph = CallGraph(groups, data, constants, outputs, next_value)
         return Forest(graph, len(runs), all_owners, data_owners, output_owners)
 
@@ -551,17 +559,17 @@ class Unfolder:
 
         kinds = segment.external_types()
         traced = self.tools.trace_alone(run, [_example(t, self.device) for t in kinds])
-        stacks = [segment.outputs[i].count >= 0 for i in escaping]
+        stacks = [segment.outputs[i].rows >= 0 for i in escaping]
         lowered = self.tools.lower_alone(traced, stacks)
         graph = self.tools.extract_alone(lowered, roles)
         if recurrent:
             for group in graph.groups:
                 group.cell = replace(group.cell, recurrent=True)
         self.tools.rewrite_alone(graph)
-        rows = np.cumsum([0, *[max(1, o.count) for o in segment.outputs]]).tolist()
+        rows = np.cumsum([0, *[max(1, o.rows) for o in segment.outputs]]).tolist()
         results = []
         for i, out in zip(escaping, graph.outputs, strict=True):
-            expected = 1 if segment.outputs[i].count < 0 else segment.outputs[i].count
+            expected = 1 if segment.outputs[i].rows < 0 else segment.outputs[i].rows
             if out.refs.size != expected:
                 raise CannotUnfold(f"{segment} gives other rows than its parts")
             results += [(rows[i] + k, int(v)) for k, v in enumerate(out.refs.reshape(-1))]
@@ -597,9 +605,9 @@ def _example(kind: StubType, device: torch.device) -> torch.Tensor:
 
 def _output_of(segment: Segment, row: int) -> int:
     for i, out in enumerate(segment.outputs):
-        if row < max(1, out.count):
+        if row < max(1, out.rows):
             return i
-        row -= max(1, out.count)
+        row -= max(1, out.rows)
     raise AssertionError(row)
 
 
@@ -644,7 +652,7 @@ def _source(leaf: int, base: int, kind: StubType, count: int, name: str) -> Data
 
 def _output(refs: Refs, out: OutType) -> RowOutput:
     shape, dtype = out.type.shape, DTYPE_NAMES[out.type.dtype]
-    if out.count < 0:
+    if out.rows < 0:
         return RowOutput(refs.reshape(()), RowType(shape, dtype), shape, (True,) * len(shape))
     dims = (False, *[True] * (len(shape) - 1))
     return RowOutput(refs, RowType(shape[1:], dtype), shape, dims)

@@ -136,7 +136,7 @@ class Callees:
         if name and module._compiled_call_impl is None:
             callee = self.of(("module", name), name, module._call_impl, is_marked(module))
             put("_compiled_call_impl", self._interceptor(callee, 2))
-        for method, function in _methods(type(module)).items():
+        for method, function in _methods(type(module)).items():  # type: ignore[arg-type]
             callee = self.of(
                 ("method", name, method),
                 f"{name}.{method}" if name else method,

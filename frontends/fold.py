@@ -18,10 +18,11 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cellc.frontends import memo
+from cellc.frontends.segments import Segment
 from cellc.frontends.stub import Stack, Stub, StubType
 
 if TYPE_CHECKING:
-    from cellc.frontends.unfold import Recorder, Segment
+    from cellc.frontends.repeats import Repeats
 
 CONSTANT, MADE, ARGUMENT = range(3)
 LEAF = -1
@@ -134,13 +135,13 @@ def _ranks(is_leaf: npt.NDArray[np.bool_], owner: I64, starts: I64) -> I64:
     """Of every node, its place among the leaves, or among the other nodes, of its structure."""
     leaves, others = np.cumsum(is_leaf), np.cumsum(~is_leaf)
     before = np.where(is_leaf, leaves - 1, others - 1)
-    first_leaf = (leaves - is_leaf)[starts]
-    first_other = (others - ~is_leaf)[starts]
+    first_leaf: I64 = (leaves - is_leaf)[starts]
+    first_other: I64 = (others - ~is_leaf)[starts]
     return before - np.where(is_leaf, first_leaf[owner], first_other[owner])
 
 
 def fold(
-    recorder: Recorder,
+    recorder: Repeats,
     sites: dict[Hashable, Site],
     structure: Any,
     node: Callable[..., Any],
@@ -191,7 +192,7 @@ def fold(
 
 
 def _learn(
-    recorder: Recorder,
+    recorder: Repeats,
     site: Site,
     kind: int,
     node: Callable[..., Any],

@@ -13,16 +13,14 @@ way than its result ends the use of the memo for that method.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils import _pytree as pytree
 
+from cellc.frontends.segments import Segment
 from cellc.frontends.stub import Stub
-
-if TYPE_CHECKING:
-    from cellc.frontends.unfold import Segment
 
 MAX_INSTANCES = 48  # of segments in one memo; larger parts seldom repeat
 MAX_MEMOS = 1 << 16
@@ -144,7 +142,7 @@ class Relative:
     def result(self, result: Any) -> Any:
         """A call's result with its stubs as (type, row)s."""
         leaves, spec = pytree.tree_flatten(result)
-        out = []
+        out: list[tuple[Any, Any]] = []
         for leaf in leaves:
             if type(leaf) is Stub:
                 out.append((leaf.type, self.row(leaf.id)))

@@ -20,17 +20,17 @@ from cellc.frontends.tracer import replaying
 
 
 class Slot(NamedTuple):
-    """Stands for a tensor in the arguments of an operation; `count` rows of a stack, or -1."""
+    """Stands for a tensor in the arguments of an operation; `rows` of a stack, or -1."""
 
     at: int
-    count: int
+    rows: int
 
 
 class OutType(NamedTuple):
     """A tensor that an operation gives: its type, and how many rows it has as a stack, or -1."""
 
     type: StubType
-    count: int
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -68,12 +68,12 @@ class Op:
         self.loop = loop  # innermost loop of its function that it is in
         self.is_cell = is_cell  # a call of the user's own code: one cell, where it feeds itself
         self.component = 0  # of the graph of operations: 0 is none that feeds itself
-        self.num_rows = sum(max(1, o.count) for o in study.outputs)
+        self.num_rows = sum(max(1, o.rows) for o in study.outputs)
         self.alone: Segment | None = None  # one of this operation only, all it reads distinct
         self.single: StubType | None = None  # its result, where that is one row
         self.build: Callable[[int], Any] = self._rebuild
         outputs, leaves = study.outputs, study.returned
-        if all(kind == "t" for kind, _ in leaves) and all(o.count < 0 for o in outputs):
+        if all(kind == "t" for kind, _ in leaves) and all(o.rows < 0 for o in outputs):
             kinds = [outputs[v].type for _, v in leaves]
             plain = [v for _, v in leaves] == list(range(len(outputs)))
             if plain and len(kinds) == 1 and study.spec is None:

@@ -146,6 +146,9 @@ def line_of(frame: Any) -> str:
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+ROW_BY_ROW = {torch.Tensor.__getitem__, torch.Tensor.unbind, torch.unbind, torch.select}
+
+
 def _stack(args: Any, kwargs: Any) -> Any:
     items = args[0] if args else kwargs.get("tensors")
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)

@@ -47,6 +47,8 @@ class Target(Protocol):
 
     def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
 
+    def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any: ...
+
 
 class NumberSteers(BaseException):
     """Python code used the number of row `row` as a value: numbers at its place are structure.
@@ -89,8 +91,8 @@ class Stub:
     def __init__(self, id: int, type: StubType) -> None:
         self.id, self.type = id, type
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return torch.Tensor
 
     @classmethod
@@ -150,7 +152,7 @@ class Stub:
         return self.type.shape[0]
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([_tell(torch.Tensor.__getitem__, (self, i), {}) for i in range(len(self))])
 
     def __hash__(self) -> int:
         return id(self)
@@ -248,7 +250,7 @@ class Stack(Stub):
             return Stack(chosen)
         if type(index) is tuple and index and type(index[0]) is int:
             rest = index[1:]
-            inner = self.items[index[0]]
+            inner: Any = self.items[index[0]]
             return inner[rest[0] if len(rest) == 1 else rest] if rest else inner
         return _tell(torch.Tensor.__getitem__, (self, index), {})
 
@@ -276,8 +278,8 @@ class Number:
     def __init__(self, row: int) -> None:
         self.row = row
 
-    @property
-    def __class__(self) -> Any:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
         return self.kind
 
     @property

@@ -36,6 +36,7 @@ from cellc.frontends.signature import (
     ARITHMETIC,
     MAKERS,
     NUMBERS,
+    ROW_BY_ROW,
     STACKS,
     STATIC,
     Structural,
@@ -214,6 +215,8 @@ class Recorder(Repeats):
             made = tensor_of(func, args, kwargs)
             if made is not None:
                 return made
+        if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
+            self._notice(args)
         special = STACKS.get(func)
         if special is not None:
             made = special(args, kwargs)
@@ -245,6 +248,13 @@ class Recorder(Repeats):
         if op.study.constant is not None:
             return self._constant(op)
         return self._record(op, rows, frame)
+
+    def _notice(self, args: Any) -> None:
+        """A tensor of the request is indexed along its first dimension: it is a list of rows."""
+        row = args[0].id
+        if self.data[2] <= row < self.data[3] and (len(args) < 2 or type(args[1]) in (int, slice)):
+            self.take_apart.add(row)
+            self.relearn = True
 
     def _scalars(self, site: Any, args: Any) -> Any:
         """A Python number that differs from call to call is a value, not part of the operation."""
