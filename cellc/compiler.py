@@ -228,8 +228,6 @@ class Compiler:
                 if run.reason is not None:
                     self._not_unfolded[run.request.key] = run.reason
                 continue
-            for cell, depth in zip(plan.cells, plan.priority, strict=True):
-                self.priority[cell] = max(self.priority.get(cell, 0), depth)
             spec = None if run.returned.spec == LEAF else run.returned.spec
             entry = Entry(plan, tuple(run.returned.leaves), spec, (), self._roles.version)
             self._plans[run.request.key] = entry
@@ -240,9 +238,10 @@ class Compiler:
         self.counts["plans_unfolded"] += len(runs)
         if plans:
             self._stage("plan", plans[-1])
-        for plan in plans:
-            if not self.kernels.keys() >= set(plan.cells):
-                self.make_kernels(plan)
+        for plan in {plan.cells: plan for plan in plans}.values():
+            for cell, depth in zip(plan.cells, plan.priority, strict=True):
+                self.priority[cell] = max(self.priority.get(cell, 0), depth)
+            self.make_kernels(plan)
 
     def _drop_cells(self) -> None:
         """Forget cells that unfolding made and would not make now."""

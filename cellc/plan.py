@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -402,17 +402,18 @@ class _Planner:
         starts: dict[tuple[int, int], int] = {}
         types = [self.tables.type(sources[i].type) for i in kept]
         firsts = []
+        known: dict[Hashable, DataRows] = {}
         for i, type in zip(kept, types, strict=True):
             source, owner = sources[i], owners[i]
             start = starts.get((type, owner), 0)
             starts[type, owner] = start + source.count
             firsts.append(start)
             bound = limits[i] if limits[i] < _NO_BOUND else None
-            placed[owner].append(
-                DataRows(
-                    source.leaf, source.name, start, source.count, type, source.row_dims, bound
-                )
-            )
+            key = (source.leaf, source.name, start, source.count, type, source.row_dims, bound)
+            rows_of = known.get(key)
+            if rows_of is None:
+                rows_of = known[key] = DataRows(*key)
+            placed[owner].append(rows_of)
         for (type, owner), taken in starts.items():
             self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))[owner] = taken
         chosen = np.flatnonzero(used)
@@ -543,6 +544,7 @@ class _Planner:
         slots, owned = self.slot[values].astype(np.int32), self.owned[values].astype(np.int32)
         in_order = np.append(np.diff(slots) == 1, False)
         own = owned.tolist()
+        numbers = self.tables.types
         at = 0
         for output, owner in zip(outputs, self.forest.output_owners, strict=True):
             end = at + output.refs.size
@@ -554,7 +556,7 @@ class _Planner:
                 OutputRows(
                     slots[at:end],
                     owned[at:end],
-                    self.tables.type(output.type),
+                    numbers.get(output.type) or self.tables.type(output.type),
                     output.refs.shape,
                     _order(output.row_dims),
                     contiguous,
@@ -582,6 +584,7 @@ def _first_of(values: I64, owners: I64, requests: int) -> I64:
     return values[np.minimum(first, max(len(values) - 1, 0))][owners]
 
 
+@lru_cache(maxsize=1024)
 def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
     """Where each dimension of a tensor is in (positions, row); None where it is in place."""
     position, row = (

@@ -45,10 +45,14 @@ class Request:
     structured: bool = False  # does it hold more than flat groups of tensors
     steering: frozenset[Hashable] | None = None  # what numbers decided when it was flattened
 
+    _key: Hashable = None
+
     @property
     def key(self) -> Hashable:
         """Exact: requests of equal keys share a plan."""
-        return (self.tokens, *[(t.shape, t.dtype) for t in self.tensors])
+        if self._key is None:
+            self._key = (self.tokens, *[(t.shape, t.dtype) for t in self.tensors])
+        return self._key
 
     @property
     def structure(self) -> Structure:

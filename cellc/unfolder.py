@@ -11,6 +11,7 @@ instances in a request are copies of that call graph with other values.
 
 from __future__ import annotations
 
+import functools
 import gc
 import sys
 import threading
@@ -642,8 +643,13 @@ def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, R
     return group, owners
 
 
+@functools.cache
+def _row_type(kind: StubType) -> RowType:
+    return RowType(kind.shape, DTYPE_NAMES[kind.dtype])
+
+
 def _source(leaf: int, base: int, kind: StubType, count: int, name: str) -> DataSource:
-    type = RowType(kind.shape, DTYPE_NAMES[kind.dtype])
+    type = _row_type(kind)
     rows = (True,) * len(kind.shape)
     if count < 0:
         return DataSource(leaf, name, base, 1, type, rows)
@@ -651,8 +657,9 @@ def _source(leaf: int, base: int, kind: StubType, count: int, name: str) -> Data
 
 
 def _output(refs: Refs, out: OutType) -> RowOutput:
-    shape, dtype = out.type.shape, DTYPE_NAMES[out.type.dtype]
+    shape = out.type.shape
     if out.rows < 0:
-        return RowOutput(refs.reshape(()), RowType(shape, dtype), shape, (True,) * len(shape))
+        return RowOutput(refs.reshape(()), _row_type(out.type), shape, (True,) * len(shape))
     dims = (False, *[True] * (len(shape) - 1))
-    return RowOutput(refs, RowType(shape[1:], dtype), shape, dims)
+    type = RowType(shape[1:], DTYPE_NAMES[out.type.dtype])
+    return RowOutput(refs, type, shape, dims)

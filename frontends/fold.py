@@ -160,11 +160,7 @@ def fold(
     keys = (_identity(node), _identity(leaf))
     if None in keys:
         return None
-    key = (
-        *keys,
-        tuple([t.type.shape[1:] for t in nodes]),
-        tuple([t.type.shape[1:] for t in leaves]),
-    )
+    key = (*keys, *[t.inner for t in nodes], None, *[t.inner for t in leaves])
     site = sites.get(key)
     if site is None:
         site = sites[key] = Site()

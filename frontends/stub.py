@@ -215,29 +215,28 @@ for _name in "setitem iadd isub imul itruediv iand ior ixor".split():
 class Stack(Stub):
     """A tensor whose rows along the first dimension are stubs of one type."""
 
-    __slots__ = ("_items", "first")
+    __slots__ = ("_items", "first", "inner")
 
     def __init__(self, items: Sequence[Stub], first: int | None = None) -> None:
         inner = items[0].type
         super().__init__(-1, StubType.of((len(items), *inner.shape), inner.dtype, inner.device))
         self._items: list[Stub] | None = list(items)
-        self.first = first
+        self.first, self.inner = first, inner
 
     @classmethod
     def of_rows(cls, first: int, count: int, inner: StubType) -> Stack:
         """Of rows that lie side by side; their stubs are made when they are asked for."""
         made = cls.__new__(cls)
         made.id, made.type = -1, StubType.of((count, *inner.shape), inner.dtype, inner.device)
-        made._items, made.first = None, first
+        made._items, made.first, made.inner = None, first, inner
         return made
 
     @property
     def items(self) -> list[Stub]:
         if self._items is None:
             assert self.first is not None
-            kind = self.type
-            inner = StubType.of(kind.shape[1:], kind.dtype, kind.device)
-            self._items = [Stub(self.first + i, inner) for i in range(kind.shape[0])]
+            rows = range(self.first, self.first + self.type.shape[0])
+            self._items = [Stub(row, self.inner) for row in rows]
         return self._items
 
     def __iter__(self) -> Iterator[Any]:
