@@ -214,7 +214,10 @@ def flatten(
                 continue
             seen[id(x)] = len(seen)
             head, items, places = parts
-            structured = structured or not isinstance(x, (tuple, dict)) or bool(steering)
+            flat_group = isinstance(x, (tuple, dict)) and not any(
+                isinstance(y, (tuple, list, dict)) for y in items
+            )
+            structured = structured or not flat_group or bool(steering)
             emit(head)
             if steering:
                 items = [_marked(y, p, steering) for y, p in zip(items, places, strict=True)]

@@ -101,7 +101,10 @@ class Dims:
                 self.mark(self.at((node.id, 0), -1), WEAK)
             return
         if not node.operands:
-            if len(shape) > 1:
+            if self._whole:
+                for dim in range(len(shape)):
+                    self.mark(self.at((node.id, 0), dim), STRONG)
+            elif len(shape) > 1:
                 self.mark(self.at((node.id, 0), -1), WEAK)
             return
         name = base_name(node.op)
