@@ -44,7 +44,7 @@ from cellc.printer import print_cell, print_graph
 from cellc.request import Arguments, Request, Structure, describe, kind_of, unlike
 from cellc.roles import Roles
 from cellc.rows import RowGraph
-from cellc.skeleton import Copier
+from cellc.skeleton import Copier, Steering
 from cellc.unfolder import Steers, Unfolded, Unfolder
 
 MAX_PLANS = 16384
@@ -128,7 +128,7 @@ class Compiler:
         self._families: dict[Hashable, _FamilyState] = {}
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
-        self.arguments.steering = frozenset()
+        self.arguments.steering = Steering()
         self.unfolder = Unfolder(
             self, self.forward, self.arguments.names, named_modules(model), device
         )
@@ -183,7 +183,8 @@ class Compiler:
                     forest = self.unfolder.forest(runs)
             except Steers as error:
                 log.info("plan", f"numbers at {error.place} decide: they are structure")
-                self.arguments.steering = steering | {error.place}
+                places = steering.places | {error.place}
+                self.arguments.steering = replace(steering, places=places)
                 return False
             except CannotUnfold as error:
                 self.distrust(str(error))

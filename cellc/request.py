@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,10 @@ import torch
 from cellc import skeleton
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import RequestError
+from cellc.skeleton import Steering
+
+
+_LEAVES = (torch.Tensor, int, float, *skeleton.VALUES)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Request:
     floats: bool = False
     nested: bool = False  # does it hold a container
     structured: bool = False  # does it hold more than flat groups of tensors
-    steering: frozenset[Hashable] | None = None  # what numbers decided when it was flattened
+    steering: Steering | None = None  # what numbers decided when it was flattened
 
     _key: Hashable = None
 
@@ -75,7 +79,7 @@ class Arguments:
             for k in kinds
         ) and bool(kinds)
         self._num = len(kinds)
-        self.steering: frozenset[Hashable] | None = None  # see `skeleton.flatten`
+        self.steering: Steering | None = None  # see `skeleton.flatten`
         self.names = list(self._signature.parameters) if self._signature else []
 
     def bind(
@@ -111,6 +115,8 @@ class Arguments:
             flat = skeleton.flatten(args, kwargs, steering)
         except skeleton.NotFlat as error:
             raise self._refusal(error.leaf, args, kwargs) from None
+        if self.steering is not None and flat.nested:
+            self._note_containers(args, kwargs)
         tensors = flat.tensors
         given = len(tensors)
         if flat.ints:
@@ -127,6 +133,15 @@ class Arguments:
             flat.structured,
             steering,
         )
+
+    def _note_containers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Which arguments are containers: a number there is a leaf."""
+        known = self.steering
+        for place, x in (*enumerate(args), *kwargs.items()):
+            if known is not None and place not in known.containers and type(x) not in _LEAVES:
+                if skeleton.children(x) is not None:
+                    known = replace(known, containers=known.containers | {place})
+                    self.steering = known
 
     def _numbers(
         self, ints: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -41,6 +41,23 @@ _HEAP_TYPE = 1 << 9
 Place = Hashable  # where in its container a leaf is, whatever the container's own place
 
 
+@dataclass(frozen=True)
+class Steering:
+    """Places whose numbers Python code decides by: they are structure, not data.
+
+    A number that is a whole argument decides as a rule (how many steps, which layer), but not of an
+    argument that is a container in other requests: there it is a tree of one leaf.
+    """
+
+    places: frozenset[Place] = frozenset()
+    containers: frozenset[Place] = frozenset()  # arguments
+
+    def __contains__(self, place: Any) -> bool:
+        if type(place) is tuple and place[0] == "argument":
+            return place[1] not in self.containers
+        return place in self.places
+
+
 class NotFlat(Exception):
     """A leaf that is neither data nor structure; `leaf` is it."""
 
@@ -144,10 +161,8 @@ def holds_tensors(leaf: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for x in held)
 
 
-def flatten(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], steering: frozenset[Place] | None
-) -> Flat:
-    """Walk a request. `steering`: places whose numbers Python code decides by; None: all of them.
+def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering | None) -> Flat:
+    """Walk a request. `steers`: which numbers Python code decides by; None: all of them.
 
     Raises NotFlat for a leaf that cannot be part of a request.
     """
@@ -157,12 +172,15 @@ def flatten(
     tokens: list[Hashable] = [len(args), *kwargs]
     seen: dict[int, int] = {}
     kept: list[Any] = []  # what registered containers made: alive, so that no id comes twice
-    data = steering is not None
+    data = steers is not None
+    steering = steers.places if steers is not None else frozenset()
     structured = nested = False
-    # a number that is a whole argument decides, as a rule: how many steps, which layer
-    stack: list[Any] = [
-        _Steering(x) if type(x) in (int, float) else x for x in (*args, *kwargs.values())
-    ][::-1]
+    stack: list[Any] = []
+    for place, x in (*enumerate(args), *kwargs.items()):
+        bare = steers is not None and type(x) in (int, float)
+        decides = bare and ("argument", place) in (steers or Steering())
+        stack.append(_Steering(x) if decides else x)
+    stack.reverse()
     pop, push, emit = stack.pop, stack.extend, tokens.append
     while stack:
         x = pop()
@@ -223,7 +241,8 @@ def flatten(
                 items = [_marked(y, p, steering) for y, p in zip(items, places, strict=True)]
             kept.append(items)
             push(items[::-1])
-    structured = structured or bool(ints or floats)
+    nested = nested or bool(ints or floats)
+    structured = structured or nested
     return Flat(tensors, ints, floats, tuple(tokens), bool(seen) or nested, structured)
 
 

@@ -47,7 +47,7 @@ from cellc.ops import RowType
 from cellc.request import Request
 from cellc.roles import Roles
 from cellc.rows import DataSource, RaggedRefs, Refs, RowGraph, RowOutput
-from cellc.skeleton import Copier
+from cellc.skeleton import Copier, Steering
 
 SAMPLE = 3  # requests from which a model's segments are first learned
 ROUNDS = 12  # of learning, at most
@@ -178,7 +178,7 @@ class Unfolder:
         places: dict[type, list[Hashable]] = {int: [], float: []}
 
         def number(value: Any, place: Hashable) -> Any:
-            if place not in self.steering and place[0] != "argument":  # type: ignore[index]
+            if place not in self.steering:
                 places[type(value)].append(place)
             return value
 
@@ -259,7 +259,7 @@ class Unfolder:
         return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions))
 
     def unfold(
-        self, requests: Sequence[tuple[Request, Any, Any]], steering: frozenset[Hashable]
+        self, requests: Sequence[tuple[Request, Any, Any]], steering: Steering
     ) -> list[Unfolded]:
         """Run new requests on stubs; what they did is in the recorder's segments.
 
@@ -501,7 +501,7 @@ class Unfolder:
         while alias and not np.array_equal(following := final[final], final):
             final = following
         groups, all_owners = [], []
-        for parts in pieces.values():
+        for _, parts in sorted(pieces.items()):  # in one order, whatever came first
             group, owners = _joined(parts)
             if alias:
                 group.inputs = [

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from cellc.frontends.stub import FloatNumber, IntNumber, Stack
-from cellc.skeleton import VALUES, Place, children, filler
+from cellc.skeleton import VALUES, Place, Steering, children, filler
 
 MAX_SHAPES = 1 << 20
 UNLIKE = -1  # the shape of a part that shares something with another part
@@ -51,14 +51,14 @@ class Stubber:
     def __init__(
         self,
         shapes: Shapes,
-        steering: frozenset[Place],
+        steering: Steering,
         rows: tuple[int, int, int],
         tensor: Callable[[torch.Tensor, Place, int], Any],
     ) -> None:
         self._shapes, self._steering = shapes, steering
         self.ints, self.floats, self.tensors = rows
         self._tensor = tensor
-        self._numbers, self._plain = shapes.numbers, not steering
+        self._numbers, self._plain = shapes.numbers, not steering.places
         self.parts: dict[int, Part] = {}  # by id of the copy
         self.kept: list[Any] = []  # copies, alive so that ids stay theirs
         self._made: dict[int, Any] = {}  # by id of the original
@@ -77,10 +77,7 @@ class Stubber:
         if kind is tuple:
             return self._tuple(x)
         if kind is int or kind is float:
-            steers = place in self._steering or (
-                isinstance(place, tuple) and place[0] == "argument"
-            )
-            if steers:
+            if place in self._steering:
                 self._shape = self._shapes.of((kind, repr(x)))
                 return x
             if kind is int:

@@ -111,7 +111,7 @@ def run_levels(model: TreeLSTM, batch: Sequence[tuple[np.ndarray, Tensor]]) -> T
     level = np.zeros(len(children), np.int64)
     waiting = np.flatnonzero(~is_leaf)
     done = is_leaf.copy()
-    levels = []
+    levels: list[np.ndarray] = []
     while len(waiting):
         ready = done[children[waiting]].all(1)
         now, waiting = waiting[ready], waiting[~ready]
