@@ -20,7 +20,6 @@ from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import RequestError
 from cellc.skeleton import Steering
 
-
 _LEAVES = (torch.Tensor, int, float, *skeleton.VALUES)
 
 

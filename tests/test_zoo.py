@@ -17,8 +17,83 @@ from torch.utils import _pytree as pytree
 
 import cellc
 from cellc.request import as_call
+from cellc.survey import survey
 
 NAMES = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "zoo")]))
+
+
+# Recurrent cells that `cellc inspect --json` lists: one for each weight-shared step that feeds
+# itself, and one for each operation between such steps that runs over a list of any length.
+RECURRENT = {
+    "bilstm_crf_scores": 4,
+    "cfc": 1,
+    "char_word_bilstm": 4,
+    "clockwork_rnn": 3,
+    "conv_lstm": 2,
+    "dag_rnn": 2,
+    "delta_net": 1,
+    "dependency_tree": 5,
+    "graph_message_passing": 5,
+    "hierarchical_bilstm": 4,
+    "ind_rnn": 2,
+    "lattice_lstm": 10,
+    "layer_norm_lstm": 1,
+    "linear_attention": 2,
+    "lru": 1,
+    "mamba_scan": 2,
+    "mgu": 1,
+    "mlstm": 3,
+    "multiplicative_lstm": 1,
+    "mv_rnn": 2,
+    "neural_ode_rnn_fixed_step": 4,
+    "ntm_addressing_free": 3,
+    "peephole_lstm": 1,
+    "phased_lstm": 2,
+    "program_tree": 4,
+    "qrnn": 1,
+    "residual_lstm_stack": 4,
+    "retnet": 1,
+    "rntn": 1,
+    "rwkv_time_mix": 2,
+    "shift_reduce_tracking": 2,
+    "siamese": 1,
+    "slstm": 1,
+    "spinn": 1,
+    "sru": 2,
+    "tree_gru": 3,
+    "tree_index_arrays": 1,
+    "tree_lstm_ast": 4,
+    "tree_lstm_binary": 1,
+    "tree_lstm_child_sum": 6,
+    "tree_rnn_dataclass": 2,
+    "two_towers_bow": 0,
+    "zoneout_gru_eval": 1,
+}
+COVERED = 35  # models with at least 0.9 of their FLOPs in cells with weights
+
+
+@pytest.fixture(scope="module")
+def surveys() -> dict[str, dict[str, Any]]:
+    """What `cellc inspect --json` prints for every model."""
+    found = {}
+    for name in NAMES:
+        zoo = importlib.import_module(f"zoo.{name}")
+        torch.manual_seed(0)
+        with cellc.compile(zoo.make().eval(), backend="eager") as compiled:
+            found[name] = survey(compiled, zoo.requests()).as_json()
+    return found
+
+
+def test_recurrent_cells(surveys: dict[str, dict[str, Any]]) -> None:
+    counts = {
+        name: sum(cell["recurrent"] for cell in found["cells"]) for name, found in surveys.items()
+    }
+    assert counts == RECURRENT
+
+
+def test_coverage(surveys: dict[str, dict[str, Any]]) -> None:
+    covered = [name for name, found in surveys.items() if found["coverage"] >= 0.9]
+    assert len(covered) >= COVERED
 
 
 def check(name: str, backend: Any, most: int | None = None) -> None:
