@@ -109,12 +109,29 @@ def _hints(found: Survey) -> list[str]:
     lines = [
         f"left to torch: {', '.join(names)} in {cell}" for cell, names in found.leftovers.items()
     ]
-    if found.unfold.kind != "closed form":
+    unfold = found.unfold
+    if unfold.kind == "cell-level unfolding" and unfold.lines:
+        lines.append(
+            f"faster yet where these lines are one method, or a function marked @cellc.cell: "
+            f"{_listed(unfold.lines)}"
+        )
+    if unfold.kind == "operator-level tracing":
         lines.append(
             "each new structure is traced once, then kept; example requests of at least three "
             "sizes show whether plans of other sizes follow from them"
         )
+        if unfold.reason:
+            lines.append(f"it is not unfolded by cells: {unfold.reason}")
+        if unfold.lines:
+            lines.append(
+                "move these lines into a method marked @cellc.cell to have it unfolded by cells: "
+                f"{_listed(unfold.lines)}"
+            )
     return lines
+
+
+def _listed(lines: Sequence[str]) -> str:
+    return ", ".join(lines[:8]) + (f" and {len(lines) - 8} more" if len(lines) > 8 else "")
 
 
 # -- kernels ---------------------------------------------------------------------------------------

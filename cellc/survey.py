@@ -48,7 +48,7 @@ class Unfold:
     kind: str
     us_per_cell: float
     reason: str = ""  # why it is not unfolded by cells
-    lines: list[str] = field(default_factory=list)  # recurrent operations that are no call
+    lines: list[str] = field(default_factory=list)  # of recurrent operations that are no call
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,14 @@ def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
     if derived is not None:
         return derived, Unfold("closed form", _a_call(derived_seconds, derived))
     reason = compiler.unfolder.reason or ""
-    return entry, Unfold("operator-level tracing", _a_call(seconds, entry), reason)
+    cost = _a_call(seconds, entry)
+    return entry, Unfold("operator-level tracing", cost, reason, _recurrent_lines(compiled))
+
+
+def _recurrent_lines(compiled: Compiled) -> list[str]:
+    """file:line of the operations of recurrent cells."""
+    cells = [view.cell for view in compiled.cells.values() if view.cell.recurrent]
+    return sorted({op.origin for cell in cells for op in cell.ops if op.origin})
 
 
 def _a_call(seconds: float, entry: Entry) -> float:

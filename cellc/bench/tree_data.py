@@ -10,8 +10,8 @@ from cellc.bench.tree_models import VOCABULARY
 
 
 def draw_tree(draw: random.Random) -> Any:
-    """Nested pairs of tokens, shaped like the parses of the Stanford Sentiment Treebank: 19 leaves and
-    11 levels on average, at most 56 leaves.
+    """Nested pairs of tokens, shaped like the parses of the Stanford Sentiment Treebank: 19 leaves
+    and 11 levels on average, at most 56 leaves.
     """
     leaves = min(56, max(1, round(draw.gammavariate(3.6, 5.3))))
     return _split(leaves, draw)
