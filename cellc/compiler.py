@@ -48,6 +48,7 @@ from cellc.skeleton import Copier, Steering
 from cellc.unfolder import Steers, Unfolded, Unfolder
 
 MAX_PLANS = 16384
+MAX_FAILURES = 1024  # requests of which is known that they cannot be unfolded
 _CHANNELS = {
     "graph": "graph",
     "rows": "graph",
@@ -227,6 +228,8 @@ class Compiler:
         for run, plan in zip(runs, plans, strict=True):
             if run.returned is None:
                 if run.reason is not None:
+                    if len(self._not_unfolded) >= MAX_FAILURES:
+                        self._not_unfolded.clear()
                     self._not_unfolded[run.request.key] = run.reason
                 continue
             spec = None if run.returned.spec == LEAF else run.returned.spec

@@ -12,7 +12,9 @@ Walking is iterative, so that depth costs no recursion; a copy recurses only whe
 from __future__ import annotations
 
 import enum
+import sys
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
@@ -102,6 +104,8 @@ def children(x: Any) -> tuple[Hashable, list[Any], list[Place]] | None:
         items, context = pytree.SUPPORTED_NODES[kind].flatten_fn(x)
         items = list(items)
         return (kind, _frozen(context), len(items)), items, [(kind, i) for i in range(len(items))]
+    if isinstance(x, (list, dict, tuple)):
+        return _subclassed(x)
     if is_object(x):
         names = attributes(x)
         return (
@@ -110,6 +114,16 @@ def children(x: Any) -> tuple[Hashable, list[Any], list[Place]] | None:
             [(kind, n) for n in names],
         )
     return None
+
+
+def _subclassed(x: Any) -> tuple[Hashable, list[Any], list[Place]]:
+    """A list, dict or tuple of a class of the user's: its items, then its attributes."""
+    kind = type(x)
+    names = attributes(x)
+    keys = tuple((type(k), k) for k in x) if isinstance(x, dict) else len(x)
+    items = [*(x.values() if isinstance(x, dict) else x), *[getattr(x, n) for n in names]]
+    places: list[Place] = [(kind, "item")] * (len(items) - len(names))
+    return (kind, keys, tuple(names)), items, [*places, *[(kind, n) for n in names]]
 
 
 def is_object(x: Any) -> bool:
@@ -121,15 +135,19 @@ def is_object(x: Any) -> bool:
         return False
     if not kind.__flags__ & _HEAP_TYPE or not (hasattr(x, "__dict__") or _slots(kind)):
         return False
-    if kind.__module__.split(".")[0] in ("torch", "numpy", "threading", "_thread"):
+    home = kind.__module__.split(".")[0]
+    if home in ("torch", "numpy", "threading", "_thread", "weakref", "_weakref"):
         return False
     if hasattr(kind, "__dataclass_fields__"):
         return True
-    return not ("__hash__" in own_names(kind) and kind.__hash__ is not None)
+    by_value = "__hash__" in own_names(kind) and kind.__hash__ is not None
+    return not (by_value and home in sys.stdlib_module_names and home != "__main__")
 
 
 def attributes(x: Any) -> list[str]:
     """Names of an object's attributes: of its dict, then its slots that are filled."""
+    if type(x) in (list, dict, tuple):
+        return []
     return (
         [*vars(x)]
         if not (slots := _slots(type(x)))
@@ -144,7 +162,11 @@ def _slots(kind: type) -> list[str]:
     found: list[str] = []
     for base in kind.__mro__[:-1]:
         slots = vars(base).get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else list(slots)
+        names = [slots] if isinstance(slots, str) else list(slots)
+        found += [
+            f"_{base.__name__.lstrip('_')}{n}" if n.startswith("__") and not n.endswith("__") else n
+            for n in names
+        ]
     return [n for n in found if n not in ("__dict__", "__weakref__")]
 
 
@@ -257,6 +279,7 @@ def _value(leaf: Any) -> Hashable:
     try:
         hash(leaf)
         fits = "__hash__" in own_names(type(leaf)) and not holds_tensors(leaf)
+        fits = fits and not isinstance(leaf, weakref.ref)  # it would lead out of the request
     except TypeError:
         fits = False
     if not fits:
@@ -283,13 +306,17 @@ def filler(x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
         shell = kind()
         keys = list(x)
         return lambda items: (shell.update(zip(keys, items, strict=True)), shell)[1], shell
-    if issubclass(kind, tuple):
-        return (lambda items: kind(*items)) if kind is not tuple else tuple, None
+    if kind is tuple:
+        return tuple, None
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return lambda items: kind(*items), None
     if kind in pytree.SUPPORTED_NODES:
         node = pytree.SUPPORTED_NODES[kind]
         context = node.flatten_fn(x)[1]
         return lambda items: node.unflatten_fn(items, context), None
     names = attributes(x)
+    if isinstance(x, (list, dict, tuple)):
+        return _subclass_filler(x, names)
     try:
         shell = object.__new__(kind)
     except TypeError:
@@ -300,6 +327,23 @@ def filler(x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
             object.__setattr__(shell, name, item)
         return shell
 
+    return fill, shell
+
+
+def _subclass_filler(x: Any, names: list[str]) -> tuple[Callable[[list[Any]], Any], Any]:
+    kind, size, keys = type(x), len(x), list(x)
+
+    def fill(items: list[Any]) -> Any:
+        made = tuple.__new__(kind, items[:size]) if isinstance(x, tuple) else shell
+        if isinstance(x, list):
+            list.extend(made, items[:size])
+        elif isinstance(x, dict):
+            dict.update(made, zip(keys, items[:size], strict=True))
+        for name, item in zip(names, items[size:], strict=True):
+            object.__setattr__(made, name, item)
+        return made
+
+    shell = None if isinstance(x, tuple) else kind.__new__(kind)
     return fill, shell
 
 
@@ -388,10 +432,14 @@ def tensor_paths(args: tuple[Any, ...], kwargs: Mapping[str, Any], names: list[s
 def steps(x: Any, path: str) -> Iterator[str]:
     """Paths of a container's items, in order."""
     kind = type(x)
-    if isinstance(x, dict):
-        return (f"{path}[{k!r}]" for k in x)
     if isinstance(x, tuple) and hasattr(kind, "_fields"):
         return (f"{path}.{name}" for name in kind._fields)
+    if isinstance(x, (tuple, list, dict)) and kind not in pytree.SUPPORTED_NODES:
+        names = [f"{path}.{n}" for n in attributes(x)]
+        keys = x if isinstance(x, dict) else range(len(x))
+        return iter([*[f"{path}[{k!r}]" for k in keys], *names])
+    if isinstance(x, dict):
+        return (f"{path}[{k!r}]" for k in x)
     if isinstance(x, (tuple, list)):
         return (f"{path}[{i}]" for i in range(len(x)))
     if kind in pytree.SUPPORTED_NODES:

@@ -70,8 +70,10 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             return True
         for number, needed in counts:
             regions = self._regions[number]
-            if needed > regions.reserved and not regions.reserve(size_class(2 * needed)):
-                return False
+            if needed > regions.reserved:
+                if not regions.reserve(size_class(2 * needed)):
+                    return False
+                self.generation += 1  # pieces begin elsewhere from now on
         for (type, key), slot in constants:
             if (type, key) not in self._written:
                 self._tensors[type][slot] = self._constant(type, key)

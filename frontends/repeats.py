@@ -53,6 +53,8 @@ class Repeats(Writer):
 
     def reset(self) -> None:
         super().reset()
+        for memo in self.memos.values():
+            memo.replays.clear()
         for site in self.sites.values():
             site.folds = []
         self.folding.clear()
@@ -208,6 +210,7 @@ class Repeats(Writer):
         until = np.full(self.next_row, self.next_row + 1, np.int64)
         whose = np.full(self.next_row, -1, np.int64)
         for k, (_, start, end, results) in enumerate(self.spans):
+            results = [row for row in results if row >= start]
             kept = until[results], whose[results]
             rows = np.arange(start, end)[until[start:end] > end]
             until[rows], whose[rows] = end, k

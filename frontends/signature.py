@@ -80,29 +80,34 @@ def tensor_of(func: Any, args: Any, kwargs: Any) -> Any:
     data = (
         args[-1] if func is torch.Tensor.new_tensor else (args[0] if args else kwargs.get("data"))
     )
-    if type(data) in NUMBERS:
-        made: Any = data.stub
-        if data.kind is float:
-            made = made.to(torch.get_default_dtype())
-    elif isinstance(data, (list, tuple)) and data and _has_number(data):
-        made = _nested(data)
-    else:
-        return None
     dtype = kwargs.get("dtype")
     if func is torch.Tensor.new_tensor and dtype is None:
         dtype = args[0].dtype
+    if type(data) in NUMBERS:
+        made: Any = _as_tensor(data, dtype)
+    elif isinstance(data, (list, tuple)) and data and _has_number(data):
+        made = _nested(data, dtype)
+    else:
+        return None
     return made if dtype is None or made.dtype is dtype else made.to(dtype)
 
 
-def _nested(data: Any) -> Any:
-    items = []
+def _as_tensor(number: Any, dtype: torch.dtype | None) -> Any:
+    """A number of the request as a tensor: a float goes to the wanted dtype from float64."""
+    if number.kind is int:
+        return number.stub
+    return number.stub.to(dtype or torch.get_default_dtype())
+
+
+def _nested(data: Any, dtype: torch.dtype | None) -> Any:
+    items: list[Any] = []
     for x in data:
         if type(x) in NUMBERS:
-            items.append(x.stub if x.kind is int else x.stub.to(torch.get_default_dtype()))
+            items.append(_as_tensor(x, dtype))
         elif isinstance(x, (list, tuple)):
-            items.append(_nested(x))
+            items.append(_nested(x, dtype))
         else:
-            items.append(torch.tensor(x))
+            items.append(torch.tensor(x, dtype=dtype))
     return torch.stack(items)
 
 

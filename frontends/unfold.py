@@ -181,6 +181,8 @@ class Recorder(Repeats):
                 ) from None
             callee.transparent = self.relearn = True
             return self._body(callee, args, kwargs)
+        if not rows and not callee.marked:
+            return callee.run(*args, **kwargs)  # nothing of the request in it
         op = self.ops.get(tuple(form))
         if op is None:
             op = self._learn(callee.run, (args, kwargs), tuple(form), callee.name, frame, callee)
@@ -257,7 +259,12 @@ class Recorder(Repeats):
             self.relearn = True
 
     def _scalars(self, site: Any, args: Any) -> Any:
-        """A Python number that differs from call to call is a value, not part of the operation."""
+        """A Python number that differs from call to call is a value, not part of the operation.
+
+        It becomes a tensor of no dimensions, which acts like it beside tensors that have some.
+        """
+        if not all(x.type.shape for x in args if type(x) in (Stub, Stack)):
+            return args
         for k, x in enumerate(args):
             kind = type(x)
             if kind is int or kind is float:
@@ -267,8 +274,8 @@ class Recorder(Repeats):
                     self.relearn = True
                     seen = _VARIES
                 if seen is _VARIES:
-                    dtype = torch.int64 if kind is int else torch.get_default_dtype()
-                    name = "i64" if kind is int else DTYPE_NAMES[dtype]
+                    dtype = torch.int64 if kind is int else torch.float64
+                    name = DTYPE_NAMES[dtype]
                     form = StubType.of((), dtype, self.device)
                     row = self._constant_row(("full", (), name, x), form)
                     args = (*args[:k], Stub(row, form), *args[k + 1 :])

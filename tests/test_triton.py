@@ -91,9 +91,7 @@ def _product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.nda
 
 
 @pytest.mark.parametrize("name", kc.CELLS)
-def test_row_is_bitwise_the_same_in_any_batch(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_row_is_bitwise_the_same_in_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order in which this machine's BLAS, which the interpreter uses, adds."""
     monkeypatch.setattr(np, "matmul", _product_in_order)
     cell = kc.CELLS[name]()
