@@ -281,7 +281,7 @@ class Compiler:
         return lower(traced.graph, self.params, set(), whole=True, stacks=stacks)
 
     def extract_alone(self, rows: RowGraph, roles: Roles) -> CallGraph:
-        calls = extract(rows, roles)
+        calls = extract(rows, roles, late=True)
         self._check_cells(calls)
         return calls
 

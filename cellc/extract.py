@@ -45,8 +45,8 @@ class _Unit:
 class Extraction:
     """One request's extraction."""
 
-    def __init__(self, rows: RowGraph, roles: Roles) -> None:
-        self.rows, self.roles = rows, roles
+    def __init__(self, rows: RowGraph, roles: Roles, *, late: bool = False) -> None:
+        self.rows, self.roles, self.late = rows, roles, late
         self.node_of, self.port_of, self.lane_of = rows.producers()
         self.role_of = self._roles()
         self.live = self._live()
@@ -360,6 +360,8 @@ class Extraction:
             for role in members:
                 level[role] = best
             order += [role for role in members if role in nodes]
+        if self.late:
+            self._delay(level, [role for role in order if role not in recurrent], recurrent)
         links = nx.Graph()
         links.add_nodes_from(order)
         for u, v in graph.edges():
@@ -370,6 +372,29 @@ class Extraction:
         rank = {role: k for k, role in enumerate(order)}
         found = [sorted(c, key=rank.__getitem__) for c in nx.connected_components(links)]
         return sorted(found, key=lambda c: rank[c[0]])
+
+    def _delay(self, level: dict[int, int], order: list[int], recurrent: dict[int, int]) -> None:
+        """Move feed-forward roles to the level of who reads them, where that is possible."""
+        returned = self._returned_roles()
+        for role in reversed(order):
+            readers = [r for r in self.roles.graph.successors(role) if r in level]
+            latest = [
+                level[r]
+                - (
+                    r in recurrent
+                    or (role, r) in self.roles.unpaired
+                    or (role, r) not in self.edges
+                )
+                for r in readers
+            ]
+            if latest and role not in returned:
+                level[role] = max(level[role], min(latest))
+
+    def _returned_roles(self) -> set[int]:
+        """Roles whose values the request returns: they stay where they are."""
+        values = [o.refs.reshape(-1) for o in self.rows.outputs]
+        refs = np.concatenate([np.zeros(0, np.int64), *values])
+        return set(self._role_of_values(refs).tolist())
 
     def _forward_unit(
         self,
@@ -565,6 +590,8 @@ def _same(a: Refs | RaggedRefs, b: Refs | RaggedRefs) -> bool:
     return np.array_equal(a, b)
 
 
-def extract(rows: RowGraph, roles: Roles) -> CallGraph:
-    """Group a request's row operations into calls of cells; `roles` is kept by the model."""
-    return Extraction(rows, roles).run()
+def extract(rows: RowGraph, roles: Roles, *, late: bool = False) -> CallGraph:
+    """Group a request's row operations into calls of cells; `roles` is kept by the model. `late`:
+    what only later cells read is computed in them.
+    """
+    return Extraction(rows, roles, late=late).run()

@@ -381,7 +381,7 @@ class Unfolder:
             _, made = segment.instances()
             rows = made[:, None] + np.arange(segment.num_rows)
             maker[rows] = np.repeat(
-                [op.number for op in segment.ops], [op.num_rows for op in segment.ops]
+                [op.site for op in segment.ops], [op.num_rows for op in segment.ops]
             )
             segment_of[rows] = k
             offset_of[rows] = np.arange(segment.num_rows)
@@ -392,11 +392,11 @@ class Unfolder:
             for op, wiring in zip(segment.ops, segment.wirings, strict=True):
                 for w in wiring:
                     if w >= 0:
-                        edges.add((self._op_at(segment, w), op.number))
+                        edges.add((self._site_at(segment, w), op.site))
                     else:
                         column = reads[:, ~w]
                         makers = np.unique(maker[column[column >= 0]])
-                        edges.update((m, op.number) for m in makers.tolist() if m >= 0)
+                        edges.update((m, op.site) for m in makers.tolist() if m >= 0)
             read.append(reads[reads >= 0])
         for run in runs:
             if run.returned is not None:
@@ -411,33 +411,35 @@ class Unfolder:
             output = _output_of(segment, number & 0xFFFFFFFF)
             if output not in segment.escaping:
                 segment.escaping.add(output)
-                self.generation += 1
+                self.generation += segment.sites in self._roles  # there are plans without it
         if not edges <= self._edges:
             self._edges |= edges
             stable = not self._components()
         return stable
 
     @staticmethod
-    def _op_at(segment: Segment, row: int) -> int:
+    def _site_at(segment: Segment, row: int) -> int:
         for op in segment.ops:
             if row < op.num_rows:
-                return op.number
+                return op.site
             row -= op.num_rows
         raise AssertionError(row)
 
     def _components(self) -> bool:
-        """Find the operations that feed themselves; True if that changed."""
+        """Find the places in the code that feed themselves; True if that changed."""
         graph = nx.DiGraph(self._edges)
-        component = dict.fromkeys(range(len(self.recorder.all_ops)), 0)
+        component: dict[int, int] = {}
         for members in nx.strongly_connected_components(graph):
             if len(members) > 1 or any(graph.has_edge(m, m) for m in members):
                 component.update(dict.fromkeys(members, 1 + min(members)))
         changed = False
         for op in self.recorder.all_ops:
-            if op.component != component[op.number]:
-                op.component, changed = component[op.number], True
-            op.alone = None
+            if op.component != component.get(op.site, 0):
+                op.component, changed = component.get(op.site, 0), True
+        self.recorder.components = component
         if changed:
+            for op in self.recorder.all_ops:
+                op.alone = None
             self.recorder.roots.clear()
             self.recorder.memos.clear()
             self.recorder.sites.clear()
@@ -540,7 +542,7 @@ class Unfolder:
             escaping,
             recurrent,
         )
-        roles = self._roles.setdefault(tuple([op.site for op in segment.ops]), Roles())
+        roles = self._roles.setdefault(segment.sites, Roles())
         template = self._templates.get(key)
         stale = template is None or template.version != roles.version
         if template is None or stale:

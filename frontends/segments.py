@@ -147,6 +147,7 @@ class Segment:
         self.num_rows = sum(o.num_rows for o in self.ops)
         external = [~w for ws in self.wirings for w in ws if w < 0]
         self.num_external = max(external, default=-1) + 1
+        self.sites = tuple([o.site for o in self.ops])
         self.escaping: set[int] = set()  # outputs (over all its operations) read elsewhere
         self.templates: dict[Any, Any] = {}
         self.reads: list[int] = []

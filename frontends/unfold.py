@@ -81,6 +81,7 @@ class Recorder(Repeats):
         self._study, self.device = study, None if device.type == "cpu" else device
         self.ops: dict[Any, Any] = {}
         self.all_ops: list[Op] = []
+        self.components: dict[int, int] = {}  # by place in the code
         self._callees = Callees(self.call)
         self._sites: dict[Any, int] = {}
         self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
@@ -361,6 +362,7 @@ class Recorder(Repeats):
             frame.f_lasti if frame is not None else -1,
             loop_of(frame) if frame is not None else 0,
         )
+        op.component = self.components.get(op.site, 0)
         self.ops[key] = op
         self.all_ops.append(op)
         return op

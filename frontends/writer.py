@@ -24,6 +24,7 @@ class Writer:
         self.used: list[Segment] = []  # segments that have instances
         self.constants: dict[int, Hashable] = {}  # by row number, from -2 down
         self._constant_rows: dict[Hashable, int] = {}
+        self._escaping: dict[tuple[int, ...], set[int]] = {}
         self.next_row = 0
         self._start()
 
@@ -104,8 +105,23 @@ class Writer:
         following = segment.next.get(key)
         if following is None:
             following = segment.next[key] = Segment(segment, op, tuple(wiring))
+            following.escaping = self._escaping_of(following)
         following.used = self.used
         return following
+
+    def _escaping_of(self, segment: Segment) -> set[int]:
+        """Outputs that are read elsewhere, shared by segments at the same places of the code; what
+        a cell returns is, as a rule.
+        """
+        known = self._escaping.get(segment.sites)
+        if known is None:
+            known = self._escaping[segment.sites] = set()
+            at = 0
+            for op in segment.ops:
+                count = len(op.study.outputs)
+                known.update(range(at, at + count) if op.is_cell else ())
+                at += count
+        return known
 
     def _cut(self) -> None:
         """End the segment that is being recorded."""
