@@ -10,12 +10,14 @@ The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), 
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -179,7 +181,7 @@ class Compiler:
             before = self.unfolder.generation
             start = time.perf_counter()
             try:
-                with _TRACING, evaluating(self.model):
+                with _TRACING, evaluating(self.model), _without_collecting():
                     runs = self.unfolder.unfold(requests, steering)
                     forest = self.unfolder.forest(runs)
             except Steers as error:
@@ -513,6 +515,18 @@ class Compiler:
             self.kernels.clear()
             if self.reads_weights:
                 self._forget()
+
+
+@contextmanager
+def _without_collecting() -> Iterator[None]:
+    """No garbage collection inside: much is made, and all of it is needed to the end."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:

@@ -12,7 +12,6 @@ instances in a request are copies of that call graph with other values.
 from __future__ import annotations
 
 import functools
-import gc
 import sys
 import threading
 from collections.abc import Callable, Hashable, Sequence
@@ -53,6 +52,8 @@ SAMPLE = 3  # requests from which a model's segments are first learned
 ROUNDS = 12  # of learning, at most
 ROOM = 1 << 29  # bytes of stack for structures deeper than Python's limit
 DEPTH = 100_000  # frames that fit in it
+
+_MOVES = frozenset("embedding slice cat reshape cast permute".split())
 
 T = TypeVar("T")
 
@@ -256,7 +257,8 @@ class Unfolder:
             form = dims.row_dims(node.id)
             positions.append(len(form) > 1 and not form[0] and all(form[1:]))
         spec = None if spec == LEAF else spec
-        return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions))
+        moves = all(node.op in _MOVES for node in lowered.nodes)
+        return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions), moves)
 
     def unfold(
         self, requests: Sequence[tuple[Request, Any, Any]], steering: Steering
@@ -283,16 +285,11 @@ class Unfolder:
         if len(self._shapes.numbers) > MAX_SHAPES:
             self._shapes.numbers.clear()
             recorder.memos.clear()
-        collecting = gc.isenabled()
-        gc.disable()  # what is made here lives until the end of it
         try:
             return self._recorded(requests)
         except RecursionError:
             recorder.reset()
             return self._with_room(lambda: self._recorded(requests))
-        finally:
-            if collecting:
-                gc.enable()
 
     def _with_room(self, work: Callable[[], T]) -> T:
         """Work in a thread with a large stack: deep structures need one."""

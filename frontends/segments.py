@@ -42,6 +42,7 @@ class Study:
     spec: Any
     constant: tuple[Hashable, ...] | None  # keys of its outputs where it depends on nothing
     positions: tuple[bool, ...]  # per input: would tracing take it apart along its first dimension?
+    moves: bool  # it looks up and moves rows, and computes nothing
 
 
 class Op:
@@ -144,6 +145,7 @@ class Segment:
         )
         self.members = frozenset(self.ops)
         self.has_cell = any(o.is_cell for o in self.ops)
+        self.moves = all(o.study.moves for o in self.ops)
         self.num_rows = sum(o.num_rows for o in self.ops)
         external = [~w for ws in self.wirings for w in ws if w < 0]
         self.num_external = max(external, default=-1) + 1

@@ -149,25 +149,23 @@ class Recorder(Repeats):
         rows: list[int] = []
         add = form.append
         try:
-            for k, x in enumerate(args):
+            if callee.row_arguments:
+                args = self._weights_as_rows(callee, args)
+            for x in args:
                 kind = type(x)
                 if kind is Stub:
                     add(x.type)
                     rows.append(x.id)
-                elif kind is tuple:
+                elif kind is tuple or kind is list:
                     if id(x) in self.parts:
                         raise Structural("part of the request's structure")
-                    add(len(x))
+                    add(len(x) if kind is tuple else ~len(x))
                     for y in x:
                         if type(y) is Stub:
                             add(y.type)
                             rows.append(y.id)
                         else:
                             sign(y, form, rows, self.parts)
-                elif isinstance(x, torch.Tensor) and kind is not Stack:
-                    x = self._weight_argument(callee, k, x)
-                    sign(x, form, rows, self.parts)
-                    args = (*args[:k], x, *args[k + 1 :])
                 else:
                     sign(x, form, rows, self.parts)
             for name in sorted(kwargs):
@@ -193,13 +191,19 @@ class Recorder(Repeats):
             return self._constant(op)
         return self._record(op, rows, frame)
 
-    def _weight_argument(self, callee: Callee, k: int, x: torch.Tensor) -> Any:
+    def _weights_as_rows(self, callee: Callee, args: Any) -> Any:
         """A weight where other calls have a value of the request (a learned first state) is a row
         like theirs.
         """
-        if k in callee.row_arguments:
-            return self._as_row(x)
-        return x
+        for k in callee.row_arguments:
+            if k < len(args) and _is_weight(args[k]):
+                args = (*args[:k], self._row_of(args[k]), *args[k + 1 :])
+        return args
+
+    def _row_of(self, x: Any) -> Any:
+        if isinstance(x, (tuple, list)):
+            return type(x)([self._row_of(y) for y in x])
+        return self._as_row(x) if _is_weight(x) else x
 
     def _as_row(self, tensor: torch.Tensor) -> Any:
         key = ("weight", id(tensor))
@@ -384,6 +388,14 @@ class Recorder(Repeats):
         key = ("marked", id(function), id(owner))
         name = getattr(function, "__qualname__", "cell")
         return self.call(self._callees.of(key, name, run, True), args, kwargs, frame)
+
+
+def _is_weight(x: Any) -> bool:
+    """A tensor of the model, or a tuple or list that holds one."""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return any(map(_is_weight, x))
+    return kind is not Stub and kind is not Stack and isinstance(x, torch.Tensor)
 
 
 class _Given:

@@ -51,7 +51,7 @@ class Writer:
         if (
             segment is None
             or frame is not self._frame
-            or (op.component != self._component and op.component)
+            or (op.component != self._component and op.component and not self._leads(segment))
             or op.loop != self._loop
             or op.offset < self._offset  # a loop went round
             or op in segment.members
@@ -75,10 +75,15 @@ class Writer:
         else:
             wiring = self._wire(op, rows)
             following = segment.next.get((op, *wiring)) or self._following(segment, op, wiring)
+            self._component = self._component or op.component
         self._segment, self._offset = following, op.offset
         self.next_row = at + op.num_rows
         single = op.single
         return Stub(at, single) if single is not None else op.build(at)
+
+    def _leads(self, segment: Segment) -> bool:
+        """May a recurrent cell begin with this? Look-ups may: their tables are folded into it."""
+        return self._component == 0 and segment.moves
 
     def _wire(self, op: Op, rows: list[int]) -> list[int]:
         """Where an operation's rows come from: a row of the segment, or ~(input of the segment).
