@@ -131,10 +131,11 @@ class Compiler:
         self._families: dict[Hashable, _FamilyState] = {}
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
-        self.arguments.steering = Steering()
         self.unfolder = Unfolder(
             self, self.forward, self.arguments.names, named_modules(model), device
         )
+        if self.unfolder.reason is None:
+            self.arguments.steering = Steering(everywhere=self.unfolder.numbers_stay)
         self._last: tuple[Any, Any] | None = None  # request that was unfolded
         self._unfolds = False  # was a request seen that holds structure
         self._not_unfolded: dict[Hashable, str] = {}  # requests, with why

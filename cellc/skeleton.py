@@ -52,9 +52,12 @@ class Steering:
     """
 
     places: frozenset[Place] = frozenset()
+    everywhere: bool = False
     containers: frozenset[Place] = frozenset()  # arguments
 
     def __contains__(self, place: Any) -> bool:
+        if self.everywhere:
+            return True
         if type(place) is tuple and place[0] == "argument":
             return place[1] not in self.containers
         return place in self.places
@@ -194,7 +197,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
     tokens: list[Hashable] = [len(args), *kwargs]
     seen: dict[int, int] = {}
     kept: list[Any] = []  # what registered containers made: alive, so that no id comes twice
-    data = steers is not None
+    data = steers is not None and not steers.everywhere
     steering = steers.places if steers is not None else frozenset()
     structured = nested = False
     stack: list[Any] = []

@@ -29,6 +29,7 @@ from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
+from cellc.frontends.effects import asks_for_types, holds, why_not
 from cellc.frontends.segments import LEAF, OutType, Segment, Study
 from cellc.frontends.stub import (
     CannotUnfold,
@@ -87,6 +88,7 @@ class Unfolded:
     # ^ (leaf, first row, type of a row, rows or -1, name)
     call: tuple[Any, Any] = ((), {})  # the request as stubs
     parts: dict[int, Part] = field(default_factory=dict)
+    shells: list[tuple[Any, list[Any]]] = field(default_factory=list)
     rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float and tensor row, and the end
     base: int = 0  # first row that its forward makes
     returned: Returned | None = None  # None: it failed
@@ -126,6 +128,8 @@ class Unfolder:
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self._study, self.device)
+        self.reason = why_not(self.modules.values())
+        self.numbers_stay = asks_for_types(self.modules.values())
         self.generation = 0  # of what was learned: older plans hold other cells
         self._roomy = False  # is there room for deep recursion
         self.to_check = 2  # requests whose results are still compared with the model's own
@@ -162,6 +166,7 @@ class Unfolder:
 
         stubber = Stubber(self._shapes, self.steering, (starts[0], starts[1], starts[2]), tensor)
         out.call, out.parts = stubber.call(args, kwargs), stubber.parts
+        out.shells = stubber.shells
         recorder.next_row = stubber.tensors
         out.rows = (starts[0], starts[1], starts[2], stubber.tensors)
         return out
@@ -173,6 +178,11 @@ class Unfolder:
             out.returned = recorder.run(self.forward, *out.call)
         except NumberSteers as error:
             raise Steers(self._place_of(error.row, out, args, kwargs)) from error
+        finally:
+            recorder.holdings.check()
+        if recorder.repeating and not all(holds(*shell) for shell in out.shells):
+            recorder.repeating, recorder.relearn = False, True
+            recorder.memos.clear()
 
     def _place_of(self, row: int, out: Unfolded, args: Any, kwargs: Any) -> Hashable:
         """Place of the number that is row `row`."""

@@ -44,6 +44,7 @@ class Repeats(Writer):
         self.parts: dict[int, Part] = {}  # what the request is made of, by id
         self.data: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float, tensor row; end
         self.memos: dict[Any, Memo] = {}
+        self.repeating = True  # a request's parts do not change while it runs
         self.spans: list[tuple[Callee, int, int, list[int]]] = []  # calls to look into
         self.sites: dict[Hashable, folds.Site] = {}
         self.folding: set[Hashable] = set()  # sites with calls that are not written yet
@@ -63,7 +64,7 @@ class Repeats(Writer):
 
     def _body(self, callee: Callee, args: Any, kwargs: Any) -> Any:
         """Run a call's body, or copy what it did on a part of the same shape."""
-        if kwargs or not callee.repeats:
+        if kwargs or not callee.repeats or not self.repeating:
             return callee.run(*args, **kwargs)
         key: list[Any] = [callee]
         bases: tuple[int, ...] | None = None

@@ -14,6 +14,8 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
+from cellc.errors import UnsupportedError
+
 _CPU = torch.device("cpu")
 
 
@@ -70,6 +72,7 @@ class CannotUnfold(BaseException):
 
 class _State:
     target: Target | None = None  # who runs a forward on stubs now
+    learning = False  # is an operation traced by itself now
     marked_calls = 0  # of functions marked `@cellc.cell`, ever
 
 
@@ -79,8 +82,17 @@ current = _State()
 def _tell(func: Any, args: Any, kwargs: Any) -> Any:
     target = current.target
     if target is None:
-        raise CannotUnfold("a value of the request is used outside of its forward")
+        raise _outside()
     return target.function(func, args, kwargs, sys._getframe(2))
+
+
+def _outside() -> BaseException:
+    if current.learning:
+        return CannotUnfold("a value of the request is used outside of its forward")
+    return UnsupportedError(
+        what="a value of an earlier request, kept by the model,",
+        remedy="pass it in as an argument",
+    )
 
 
 class Stub:
@@ -99,7 +111,7 @@ class Stub:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         target = current.target
         if target is None:
-            raise CannotUnfold("a value of the request is used outside of its forward")
+            raise _outside()
         return target.function(func, args, kwargs or {}, sys._getframe(1))
 
     # -- what it knows --

@@ -58,8 +58,9 @@ class Stubber:
         self._shapes, self._steering = shapes, steering
         self.ints, self.floats, self.tensors = rows
         self._tensor = tensor
-        self._numbers, self._plain = shapes.numbers, not steering.places
+        self._numbers, self._plain = shapes.numbers, not (steering.places or steering.everywhere)
         self.parts: dict[int, Part] = {}  # by id of the copy
+        self.shells: list[tuple[Any, list[Any]]] = []  # copies that can change, what they held
         self.kept: list[Any] = []  # copies, alive so that ids stay theirs
         self._made: dict[int, Any] = {}  # by id of the original
         self._shape = 0  # of what was copied last
@@ -152,5 +153,7 @@ class Stubber:
         shape = UNLIKE if UNLIKE in key else self._shapes.of(tuple(key))
         self._shape = shape
         made = self._made[id(x)] = finish(items)
+        if shell is not None and (type(shell) in (list, dict) or type(x).__dictoffset__):
+            self.shells.append((shell, items))
         self.parts[id(made)] = (shape, ints, floats, tensors, self.ints, self.floats, self.tensors)
         return made

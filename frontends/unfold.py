@@ -17,7 +17,7 @@ import sys
 import threading
 import types
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,7 @@ from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError
 from cellc.frontends import stub as stubs
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
+from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
 from cellc.frontends.repeats import Repeats
 from cellc.frontends.segments import LEAF, Op, OutType, Study, fill, input_rows, template_of
 from cellc.frontends.signature import (
@@ -84,6 +85,7 @@ class Recorder(Repeats):
         self.components: dict[int, int] = {}  # by place in the code
         self._callees = Callees(self.call)
         self._sites: dict[Any, int] = {}
+        self._sets_attributes: bool | None = None  # may the model's code
         self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
         self._variants: dict[Hashable, int] = {}
         self._user_code: dict[int, bool] = {}
@@ -93,7 +95,15 @@ class Recorder(Repeats):
     def watching(self, modules: Mapping[str, nn.Module]) -> Iterator[None]:
         """Inside, requests can be run, in this thread."""
         self._thread = threading.get_ident()
-        with self._callees.watching(modules), torch.no_grad(), _Functions(self):
+        with ExitStack() as stack:
+            if self._sets_attributes is None:
+                self._sets_attributes = sets_attributes(modules.values())
+            if self._sets_attributes:
+                stack.enter_context(setting_refused(self._runs))
+            self.holdings = Holdings(modules.values())
+            stack.enter_context(self._callees.watching(modules))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(_Functions(self))
             yield
 
     def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned:
@@ -136,6 +146,9 @@ class Recorder(Repeats):
         if type(x) is not Stub:
             raise CannotUnfold("a stack of stacks is returned")
         return x.id
+
+    def _runs(self) -> bool:
+        return self.on or stubs.current.learning
 
     # -- what the forward does --
 
@@ -321,7 +334,7 @@ class Recorder(Repeats):
             return run(*args, **kwargs)
 
         self.on, target = False, stubs.current.target
-        stubs.current.target = None
+        stubs.current.target, stubs.current.learning = None, True
         marked_calls = stubs.current.marked_calls
         try:
             study = self._study(
@@ -337,7 +350,7 @@ class Recorder(Repeats):
                 raise refusal(callee, error, frame) from error
             study = None
         finally:
-            self.on, stubs.current.target = True, target
+            self.on, stubs.current.target, stubs.current.learning = True, target, False
         if study is None:
             if callee is None:
                 raise CannotUnfold(f"{name} has no fixed result", line_of(frame) if frame else "")
