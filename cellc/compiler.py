@@ -193,6 +193,11 @@ class Compiler:
             except CannotUnfold as error:
                 self.distrust(str(error))
                 return False
+            try:
+                self._check_constants(forest.graph)
+            except ForwardError as error:  # one by one, so that it fails alone
+                self._not_unfolded.update((r.key, error.reason) for r, _, _ in requests)
+                return True
             if self.unfolder.generation != before and self._plans:
                 self._forget()
             self._plan_unfolded(requests, runs, forest)
@@ -363,11 +368,23 @@ class Compiler:
         return same_graph(derived, self._extract(self._trace(args, kwargs, names).graph))
 
     def _plan(self, graph: CallGraph) -> Plan:
+        self._check_constants(graph)
         plan = make_plan(graph, self.tables)
         self._number_cells(graph)
         for cell, depth in zip(plan.cells, plan.priority, strict=True):
             self.priority[cell] = max(self.priority.get(cell, 0), depth)
         return plan
+
+    def _check_constants(self, graph: CallGraph) -> None:
+        """Compute the weight expressions that constants are rows of: a number that indexes a table
+        may be out of range. Raises ForwardError.
+        """
+        for key in graph.constants:
+            if isinstance(key, tuple) and key[0] == "param":
+                try:
+                    self.params[key[1]]
+                except Exception as error:
+                    raise ForwardError(str(error), kind=type(error).__name__) from error
 
     def _number_cells(self, graph: CallGraph) -> None:
         for group in graph.groups:

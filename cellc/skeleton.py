@@ -334,7 +334,8 @@ def filler(x: Any) -> tuple[Callable[[list[Any]], Any], Any]:
 
 
 def _subclass_filler(x: Any, names: list[str]) -> tuple[Callable[[list[Any]], Any], Any]:
-    kind, size, keys = type(x), len(x), list(x)
+    kind: Any = type(x)
+    size, keys = len(x), list(x)
 
     def fill(items: list[Any]) -> Any:
         made = tuple.__new__(kind, items[:size]) if isinstance(x, tuple) else shell
@@ -346,7 +347,7 @@ def _subclass_filler(x: Any, names: list[str]) -> tuple[Callable[[list[Any]], An
             object.__setattr__(made, name, item)
         return made
 
-    shell = None if isinstance(x, tuple) else kind.__new__(kind)
+    shell: Any = None if isinstance(x, tuple) else kind.__new__(kind)
     return fill, shell
 
 

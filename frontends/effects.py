@@ -37,6 +37,10 @@ def codes_of(kind: Any) -> tuple[types.CodeType, ...]:
     return tuple(found)
 
 
+def _class_of(module: nn.Module) -> Any:
+    return type(module)
+
+
 def _codes(value: Any) -> list[types.CodeType]:
     if isinstance(value, property):
         return [c for f in (value.fget, value.fset) if f is not None for c in _codes(f)]
@@ -59,7 +63,7 @@ def _stores(code: types.CodeType) -> frozenset[str]:
 
 def why_not(modules: Iterable[nn.Module]) -> str | None:
     """Why a model's code can be unfolded at no time, if it cannot."""
-    for kind in {type(m) for m in modules}:
+    for kind in {_class_of(m) for m in modules}:
         for base in kind.__mro__:
             for name, value in vars(base).items():
                 if isinstance(value, functools._lru_cache_wrapper):
@@ -72,12 +76,12 @@ def why_not(modules: Iterable[nn.Module]) -> str | None:
 
 def asks_for_types(modules: Iterable[nn.Module]) -> bool:
     """Does a model's code call `type`? Numbers then stay numbers: no stand-in has their type."""
-    return any("type" in code.co_names for m in modules for code in codes_of(type(m)))
+    return any("type" in code.co_names for m in modules for code in codes_of(_class_of(m)))
 
 
 def sets_attributes(modules: Iterable[nn.Module]) -> bool:
     """May a model's code set attributes?"""
-    return any(_stores(code) for m in modules for code in codes_of(type(m)))
+    return any(_stores(code) for m in modules for code in codes_of(_class_of(m)))
 
 
 @contextmanager

@@ -505,3 +505,220 @@ def test_the_model_is_left_as_it_was() -> None:
     for name, m in model.named_modules():
         assert vars(m).keys() == before[name].keys()
         assert all(vars(m)[k] is v for k, v in before[name].items())
+
+
+# -- forwards that do more than return, and classes of the user's ----------------------------------
+
+
+class Stateful(Recursive):
+    """Methods read what the forward, or another method, left in the module."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.depth = 0
+        self.known: dict[Any, Tensor] = {}
+
+    def mix(self, a: Tensor, b: Tensor) -> Tensor:
+        h = torch.tanh(self.inner(torch.cat([a, b])))
+        return h if self.mode == "sum" else -h
+
+    def encode(self, tree: Any) -> Tensor:
+        if self.how == "cache" and tree in self.known:
+            return self.known[tree]
+        if isinstance(tree, int):
+            return self.table(torch.tensor(tree))
+        self.depth += 1
+        h = self.mix(self.encode(tree[0]), self.encode(tree[1]))
+        if self.depth > 3:
+            h = torch.relu(h)
+        self.depth -= 1
+        return h
+
+    def forward(self, mode: str, tree: Any) -> Tensor:
+        self.mode = mode
+        return self.encode(tree)
+
+
+@pytest.mark.filterwarnings("ignore:the forward sets")
+def test_state_in_the_module() -> None:
+    model = Stateful("plain").eval()
+    with cellc.compile(model, backend="eager") as compiled:
+        for mode in ("sum", "product", "sum"):
+            requests = [(mode, t) for t in trees(2)]
+            for request, got in zip(requests, compiled.map(requests), strict=True):
+                same(got, model(*request))
+        assert "sets self.mode" in str(compiled._compiler.unfolder.reason)
+    assert model.depth == 0
+
+
+class Kept(Recursive):
+    """Keeps results in a dict of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: dict[str, Tensor] = {}
+
+    def encode(self, tree: Any) -> Tensor:
+        if isinstance(tree, str):
+            if tree not in self.known:
+                self.known[tree] = torch.tanh(self.table.weight[len(tree)])
+            return self.known[tree]
+        return torch.tanh(self.inner(torch.cat([self.encode(tree[0]), self.encode(tree[1])])))
+
+    def forward(self, tree: Any) -> Tensor:
+        return self.encode(tree)
+
+
+def test_caches_of_the_model_stay_its_own() -> None:
+    """What is refused is refused clearly, and no stand-in is left in the model."""
+    model = Kept().eval()
+    want = [Kept().eval()(t) for t in (("a", "bb"), (("a", "bb"), "a"))]
+    with cellc.compile(model, backend="eager") as compiled:
+        for tree in (("a", "bb"), (("a", "bb"), "a")):
+            try:
+                compiled(tree)
+            except cellc.CellcError:
+                pass
+    model.known.clear()
+    for tree, one in zip((("a", "bb"), (("a", "bb"), "a")), want, strict=True):
+        same(model(tree), one)
+
+
+class Parser(Recursive):
+    """Takes its request apart as it goes."""
+
+    def parse(self, tokens: list[str]) -> Tensor:
+        token = tokens.pop(0)
+        if token != "(":
+            return self.table.weight[len(token)]
+        left, right = self.parse(tokens), self.parse(tokens)
+        tokens.pop(0)
+        return torch.tanh(self.inner(torch.cat([left, right])))
+
+    def forward(self, tokens: list[str]) -> Tensor:
+        return self.parse(tokens)
+
+
+def test_a_request_that_the_forward_consumes() -> None:
+    model = Parser().eval()
+    texts = ["a", "( a bb )", "( ( a bb ) ccc )", "( a ( bb ( a bb ) ) )", "( a bb )", "bb"]
+    with cellc.compile(model, backend="eager") as compiled:
+        for _ in range(2):
+            for got, text in zip(compiled.map([(t.split(),) for t in texts]), texts, strict=True):
+                same(got, model(text.split()))
+
+
+class Named:
+    """Compares by its name only."""
+
+    def __init__(self, name: str, *children: Any) -> None:
+        self.name, self.children = name, list(children)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Named) and self.name == other.name
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
+
+class Private:
+    __slots__ = ("__left", "right")
+
+    def __init__(self, left: Any, right: Any) -> None:
+        self.__left, self.right = left, right
+
+    @property
+    def left(self) -> Any:
+        return self.__left
+
+
+class Labelled(list):  # type: ignore[type-arg]
+    """A list with a label, as parsers make them."""
+
+    def __init__(self, label: str, items: Any) -> None:
+        super().__init__(items)
+        self.label = label
+
+
+class OwnClasses(Recursive):
+    def encode(self, tree: Any) -> Tensor:
+        if isinstance(tree, int):
+            return self.table(torch.tensor(tree))
+        if isinstance(tree, Named):
+            left, right = tree.children
+        elif isinstance(tree, Private):
+            left, right = tree.left, tree.right
+        else:
+            left, right = tree
+        h = torch.tanh(self.inner(torch.cat([self.encode(left), self.encode(right)])))
+        return -h if getattr(tree, "label", "") == "minus" else h
+
+    def forward(self, tree: Any) -> Tensor:
+        return self.encode(tree)
+
+
+def test_classes_of_the_users() -> None:
+    draw = random.Random(0)
+
+    def convert(tree: Any) -> Any:
+        def node(left: Any, right: Any) -> Any:
+            kind = draw.randrange(3)
+            if kind == 0:
+                return Named("same", left, right)
+            label = draw.choice(["minus", "plus"])
+            return Private(left, right) if kind == 1 else Labelled(label, [left, right])
+
+        return mapped(tree, int, node)
+
+    model = OwnClasses().eval()
+    with cellc.compile(model, backend="eager") as compiled:
+        for seed in range(3):
+            requests = [(convert(t),) for t in trees(seed)]
+            for request, got in zip(requests, compiled.map(requests), strict=True):
+                same(got, model(*request))
+
+
+class ByType(Recursive):
+    """Decides by `type`, which no stand-in can pass."""
+
+    def forward(self, tree: Any) -> Tensor:
+        if type(tree) is int:
+            return self.table(torch.tensor(tree))
+        if type(tree) is str:
+            return torch.zeros(SIZE)
+        return torch.tanh(self.inner(torch.cat([self.forward(t) for t in tree])))
+
+
+def test_types_asked_for() -> None:
+    model = ByType().eval()
+    with cellc.compile(model, backend="eager") as compiled:
+        for tree in (("a", "b"), (("a", "b"), "c"), (1, "a"), (2, (3, "a")), (4, "a")):
+            same(compiled(tree), model(tree))
+
+
+class Indexed(nn.Module):
+    """Rows of a table chosen by a number that is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(40, SIZE)
+        self.linear = nn.Linear(SIZE, SIZE)
+
+    def forward(self, x: Tensor, k: int) -> Tensor:
+        return torch.tanh(self.linear(x + self.table.weight[k]))
+
+
+def test_many_constants() -> None:
+    """Requests that are known stay right while constants are added; a wrong one fails alone."""
+    model = Indexed().eval()
+    requests = [(torch.randn(SIZE), k) for k in range(40)]
+    with cellc.compile(model, backend="eager") as compiled:
+        for _ in range(2):
+            for request in requests:
+                same(compiled(*request), model(*request))
+        with pytest.raises(cellc.CellcError):
+            compiled(torch.randn(SIZE), 99)
+        for request, got in zip(requests, compiled.map(requests), strict=True):
+            same(got, model(*request))
