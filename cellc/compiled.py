@@ -209,28 +209,22 @@ class Compiled:
         compiler = self._compiler
         while True:
             flat = [self._flattened(call) for call in bound]
-            new: dict[Any, tuple[Request, Any, Any]] = {}
-            entries: dict[Any, Entry] = {}
+            firsts: dict[Any, Request] = {}  # one a key: keys take long to hash
+            leaders: list[Request | Exception] = []
+            new: list[tuple[Request, Any, Any]] = []
             for request, call in zip(flat, bound, strict=True):
                 if isinstance(request, Exception):
+                    leaders.append(request)
                     continue
-                key = request.key
-                if key not in entries and key not in new:
-                    entry = compiler.cached(key)
-                    if entry is not None:
-                        entries[key] = entry
-                    else:
-                        new[key] = (request, *call)
-            any(compiler.unfolds(one[0]) for one in new.values())  # one may decide for all
-            chosen = [one for one in new.values() if compiler.unfolds(one[0])]
-            if not chosen:
-                break
-            if compiler.unfold(chosen) and self._agrees(chosen):
-                for request, _, _ in chosen:
-                    if (entry := compiler.cached(request.key, count=False)) is not None:
-                        entries[request.key] = entry
-                break
-        return self._traced(bound, flat, entries)
+                leaders.append(firsts.setdefault(request.key, request))
+                if leaders[-1] is request:
+                    request.entry = compiler.cached(request.key)
+                    if request.entry is None:
+                        new.append((request, *call))
+            any(compiler.unfolds(one[0]) for one in new)  # one may decide for all
+            chosen = [one for one in new if compiler.unfolds(one[0])]
+            if not chosen or (compiler.unfold(chosen) and self._agrees(chosen)):
+                return self._traced(bound, flat, leaders)
 
     def _flattened(self, call: Any) -> Request | Exception:
         if isinstance(call, Exception):
@@ -244,7 +238,7 @@ class Compiled:
         self,
         bound: Sequence[Any],
         flat: Sequence[Request | Exception],
-        entries: Mapping[Any, Entry],
+        leaders: Sequence[Any],
     ) -> list[Ticket | Exception]:
         """Tickets, requests without an entry planned one by one. Of sizes never seen, the extremes
         are planned first: those between need no tracing.
@@ -255,7 +249,7 @@ class Compiled:
         for i, (request, call) in enumerate(zip(flat, bound, strict=True)):
             if isinstance(request, Exception):
                 out[i] = request
-            elif (entry := entries.get(request.key)) is not None:
+            elif (entry := leaders[i].entry) is not None:
                 out[i] = Ticket(entry, request.tensors)
             else:  # traced: Python numbers become part of it
                 exact = compiler.arguments.flatten(*call, exact=True)
@@ -293,8 +287,9 @@ class Compiled:
         """Do the first unfolded requests give what the model gives? If not, requests are traced."""
         compiler = self._compiler
         for request, args, kwargs in requests:
-            entry = compiler.cached(request.key, count=False)
-            if compiler.unfolder.to_check <= 0 or entry is None:
+            if compiler.unfolder.to_check <= 0:
+                break
+            if (entry := request.entry) is None:
                 continue
             ticket = Ticket(entry, [t.detach().clone() for t in request.tensors])
             self._engine.enqueue([ticket])

@@ -166,7 +166,9 @@ class Compiler:
 
     def unfolds(self, request: Request) -> bool:
         """Is a new request's forward run on stubs, rather than traced by operators?"""
-        if self.unfolder.reason is not None or request.key in self._not_unfolded:
+        if self.unfolder.reason is not None:
+            return False
+        if self._not_unfolded and request.key in self._not_unfolded:
             return False
         self._unfolds = self._unfolds or request.structured
         return self._marked or (self._unfolds and request.nested)
@@ -228,7 +230,9 @@ class Compiler:
         runs: Sequence[Unfolded],
         forest: Forest,
     ) -> None:
+        start = time.perf_counter()
         plans = make_plans(forest, self.tables)
+        self.unfolder.stats.planning += time.perf_counter() - start
         self._number_cells(forest.graph)
         self.calls, self.graph = forest.graph, None
         self._last = requests[-1][1:]
@@ -242,7 +246,7 @@ class Compiler:
                 continue
             spec = None if run.returned.spec == LEAF else run.returned.spec
             entry = Entry(plan, tuple(run.returned.leaves), spec, (), self._roles.version)
-            self._plans[run.request.key] = entry
+            self._plans[run.request.key] = run.request.entry = entry
             stats.requests += 1
             stats.cells += plan.num_calls
         while len(self._plans) > MAX_PLANS:

@@ -48,6 +48,7 @@ class Request:
     structured: bool = False  # does it hold more than flat groups of tensors
     steering: Steering | None = None  # what numbers decided when it was flattened
 
+    entry: Any = None  # its plan, where that is known
     _key: Hashable = None
 
     @property
@@ -137,10 +138,12 @@ class Arguments:
         """Which arguments are containers: a number there is a leaf."""
         known = self.steering
         for place, x in (*enumerate(args), *kwargs.items()):
-            if known is not None and place not in known.containers and type(x) not in _LEAVES:
-                if skeleton.children(x) is not None:
-                    known = replace(known, containers=known.containers | {place})
-                    self.steering = known
+            arrays = getattr(type(x), "structured", False)
+            if known is None or place in known.containers or type(x) in _LEAVES or arrays:
+                continue
+            if skeleton.children(x) is not None:
+                known = replace(known, containers=known.containers | {place})
+                self.steering = known
 
     def _numbers(
         self, ints: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -186,6 +186,9 @@ def holds_tensors(leaf: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for x in held)
 
 
+_ARRAYS: set[type] = set()  # classes met that hold a structure as arrays (`cellc.trees`)
+
+
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering | None) -> Flat:
     """Walk a request. `steers`: which numbers Python code decides by; None: all of them.
 
@@ -227,6 +230,9 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
         elif kind is torch.Tensor:
             emit(TENSOR)
             tensors.append(x)
+        elif kind in _ARRAYS:
+            structured = nested = True
+            emit(x)
         elif kind in VALUES:
             emit(kind)
             emit(x if kind is not complex else repr(x))
@@ -250,8 +256,11 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
                 continue
             parts = children(x)
             if parts is None:
-                structured = structured or getattr(kind, "structured", False) is True
-                nested = nested or structured
+                if getattr(kind, "structured", False) is True:
+                    _ARRAYS.add(kind)
+                    structured = nested = True
+                    emit(x)
+                    continue
                 emit(kind)
                 emit(_value(x))
                 continue

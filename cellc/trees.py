@@ -51,6 +51,7 @@ class Dag:
         self.counts, self.flat = counts, flat
         self.starts = np.cumsum(counts) - counts
         self._key = (type(self).__name__, counts.tobytes(), flat.tobytes())
+        self._hash = hash(self._key)
         self._check()
 
     def _check(self) -> None:
@@ -158,7 +159,7 @@ class Dag:
         return isinstance(other, Dag) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash(self._key)
+        return self._hash
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.num_nodes} nodes)"

@@ -112,6 +112,7 @@ class Stats:
     requests: int = 0
     cells: int = 0
     seconds: float = 0.0
+    planning: float = 0.0  # of these
 
 
 @dataclass
