@@ -31,6 +31,7 @@ from cellc.cells import Cell
 from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
 from cellc.extract import extract
 from cellc.family import Family, same_graph
+from cellc.forests import Unfolded
 from cellc.frontends.lower import lower
 from cellc.frontends.segments import LEAF
 from cellc.frontends.stub import CannotUnfold
@@ -47,7 +48,7 @@ from cellc.request import Arguments, Request, Structure, describe, kind_of, unli
 from cellc.roles import Roles
 from cellc.rows import RowGraph
 from cellc.skeleton import Copier, Steering
-from cellc.unfolder import Steers, Unfolded, Unfolder
+from cellc.unfolder import Steers, Unfolder
 
 MAX_PLANS = 16384
 MAX_FAILURES = 1024  # requests of which is known that they cannot be unfolded

@@ -173,7 +173,9 @@ def measure(console: Console, hidden: int, limit: int) -> Table:
         net(warm_up[0])
         expected = run("eager, one at a time", 1, lambda part: [net(*part[0])], sample)
         torch.set_num_threads(threads)
-        console.print(f"cells are found and kernels compiled on {len(warm_up)} other functions, not counted")
+        console.print(
+            f"cells are found and kernels compiled on {len(warm_up)} other functions, not counted"
+        )
         compiled.map([(tree,) for tree in warm_up])
         first = run("cellc, new shapes", CHUNK, compiled.map, trees)
         second = run("cellc, known shapes", CHUNK, compiled.map, trees)
