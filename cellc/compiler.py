@@ -253,8 +253,10 @@ class Compiler:
         while len(self._plans) > MAX_PLANS:
             self._plans.popitem(last=False)
         self.counts["plans_unfolded"] += len(runs)
-        if plans:
-            self._stage("plan", plans[-1])
+        self.stages = []
+        self._stage("graph", self._print_traced)
+        self._stage("passes", lambda: "\n\n".join(map(_print_calls, self.unfolder.graphs())))
+        self._stage("plan", plans[-1])
         for plan in {plan.cells: plan for plan in plans}.values():
             for cell, depth in zip(plan.cells, plan.priority, strict=True):
                 self.priority[cell] = max(self.priority.get(cell, 0), depth)
@@ -274,6 +276,13 @@ class Compiler:
             names = self.arguments.leaf_names(args, kwargs)
             self.graph = self._trace(args, kwargs, names).graph
         return self.graph
+
+    def _print_traced(self) -> str:
+        try:
+            graph = self.traced_graph()
+        except CellcError as error:  # it unfolds, but cannot be traced: too deep
+            return f"# not traced: {error}"
+        return print_graph(graph) if graph is not None else ""
 
     def own_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model itself gives, on a copy of the request."""
@@ -299,12 +308,13 @@ class Compiler:
         return calls
 
     def rewrite_alone(self, calls: CallGraph) -> None:
-        self.stages = [s for s in self.stages if s.name == "plan"]
-        self._stage("extract", lambda: _print_calls(calls))
+        if log.enabled("cells"):
+            log.info("cells", _print_calls(calls))
         passes.run(calls, self.params, self._options, self._rewritten)
         self._check_cells(calls)
         self._name(calls)
-        self._stage("passes", lambda: _print_calls(calls))
+        if log.enabled("cells"):
+            log.info("cells", _print_calls(calls))
 
     def _derived(self, structure: Structure) -> Entry | None:
         state = self._families.get(structure.family)

@@ -37,7 +37,12 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.json:
             console.out(json.dumps(found.as_json(), indent=2), highlight=False)
         elif args.ir is not None:
-            stage = next(stage for stage in compiled.stages if stage.name == args.ir)
+            stage = next((stage for stage in compiled.stages if stage.name == args.ir), None)
+        if stage is None:
+            names = ", ".join(stage.name for stage in compiled.stages)
+            raise UsageError(
+                f"requests of this model are unfolded by cells: its stages are {names}"
+            )
             console.out(str(stage), highlight=False)
         elif args.code is not None:
             _print_code(compiled, found, args, console)

@@ -491,6 +491,10 @@ class Unfolder:
         """Its cells are not used any more."""
         self._live.clear()
 
+    def graphs(self) -> list[CallGraph]:
+        """Call graphs of the segments that are in use."""
+        return [template.graph for template in self._live.values()]
+
     def cells(self) -> set[str]:
         """Keys of the cells that plans made now would hold."""
         return {g.cell.key for t in self._live.values() for g in t.graph.groups}
