@@ -18,6 +18,7 @@ from rich.table import Table
 from cellc import export, target
 from cellc.cells import Cell
 from cellc.compiled import Compiled
+from cellc.compiler import Stage
 from cellc.entry import compile
 from cellc.errors import UnsupportedError, UsageError
 from cellc.launch import Backend
@@ -37,13 +38,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         if args.json:
             console.out(json.dumps(found.as_json(), indent=2), highlight=False)
         elif args.ir is not None:
-            stage = next((stage for stage in compiled.stages if stage.name == args.ir), None)
-        if stage is None:
-            names = ", ".join(stage.name for stage in compiled.stages)
-            raise UsageError(
-                f"requests of this model are unfolded by cells: its stages are {names}"
-            )
-            console.out(str(stage), highlight=False)
+            console.out(str(_stage(compiled, args.ir)), highlight=False)
         elif args.code is not None:
             _print_code(compiled, found, args, console)
         elif args.graph is not None:
@@ -99,6 +94,15 @@ def _row(cell: CellReport, num_bytes: int) -> Sequence[str]:
         short_ops(cell.ops),
         ", ".join(cell.kernels),
     )
+
+
+def _stage(compiled: Compiled, name: str) -> Stage:
+    stages = {stage.name: stage for stage in compiled.stages}
+    if name not in stages:
+        raise UsageError(
+            f"requests of this model are unfolded by cells: its stages are {', '.join(stages)}"
+        )
+    return stages[name]
 
 
 def _summary(found: Survey) -> str:
