@@ -190,6 +190,9 @@ class Compiler:
                     forest = self.unfolder.forest(runs)
             except Steers as error:
                 log.info("plan", f"numbers at {error.place} decide: they are structure")
+                if error.place in steering:
+                    self.distrust(f"numbers at {error.place} decide, and are data")
+                    return False
                 places = steering.places | {error.place}
                 self.arguments.steering = replace(steering, places=places)
                 return False

@@ -25,9 +25,8 @@ def cell(target: T) -> T:
     """Mark a function, a method or a Module class: each of its calls is one cell call.
 
     A marked cell takes everything it works on as arguments (tensors, tuples and lists of them, and
-    plain values), reads no value of a tensor, and is one step: a loop whose state feeds itself
-    belongs outside, unless it calls marked cells itself. A model that breaks this is refused, with
-    the line of the call.
+    plain values) and reads no value of a tensor; a model that breaks this is refused, with the line
+    of the call. Where a marked cell runs marked cells in a loop, those are the cells.
 
     Raises UnsupportedError for anything else than a function or a Module class.
 

@@ -56,11 +56,11 @@ class Steering:
     containers: frozenset[Place] = frozenset()  # arguments
 
     def __contains__(self, place: Any) -> bool:
-        if self.everywhere:
+        if self.everywhere or place in self.places:
             return True
         if type(place) is tuple and place[0] == "argument":
             return place[1] not in self.containers
-        return place in self.places
+        return False
 
 
 class NotFlat(Exception):

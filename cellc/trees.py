@@ -125,12 +125,16 @@ class Dag:
         return self._returned(self.fold_eagerly(node, leaf, nodes, leaves))
 
     def _check_rows(self, name: str, given: Sequence[torch.Tensor], count: int) -> None:
+        kinds = {
+            "nodes": "one a node, or where `leaf` is given one a node with children",
+            "leaves": "one a node without children",
+        }
         for tensor in given:
             if len(tensor) != count:
                 raise RequestError(
                     argument=name,
                     got=f"{len(tensor)} rows",
-                    expected=f"{count}, one a node of its kind",
+                    expected=f"{count}, {kinds[name]}",
                 )
 
     def _returned(self, states: Sequence[Any]) -> Any:

@@ -43,16 +43,14 @@ class Callee:
         self.row_arguments: set[int] = set()  # positions where a call had a value of the request
 
 
-def refusal(callee: Callee, error: BaseException | None, frame: Any) -> CellcError:
+def refusal(callee: Callee, error: BaseException, frame: Any) -> CellcError:
     if isinstance(error, CellcError):
         reason = str(error).splitlines()[0]
-    elif error is None:
-        reason = "it holds a loop whose state feeds itself"
     else:
         reason = "it uses a value of the request that is none of its arguments"
     return RefusedCell(
         what=f"the cell {callee.name}: {reason}",
-        remedy="a cell takes all it needs as arguments, reads no values, and is one step",
+        remedy="a cell takes all it needs as arguments and reads no values",
         origin=line_of(frame) if frame is not None else None,
     )
 

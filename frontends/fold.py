@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cellc.frontends import memo
-from cellc.frontends.segments import Segment
+from cellc.frontends.segments import SPARE, Segment
 from cellc.frontends.stub import Stack, Stub, StubType
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _learn(
             if row in place:
                 kinds.append(ARGUMENT)
                 offsets.append(place[row])
-            elif row >= start:
+            elif start <= row < SPARE:
                 kinds.append(MADE)
                 offsets.append(row - start)
             elif row < 0:
@@ -234,8 +234,8 @@ def _learn(
             (segment, np.array(kinds, np.int64), np.array(offsets, np.int64), first - start)
         )
     stubs, spec = pytree.tree_flatten(result)
-    if not all(type(s) is Stub and s.id >= start for s in stubs):
-        return False
+    if not all(type(s) is Stub and start <= s.id < SPARE for s in stubs):
+        return False  # a row that is handed on is not made here
     types = tuple([s.type for s in stubs])
     for other in site.rules.values():
         if other.types != types or other.spec != spec:

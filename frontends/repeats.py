@@ -25,9 +25,10 @@ from cellc.frontends.memo import (
     Outside,
     Relative,
 )
+from cellc.frontends.segments import SPARE
 from cellc.frontends.stub import FloatNumber, IntNumber, Stub
 from cellc.frontends.stubbing import Part
-from cellc.frontends.writer import SPARE, Writer
+from cellc.frontends.writer import Writer
 
 COMPARED = 24  # repetitions of a method that run all the same
 LOOKED_INTO = 256  # calls of a method looked into for rows that leave it unseen

@@ -18,6 +18,8 @@ from torch.utils import _pytree as pytree
 from cellc.frontends.stub import Stack, Stub, StubType
 from cellc.frontends.tracer import replaying
 
+SPARE = 1 << 48  # rows from here on stand for arguments of an observed function
+
 
 class Slot(NamedTuple):
     """Stands for a tensor in the arguments of an operation; `rows` of a stack, or -1."""

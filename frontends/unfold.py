@@ -337,12 +337,12 @@ class Recorder(Repeats):
         stubs.current.target, stubs.current.learning = None, True
         marked_calls = stubs.current.marked_calls
         try:
-            study = self._study(
-                alone,
-                rows,
-                callee is not None and callee.own,
-                any(count == 1 for _, count in inputs),
-            )
+            lists = any(count == 1 for _, count in inputs)
+            study = self._study(alone, rows, callee is not None and callee.own, lists)
+            if study is None and callee is not None and callee.marked:
+                holds_cells = callee.holds_cells or stubs.current.marked_calls > marked_calls
+                if not holds_cells:  # it is a cell because the user says so, loops and all
+                    study = self._study(alone, rows, False, lists)
         except (CannotUnfold, CellcError) as error:
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
@@ -354,12 +354,6 @@ class Recorder(Repeats):
         if study is None:
             if callee is None:
                 raise CannotUnfold(f"{name} has no fixed result", line_of(frame) if frame else "")
-            if (
-                callee.marked
-                and stubs.current.marked_calls == marked_calls
-                and not callee.holds_cells
-            ):
-                raise refusal(callee, None, frame)
             self.ops[key] = _TRANSPARENT
             return _TRANSPARENT
         origin = line_of(frame) if frame is not None else ""

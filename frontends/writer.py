@@ -10,10 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
-from cellc.frontends.segments import Op, Segment
+from cellc.frontends.segments import SPARE, Op, Segment
 from cellc.frontends.stub import Stack, Stub, StubType
-
-SPARE = 1 << 48  # rows from here on stand for arguments of an observed function
 
 
 class Writer:

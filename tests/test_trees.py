@@ -178,6 +178,18 @@ def test_rows_that_do_not_fit() -> None:
             compiled(tree, torch.tensor([1, VOCABULARY]))
 
 
+@pytest.mark.parametrize("rows", [torch.randn(3, SIZE), torch.arange(12).reshape(3, 4)])
+def test_states_that_are_rows_as_they_are(rows: Tensor) -> None:
+    structure = cellc.Dag([[], [0], [0, 1]])
+
+    def forward(dag: cellc.Dag, x: Tensor) -> Any:
+        return dag.fold(lambda x, below: x + sum(below) if below else x, nodes=x)
+
+    with cellc.compile(forward, backend="eager") as compiled:
+        for got, want in zip(compiled(structure, rows), forward(structure, rows), strict=True):
+            same(got, want)
+
+
 def test_a_long_chain() -> None:
     n = 5000
     model = Leaves().eval()

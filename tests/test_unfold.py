@@ -299,6 +299,22 @@ def test_numbers_that_steer() -> None:
         assert compiled.stats()["plans_unfolded"] == first
 
 
+def test_a_number_that_steers_where_others_pass_containers() -> None:
+    linear = nn.Linear(2 * SIZE, SIZE)
+
+    def forward(tree: Any) -> Tensor:
+        if isinstance(tree, int):
+            return torch.zeros(SIZE) if tree == 3 else torch.ones(SIZE) * (tree % 2)
+        return torch.tanh(linear(torch.cat([forward(tree[0]), forward(tree[1])])))
+
+    with cellc.compile(forward, backend="eager") as compiled:
+        for tree in ((1, 2), 7, 3, (3, (4, 7)), 4):
+            same(compiled(tree), forward(tree))
+    with cellc.compile(forward, backend="eager") as compiled:
+        for got, tree in zip(compiled.map([(1,), ((1, 2),)]), (1, (1, 2)), strict=True):
+            same(got, forward(tree))
+
+
 class Impure(Recursive):
     """Methods that do more than return: each state is also kept elsewhere, or counted."""
 
