@@ -42,7 +42,8 @@ from cellc.launch import Backend, Kernel
 from cellc.marks import has_marks
 from cellc.modules import evaluating, module_names, named_modules, named_tensors
 from cellc.params import Params
-from cellc.plan import Plan, Tables, make_plan, make_plans, record_length
+from cellc.plan import Plan, Tables, record_length
+from cellc.planner import make_plan, make_plans
 from cellc.printer import print_cell, print_graph
 from cellc.request import Arguments, Request, Structure, describe, kind_of, unlike
 from cellc.roles import Roles

@@ -144,21 +144,14 @@ def is_object(x: Any) -> bool:
     if hasattr(kind, "__dataclass_fields__"):
         return True
     by_value = "__hash__" in own_names(kind) and kind.__hash__ is not None
-    return not (by_value and home in sys.stdlib_module_names and home != "__main__")
+    return not (by_value and home in sys.stdlib_module_names)
 
 
 def attributes(x: Any) -> list[str]:
     """Names of an object's attributes: of its dict, then its slots that are filled."""
     if type(x) in (list, dict, tuple):
         return []
-    return (
-        [*vars(x)]
-        if not (slots := _slots(type(x)))
-        else [
-            *getattr(x, "__dict__", ()),
-            *[n for n in slots if hasattr(x, n)],
-        ]
-    )
+    return [*getattr(x, "__dict__", ()), *[n for n in _slots(type(x)) if hasattr(x, n)]]
 
 
 def _slots(kind: type) -> list[str]:

@@ -44,6 +44,7 @@ class Callee:
 
 
 def refusal(callee: Callee, error: BaseException, frame: Any) -> CellcError:
+    """Why a marked cell is none, with the line of its call."""
     if isinstance(error, CellcError):
         reason = str(error).splitlines()[0]
     else:

@@ -20,7 +20,8 @@ from cellc import calls
 from cellc.calls import CallGraph, CallGroup
 from cellc.family import Family, same_graph
 from cellc.ops import RowType
-from cellc.plan import Tables, make_plan
+from cellc.plan import Tables
+from cellc.planner import make_plan
 from cellc.rows import DataSource, RaggedRefs, RowOutput
 
 checked = settings(deadline=None, derandomize=True, max_examples=60)

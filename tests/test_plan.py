@@ -32,11 +32,11 @@ from cellc.plan import (
     SUCCESSOR,
     Plan,
     Tables,
-    make_plan,
     priorities,
     ragged_range,
     record_length,
 )
+from cellc.planner import make_plan
 from cellc.rows import DataSource, RaggedRefs, RowOutput
 
 checked = settings(deadline=None, derandomize=True, max_examples=80)

@@ -28,7 +28,8 @@ from test_plan import (
 
 from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell
-from cellc.plan import Plan, Tables, make_plan, priorities, record_length
+from cellc.plan import Plan, Tables, priorities, record_length
+from cellc.planner import make_plan
 from cellc.regions import Regions
 from cellc.rows import DataSource, RowOutput
 from cellc.scheduler import Batch, Scheduler

@@ -1,0 +1,493 @@
+"""Planning: calls of requests arranged into plans.
+
+Duty: give every call its number, its successors and its record, and every value its slot, for one
+request or for all of a forest at once, by numpy alone. Comes in from `cellc.compiler`: a
+`CallGraph` or a `Forest`; goes out: `Plan`s. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import lru_cache
+
+import numpy as np
+
+from cellc.calls import CallGraph, CallGroup, Forest
+from cellc.errors import VerifyError
+from cellc.ops import RowType
+from cellc.plan import (
+    CELL,
+    CHAIN,
+    EDGES,
+    FIRST_CALL,
+    FIRST_ENTRY,
+    I32,
+    I64,
+    MISSING,
+    NOTHING,
+    NUM_COLUMNS,
+    NUM_SUCCESSORS,
+    NUMBER,
+    RECORD,
+    REGION,
+    REQUEST,
+    SUCCESSOR,
+    DataRows,
+    OutputRows,
+    Plan,
+    Tables,
+    ragged_range,
+    record_length,
+)
+from cellc.rows import RaggedRefs
+
+
+class _Planner:
+    """Plans all requests of a forest at once: every array is over the calls of all of them, request
+    by request, and within a request group by group.
+    """
+
+    def __init__(self, forest: Forest, tables: Tables) -> None:
+        graph = forest.graph
+        self.forest, self.graph, self.tables = forest, graph, tables
+        self.num_requests = forest.num_requests
+        self.owners = forest.owners
+        self.counts = np.array(
+            [np.bincount(o, minlength=self.num_requests) for o in self.owners], np.int64
+        ).reshape(len(graph.groups), self.num_requests)
+        self.first_call, self.call_starts = self._layout(self.counts)
+        self.total = int(self.call_starts[-1])
+        self.ranks = [_ranks(o, c) for o, c in zip(self.owners, self.counts, strict=True)]
+        self.calls_of = [
+            first[o] + rank
+            for first, o, rank in zip(self.first_call, self.owners, self.ranks, strict=True)
+        ]
+        self.group_of = np.zeros(self.total, np.int64)
+        self.owner_of = np.repeat(np.arange(self.num_requests), np.diff(self.call_starts))
+        self.producer = np.full(graph.num_values, -1, np.int64)
+        self.type_of = np.full(graph.num_values, -1, np.int64)
+        for g, (group, calls) in enumerate(zip(graph.groups, self.calls_of, strict=True)):
+            self.group_of[calls] = g
+            for type, made in zip(group.cell.output_types, group.outputs, strict=True):
+                self.producer[made] = calls
+                self.type_of[made] = tables.type(type)
+        self.slot = np.full(graph.num_values, -1, np.int64)
+        self.owned = np.ones(graph.num_values, np.int64)
+        self.num_slots: dict[int, I64] = {}
+
+    @staticmethod
+    def _layout(sizes: I64) -> tuple[I64, I64]:
+        """Sizes [groups, requests], laid out request by request: (first of each, of requests)."""
+        flat = sizes.T.reshape(-1)
+        ends = np.cumsum(flat)
+        first = (ends - flat).reshape(sizes.shape[::-1]).T
+        return first, np.concatenate([[0], np.cumsum(sizes.sum(0))]).astype(np.int64)
+
+    def plans(self) -> list[Plan]:
+        chain, edges = self._chains()
+        self.used = self.graph.used()
+        self._place_constants()
+        data = self._place_data()
+        self._place_made(chain)
+        records, base, record_at, record_starts = self._records()
+        successors, first, counts, missing = self._successors()
+        successor_starts = np.append(first, len(successors))[self.call_starts]
+        ids = [self.tables.cell(g.cell) for g in self.graph.groups]
+        table = np.zeros((self.total, NUM_COLUMNS), np.int32)
+        table[:, CELL] = np.array(ids, np.int32)[self.group_of] if ids else 0
+        table[:, MISSING], table[:, CHAIN], table[:, EDGES] = missing, chain, edges
+        table[:, RECORD] = record_at
+        table[:, SUCCESSOR] = first - successor_starts[self.owner_of]
+        table[:, NUM_SUCCESSORS] = counts
+        ready = np.flatnonzero(missing == 0)
+        ready_starts = np.searchsorted(ready, self.call_starts).tolist()
+        local_ready = (ready - self.call_starts[self.owner_of[ready]]).astype(np.int32)
+        num_types = len(self.tables.types)
+        slots = np.zeros((num_types, self.num_requests), np.int64)
+        for type, taken in self.num_slots.items():
+            slots[type] = taken
+        num_slots = slots.T.tolist()
+        outputs = self._outputs()
+        depths = self._depths(missing)
+        present = list(map(tuple, (self.counts > 0).T.tolist()))
+        alone = self.num_requests == 1
+        if alone:
+            present = [(True,) * len(ids)]
+        cells = {
+            there: (
+                tuple([i for i, yes in zip(ids, there, strict=True) if yes]),
+                tuple([d for d, yes in zip(depths, there, strict=True) if yes]),
+            )
+            for there in set(present)
+        }
+        plans = []
+        calls_at, records_at = self.call_starts.tolist(), record_starts.tolist()
+        successors_at = successor_starts.tolist()
+        for r in range(self.num_requests):
+            plans.append(
+                Plan(
+                    table[calls_at[r] : calls_at[r + 1]],
+                    records[records_at[r] : records_at[r + 1]],
+                    base[records_at[r] : records_at[r + 1]],
+                    successors[successors_at[r] : successors_at[r + 1]],
+                    local_ready[ready_starts[r] : ready_starts[r + 1]],
+                    tuple(num_slots[r]),
+                    tuple(data[r]),
+                    tuple(outputs[r]),
+                    *cells[present[r]],
+                )
+            )
+        if not alone:
+            self._blocks(plans, table, records, base, successors)
+        return plans
+
+    def _blocks(
+        self, plans: list[Plan], table: I32, records: I32, base: I32, successors: I32
+    ) -> None:
+        """What `Plan.block` would make, for all plans at once."""
+        num_calls = np.diff(self.call_starts)
+        records_at = num_calls * NUM_COLUMNS
+        num_records = np.array([len(p.records) for p in plans])
+        num_successors = np.array([len(p.successors) for p in plans])
+        successors_at = records_at + num_records
+        sizes = successors_at + num_successors
+        sizes += -sizes % NUM_COLUMNS
+        starts = np.cumsum(sizes) - sizes
+        block, added = np.zeros(int(sizes.sum()), np.int32), np.full(int(sizes.sum()), NOTHING)
+        calls = table.copy()
+        calls[:, RECORD] += records_at[self.owner_of].astype(np.int32)
+        calls[:, SUCCESSOR] += successors_at[self.owner_of].astype(np.int32)
+        columns = np.full(NUM_COLUMNS, NOTHING)
+        columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
+        types = len(self.tables.types)
+        meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
+        at = ragged_range(starts, records_at)
+        block[at], added[at] = calls.reshape(-1), np.tile(columns, len(calls))
+        at = ragged_range(starts + records_at, num_records)
+        own = np.repeat(records_at, num_records)
+        block[at] = records + np.where(base == types, own, 0)
+        added[at] = meaning[base]
+        at = ragged_range(starts + successors_at, num_successors)
+        block[at], added[at] = successors, FIRST_CALL
+        meanings = added.astype(np.int32)
+        ends = (starts + sizes).tolist()
+        for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
+            plan.__dict__["block"] = block[start:end], meanings[start:end]
+
+    # -- dependencies --
+
+    def _edges(self) -> tuple[I64, I64]:
+        """(producing call, reading call) for every read of a made value."""
+        sources, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        for calls, group in zip(self.calls_of, self.graph.groups, strict=True):
+            for column in group.inputs:
+                readers = calls
+                if isinstance(column, RaggedRefs):
+                    readers = np.repeat(calls, np.diff(column.offsets))
+                    column = column.refs
+                made = self.producer[column]
+                sources.append(made[made >= 0])
+                targets.append(readers[made >= 0])
+        return np.concatenate(sources), np.concatenate(targets)
+
+    def _chains(self) -> tuple[I64, I64]:
+        """For every call: length of the chain from it on, and how many reads link it to the call
+        before.
+        """
+        total = self.total
+        sources, targets = self._edges()
+        same = self.group_of[sources] == self.group_of[targets]
+        self.chained = (sources == targets - 1) & same
+        edges = np.bincount(targets[self.chained], minlength=total)
+        ends = np.flatnonzero(np.append(edges[1:] == 0, True)) if total else np.zeros(0, np.int64)
+        chain = ends[np.searchsorted(ends, np.arange(total))] - np.arange(total) + 1
+        self.sources, self.targets = sources, targets
+        return chain, edges
+
+    def _successors(self) -> tuple[I32, I64, I64, I64]:
+        """(successors but for chains, where each call's begin, how many, what a call waits for)."""
+        others = ~self.chained
+        successors, first, counts = _by_source(
+            self.sources[others], self.targets[others], self.total
+        )
+        local = successors - self.call_starts[self.owner_of[successors]]
+        missing = np.bincount(self.targets, minlength=self.total)
+        return local.astype(np.int32), first, counts, missing
+
+    def _depths(self, missing: I64) -> list[int]:
+        """A depth a cell; raises VerifyError where calls wait for each other in a circle."""
+        left, total = missing.copy(), self.total
+        successors, first, counts = _by_source(self.sources, self.targets, total)
+        ready = np.flatnonzero(left == 0)
+        seen, level = 0, 0
+        depth = np.zeros(len(self.graph.groups), np.int64)
+        while len(ready):
+            seen += len(ready)
+            depth[self.group_of[ready]] = level
+            index = ragged_range(first[ready], counts[ready])
+            woken = successors[index]
+            np.subtract.at(left, woken, 1)
+            ready = np.unique(woken[left[woken] == 0])
+            level += 1
+        if seen != total:
+            raise VerifyError(stage="plan", message=f"{total - seen} calls wait for each other")
+        return depth.tolist()
+
+    # -- slots --
+
+    def _take(self, type: int, counts: I64) -> I64:
+        """First slot of as many as each request wants."""
+        start = self.num_slots.get(type)
+        if start is None:
+            start = np.zeros(self.num_requests, np.int64)
+        self.num_slots[type] = start + counts
+        return start
+
+    def _place_constants(self) -> None:
+        for key, value in self.graph.constants.items():
+            type = self.graph_type(value) if self.used[value] else None
+            if type is not None:
+                self.type_of[value] = self.tables.type(type)
+                self.slot[value] = self.tables.constant(type, key)
+                self.owned[value] = 0
+
+    def graph_type(self, value: int) -> RowType | None:
+        """Row type of a constant, from whoever reads it."""
+        for group in self.graph.groups:
+            for i, spec in enumerate(group.cell.inputs):
+                if (group.input_values(i) == value).any():
+                    return spec.type
+        for output in self.graph.outputs:
+            if (output.refs == value).any():
+                return output.type
+        return None
+
+    def _place_data(self) -> list[list[DataRows]]:
+        placed: list[list[DataRows]] = [[] for _ in range(self.num_requests)]
+        sources = self.graph.data
+        if not sources:
+            return placed
+        bases = np.array([s.base for s in sources])
+        counts = np.array([s.count for s in sources])
+        rows = ragged_range(bases, counts)
+        offsets = np.cumsum(counts) - counts
+        filled = np.flatnonzero(counts)  # reduceat knows no empty parts
+        used = np.zeros(len(sources), bool)
+        bounds = np.full(len(sources), _NO_BOUND, np.int64)
+        if len(filled):
+            used[filled] = np.logical_or.reduceat(self.used[rows], offsets[filled])
+            bounds[filled] = np.minimum.reduceat(self._bounds()[rows], offsets[filled])
+        kept = np.flatnonzero(used).tolist()
+        limits = bounds.tolist()
+        owners = self.forest.data_owners
+        starts: dict[tuple[int, int], int] = {}
+        types = [self.tables.type(sources[i].type) for i in kept]
+        firsts = []
+        known: dict[Hashable, DataRows] = {}
+        for i, type in zip(kept, types, strict=True):
+            source, owner = sources[i], owners[i]
+            start = starts.get((type, owner), 0)
+            starts[type, owner] = start + source.count
+            firsts.append(start)
+            bound = limits[i] if limits[i] < _NO_BOUND else None
+            key = (source.leaf, source.name, start, source.count, type, source.row_dims, bound)
+            rows_of = known.get(key)
+            if rows_of is None:
+                rows_of = known[key] = DataRows(*key)
+            placed[owner].append(rows_of)
+        for (type, owner), taken in starts.items():
+            self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))[owner] = taken
+        chosen = np.flatnonzero(used)
+        values = ragged_range(bases[chosen], counts[chosen])
+        self.slot[values] = ragged_range(np.array(firsts, np.int64), counts[chosen])
+        self.type_of[values] = np.repeat(np.array(types, np.int64), counts[chosen])
+        return placed
+
+    def _bounds(self) -> I64:
+        """For every value: the smallest table that it indexes as it is."""
+        bounds = np.full(self.graph.num_values, _NO_BOUND, np.int64)
+        for group in self.graph.groups:
+            for op in group.cell.ops:
+                if op.op != "embedding":
+                    continue
+                table, index = op.operands
+                while index.kind == "op" and group.cell.ops[index.index].op in ("cast", "reshape"):
+                    index = group.cell.ops[index.index].operands[0]
+                if index.kind == "input" and not group.cell.inputs[index.index].ragged:
+                    values = group.input_values(index.index)
+                    size = group.cell.params[table.index].type.shape[0]
+                    bounds[values] = np.minimum(bounds[values], size)
+        return bounds
+
+    def _place_made(self, chain: I64) -> None:
+        reads = np.bincount(self._read_values(), minlength=self.graph.num_values)
+        for refs in [o.refs.reshape(-1) for o in self.graph.outputs]:
+            reads[refs] += 1 << 30
+        requests = self.num_requests
+        for g, group in enumerate(self.graph.groups):
+            n, owner, rank = group.num_calls, self.owners[g], self.ranks[g]
+            lengths = chain[self.calls_of[g]]
+            chain_start = np.append(True, lengths[1:] != lengths[:-1] - 1)[:n]
+            chains = np.bincount(owner[chain_start], minlength=requests)
+            number = np.cumsum(chain_start) - 1 - (np.cumsum(chains) - chains)[owner]
+            passing = self._passing(group)
+            for o, made in enumerate(group.outputs):
+                type = self.tables.type(group.cell.output_types[o])
+                transient = (passing[o] == reads[made]) & ~((lengths == 1) & (reads[made] > 0))
+                place = np.zeros(n, np.int64)
+                if transient.any():
+                    some = np.bincount(owner[transient], minlength=requests) > 0
+                    pairs = self._take(type, 2 * chains * some)
+                    place = pairs[owner] + 2 * number + rank % 2
+                own = np.flatnonzero(~transient)
+                counts = np.bincount(owner[own], minlength=requests)
+                place[own] = self._take(type, counts)[owner[own]] + _ranks(owner[own], counts)
+                self.slot[made] = place
+
+    def _read_values(self) -> I64:
+        parts = [np.zeros(0, np.int64)]
+        for group in self.graph.groups:
+            parts += [group.input_values(i) for i in range(len(group.inputs))]
+        return np.concatenate(parts)
+
+    def _passing(self, group: CallGroup) -> list[I64]:
+        """For each output, how often the next call of the group reads call j's."""
+        n = group.num_calls
+        out = []
+        for made in group.outputs:
+            count = np.zeros(n, np.int64)
+            for column in group.inputs:
+                if isinstance(column, np.ndarray):
+                    count[:-1] += made[:-1] == column[1:]
+            out.append(count)
+        return out
+
+    # -- records --
+
+    def _records(self) -> tuple[I32, I32, I64, I64]:
+        """(slots, what to add, where each call's begin in its request's, where each request's do).
+
+        A request's records lie group by group, then the vectors of ragged inputs.
+        """
+        num_types = len(self.tables.types)
+        here, nothing = num_types, num_types + 1
+        groups, requests = self.graph.groups, self.num_requests
+        lengths = np.array([record_length(g.cell) for g in groups], np.int64).reshape(-1, 1)
+        vectors = np.zeros(requests, np.int64)
+        for g, group in enumerate(groups):
+            for column in group.inputs:
+                if isinstance(column, RaggedRefs):
+                    vectors += _sums(np.diff(column.offsets), self.owners[g], requests)
+        sizes = self.counts * lengths
+        starts = np.concatenate([[0], np.cumsum(sizes.sum(0) + vectors)]).astype(np.int64)
+        inner = np.cumsum(sizes, 0) - sizes
+        tail = sizes.sum(0)
+        records = np.zeros(int(starts[-1]), np.int64)
+        bases = np.full(int(starts[-1]), nothing, np.int64)
+        record_at = np.zeros(self.total, np.int64)
+        for g, group in enumerate(groups):
+            n, owner, length = group.num_calls, self.owners[g], int(lengths[g, 0])
+            local = inner[g][owner] + length * self.ranks[g]
+            record_at[self.calls_of[g]] = local
+            block, base = np.zeros((n, length), np.int64), np.full((n, length), nothing, np.int64)
+            k = 0
+            for column in group.inputs:
+                if isinstance(column, RaggedRefs):
+                    sizes_of = np.diff(column.offsets)
+                    before = column.offsets[:-1] - _first_of(column.offsets[:-1], owner, requests)
+                    block[:, k] = tail[owner] + before
+                    base[:, k] = here
+                    block[:, k + 1] = sizes_of
+                    at = ragged_range(starts[owner] + block[:, k], sizes_of)
+                    records[at], bases[at] = self._entries(column.refs, nothing)
+                    tail = tail + _sums(sizes_of, owner, requests)
+                    k += 2
+                else:
+                    block[:, k], base[:, k] = self._entries(column, nothing)
+                    k += 1
+            for made in group.outputs:
+                block[:, k], base[:, k] = self._entries(made, nothing)
+                k += 1
+            where = (starts[owner] + local)[:, None] + np.arange(length)
+            records[where], bases[where] = block, base
+        return records.astype(np.int32), bases.astype(np.int32), record_at, starts
+
+    def _entries(self, values: I64, nothing: int) -> tuple[I64, I64]:
+        base = np.where(self.owned[values] == 1, self.type_of[values], nothing)
+        return self.slot[values], base
+
+    def _outputs(self) -> list[list[OutputRows]]:
+        out: list[list[OutputRows]] = [[] for _ in range(self.num_requests)]
+        outputs = self.graph.outputs
+        if not outputs:
+            return out
+        values = np.concatenate([o.refs.reshape(-1) for o in outputs])
+        slots, owned = self.slot[values].astype(np.int32), self.owned[values].astype(np.int32)
+        in_order = np.append(np.diff(slots) == 1, False)
+        own = owned.tolist()
+        numbers = self.tables.types
+        at = 0
+        for output, owner in zip(outputs, self.forest.output_owners, strict=True):
+            end = at + output.refs.size
+            if end - at == 1:
+                contiguous = own[at] == 1
+            else:
+                contiguous = end > at and bool(owned[at:end].all() and in_order[at : end - 1].all())
+            out[owner].append(
+                OutputRows(
+                    slots[at:end],
+                    owned[at:end],
+                    numbers.get(output.type) or self.tables.type(output.type),
+                    output.refs.shape,
+                    _order(output.row_dims),
+                    contiguous,
+                )
+            )
+            at = end
+        return out
+
+
+_NO_BOUND = np.iinfo(np.int64).max
+
+
+def _ranks(owners: I64, counts: I64) -> I64:
+    """Place of each call among those of its owner; owners ascend."""
+    return np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
+
+
+def _sums(values: I64, owners: I64, requests: int) -> I64:
+    return np.bincount(owners, values, minlength=requests).astype(np.int64)
+
+
+def _first_of(values: I64, owners: I64, requests: int) -> I64:
+    """The value of the first call of each call's owner; owners ascend."""
+    first = np.searchsorted(owners, np.arange(requests))
+    return values[np.minimum(first, max(len(values) - 1, 0))][owners]
+
+
+@lru_cache(maxsize=1024)
+def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
+    """Where each dimension of a tensor is in (positions, row); None where it is in place."""
+    position, row = (
+        iter(range(len(row_dims))),
+        iter(range(len(row_dims) - sum(row_dims), len(row_dims))),
+    )
+    order = tuple(next(row) if r else next(position) for r in row_dims)
+    return None if order == tuple(range(len(order))) else order
+
+
+def _by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
+    """Edges by source: (targets, where each source's begin, how many it has)."""
+    order = np.argsort(sources, kind="stable")
+    counts = np.bincount(sources, minlength=total)
+    return targets[order], np.cumsum(counts) - counts, counts
+
+
+def make_plan(graph: CallGraph, tables: Tables) -> Plan:
+    """Arrange a request's calls; `tables` is kept by the model."""
+    return make_plans(Forest.of(graph), tables)[0]
+
+
+def make_plans(forest: Forest, tables: Tables) -> list[Plan]:
+    """Arrange the calls of several requests at once, one plan each."""
+    return _Planner(forest, tables).plans()
