@@ -83,6 +83,7 @@ class Forest:
     owners: list[Refs]
     data_owners: list[int]
     output_owners: list[int]
+    rows: list[Refs] | None = None  # where values are read: for every request's rows their values
 
     @classmethod
     def of(cls, graph: CallGraph) -> Forest:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import math
 import os
+import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,14 +23,25 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from cellc.compiler import Compiler, Entry, Stage
+from cellc.compiler import Compiler, Stage
 from cellc.engine import Engine
-from cellc.errors import CellcError, ClosedError, RequestError, UnsupportedError
+from cellc.errors import (
+    CellcError,
+    ClosedError,
+    GeneratorForward,
+    RequestError,
+    UnsupportedError,
+    ValueReadError,
+)
+from cellc.forests import Wanted
 from cellc.launch import Backend
+from cellc.legs import Entry, Leg
 from cellc.modules import named_tensors
 from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.request import Request, Structure, as_call
+from cellc.sessions import Carry, Session
+from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
 
@@ -68,6 +81,7 @@ class Compiled:
         max_queue: int | None,
         dtype: torch.dtype | None,
         source: Any,
+        carry: Mapping[str, str] | None = None,
     ) -> None:
         self._compiler = Compiler(model, backend, device, PassOptions(options.fold_bytes))
         self._engine = Engine(
@@ -76,10 +90,14 @@ class Compiled:
             max_queue=max_queue,
             policy=options.policy,
             memory_limit=options.memory_limit,
+            max_steps=options.max_steps,
+            timeout=options.timeout,
         )
         self._batch_dim, self._max_queue = batch_dim, max_queue
         self._batch_outputs: dict[Any, list[int | None]] = {}
         self._dtype, self._device, self._source = dtype, device, source
+        self._carry = Carry(carry, self._compiler.arguments.names) if carry is not None else None
+        self._sessions: dict[Session, None] = {}  # open ones, least recently opened first
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _close_backend, backend)
 
@@ -98,6 +116,8 @@ class Compiled:
 
     def _one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ticket = self._ticket(args, kwargs)
+        if _generates(ticket):
+            return Stream(self._engine, ticket)
         self._engine.enqueue([ticket])
         self._engine.run([ticket])
         if ticket.error is not None:
@@ -152,21 +172,98 @@ class Compiled:
 
     @_without_autocast
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now."""
-        ticket = self._ticket(args, kwargs)
-        ticket.tensors = [t.detach().clone() for t in ticket.tensors]
+        """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now. The
+        result of a generator is the list of its pieces.
+        """
+        return self._send(self._ticket(args, kwargs))
+
+    def _send(self, ticket: Ticket) -> Future[Any]:
         ticket.future = Future()
-        self._engine.enqueue([ticket])
+        self._engine.enqueue([self._owned(ticket)])
         self._engine.start()
         return ticket.future
+
+    def _owned(self, ticket: Ticket) -> Ticket:
+        ticket.tensors = [t.detach().clone() for t in ticket.tensors]
+        return ticket
 
     async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
         """One request in asyncio."""
         return await asyncio.wrap_future(self.submit(*args, **kwargs))
 
+    @_without_autocast
+    def stream(self, *args: Any, **kwargs: Any) -> Stream:
+        """One request of a forward that is a generator: an iterator over what it yields, each piece
+        as soon as its cells have run. `close()` cancels the request and frees its rows.
+        """
+        return Stream(self._engine, self._generating(args, kwargs))
+
+    def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        """The same in asyncio: `async for piece in compiled.astream(x)`."""
+        return pieces_of(self._engine, self._owned(self._generating(args, kwargs)))
+
+    def _generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        ticket = self._ticket(args, kwargs)
+        if not _generates(ticket):
+            raise UnsupportedError(
+                what="streaming of a forward that returns",
+                remedy="make it a generator (yield each piece), or call the compiled model",
+            )
+        return ticket
+
+    # -- sessions --
+
+    def session(
+        self, initial: Mapping[str, Any] | None = None, *, lifetime: float | None = None
+    ) -> Session:
+        """Open a session: state that is carried from step to step (see `cellc.compile(carry=)`).
+
+        initial: values of carried arguments for the first step, by name; those that are missing
+        take the forward's defaults. lifetime: seconds without a step after which it expires.
+        """
+        self._check_open()
+        if self._carry is None or self._batch_dim is not None:
+            raise UnsupportedError(
+                what="a session of a model compiled without carry, or with batch_dim",
+                remedy="cellc.compile(model, carry={'state': '1'}) says that the argument `state` "
+                "of a step is output 1 of the step before",
+            )
+        now = time.monotonic()
+        for old in [s for s in self._sessions if s.expired(now)]:
+            old.expire()
+        session = Session(
+            _Steps(self), self._carry, initial, lifetime, lambda s: self._sessions.pop(s, None)
+        )
+        self._sessions[session] = None
+        return session
+
+    @_without_autocast
+    def step_all(
+        self, steps: Iterable[tuple[Session, Any]], *, return_exceptions: bool = False
+    ) -> list[Any]:
+        """One step of each of many sessions at once, in order: (session, arguments), these as in
+        `map`. Raises the first error after all have ended, as `map` does.
+        """
+        tickets: list[Ticket] = []
+        for session, given in steps:
+            try:
+                tickets.append(session.begin(*as_call(given)))
+            except CellcError as error:
+                tickets.append(Ticket.failed(error))
+        queued = [t for t in tickets if not t.done]
+        self._engine.enqueue(queued)
+        self._run(queued)
+        for i, ticket in enumerate(tickets):
+            if ticket.error is not None and not return_exceptions:
+                raise _noted(ticket.error, i, len(tickets))
+        return [t.result if t.error is None else t.error for t in tickets]
+
     def warmup(self, *args: Any, **kwargs: Any) -> Compiled:
         """Trace, plan and make kernels for an example request ahead of the first; runs it once."""
-        self(*args, **kwargs)
+        result = self(*args, **kwargs)
+        if isinstance(result, Stream):
+            for _ in result:
+                pass
         return self
 
     def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
@@ -211,7 +308,7 @@ class Compiled:
             flat = [self._flattened(call) for call in bound]
             firsts: dict[Any, Request] = {}  # one a key: keys take long to hash
             leaders: list[Request | Exception] = []
-            new: list[tuple[Request, Any, Any]] = []
+            new: list[Wanted] = []
             for request, call in zip(flat, bound, strict=True):
                 if isinstance(request, Exception):
                     leaders.append(request)
@@ -220,11 +317,13 @@ class Compiled:
                 if leaders[-1] is request:
                     request.entry = compiler.cached(request.key)
                     if request.entry is None:
-                        new.append((request, *call))
-            any(compiler.unfolds(one[0]) for one in new)  # one may decide for all
-            chosen = [one for one in new if compiler.unfolds(one[0])]
+                        new.append(Wanted(request, *call))
+            any(compiler.unfolds(one.request) for one in new)  # one may decide for all
+            chosen = [one for one in new if compiler.unfolds(one.request)]
             if not chosen or (compiler.unfold(chosen) and self._agrees(chosen)):
-                return self._traced(bound, flat, leaders)
+                tickets = self._traced(bound, flat, leaders)
+                if tickets is not None:
+                    return tickets
 
     def _flattened(self, call: Any) -> Request | Exception:
         if isinstance(call, Exception):
@@ -239,9 +338,10 @@ class Compiled:
         bound: Sequence[Any],
         flat: Sequence[Request | Exception],
         leaders: Sequence[Any],
-    ) -> list[Ticket | Exception]:
+    ) -> list[Ticket | Exception] | None:
         """Tickets, requests without an entry planned one by one. Of sizes never seen, the extremes
-        are planned first: those between need no tracing.
+        are planned first: those between need no tracing. None where the forward turned out to read
+        values: it is unfolded.
         """
         compiler = self._compiler
         out: list[Ticket | Exception | None] = [None] * len(flat)
@@ -262,6 +362,9 @@ class Compiled:
             for sizes in _extremes_first(list(members)):
                 structure, call = members[sizes]
                 made[structure.key] = self._entry(structure, call)
+                reads = isinstance(made[structure.key], (ValueReadError, GeneratorForward))
+                if reads and compiler.steer():
+                    return None
         for members in families.values():  # a later trace may have changed what earlier plans hold
             for structure, call in members.values():
                 if not isinstance(made[structure.key], Exception):
@@ -283,10 +386,10 @@ class Compiled:
         except CellcError as error:
             return error
 
-    def _agrees(self, requests: Sequence[tuple[Request, Any, Any]]) -> bool:
+    def _agrees(self, requests: Sequence[Wanted]) -> bool:
         """Do the first unfolded requests give what the model gives? If not, requests are traced."""
         compiler = self._compiler
-        for request, args, kwargs in requests:
+        for request, args, kwargs, *_ in requests:
             if compiler.unfolder.to_check <= 0:
                 break
             if (entry := request.entry) is None:
@@ -461,6 +564,8 @@ class Compiled:
         """
         if not self._engine.closed:
             self._engine.close()
+            for session in list(self._sessions):
+                session.close()
             self._compiler.kernels.clear()
             self._finalizer()
 
@@ -484,7 +589,8 @@ def _alike(got: Any, want: Any) -> bool:
         return False
     for x, y in zip(a, b, strict=True):
         if not isinstance(y, torch.Tensor):
-            if type(x) is not type(y) or x != y:
+            close = isinstance(x, float) and isinstance(y, float) and math.isclose(x, y, rel_tol=1e-2)
+            if type(x) is not type(y) or not (x == y or close):
                 return False
             continue
         if x.shape != y.shape or x.dtype != y.dtype:
@@ -501,6 +607,27 @@ def _noted(error: BaseException, number: int, count: int) -> Any:
     if hasattr(error, "add_note") and count > 1:
         error.add_note(f"in request {number} of the {count} given to map")
     return error
+
+
+def _generates(ticket: Ticket) -> bool:
+    return isinstance(ticket.entry, Leg) and ticket.entry.generates
+
+
+class _Steps:
+    """A compiled model as its sessions see it."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self._compiled = compiled
+
+    def ticket(self, args: Any, kwargs: Any) -> Ticket:
+        return self._compiled._ticket(args, kwargs)
+
+    def run(self, tickets: Sequence[Ticket]) -> None:
+        self._compiled._engine.enqueue(tickets)
+        self._compiled._run(tickets)
+
+    def send(self, ticket: Ticket) -> Future[Any]:
+        return self._compiled._send(ticket)
 
 
 def _close_backend(backend: Backend) -> None:

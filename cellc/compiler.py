@@ -11,6 +11,7 @@ The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), 
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import threading
 import time
@@ -31,17 +32,19 @@ from cellc.cells import Cell
 from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
 from cellc.extract import extract
 from cellc.family import Family, same_graph
-from cellc.forests import Unfolded
+from cellc.forests import Unfolded, Wanted
 from cellc.frontends.lower import lower
-from cellc.frontends.segments import LEAF
+from cellc.frontends.asking import Answer
 from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, trace
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
+from cellc.legs import Branch, Entry, Leg, Result, Root, make_branch, make_leg
 from cellc.marks import has_marks
 from cellc.modules import evaluating, module_names, named_modules, named_tensors
 from cellc.params import Params
+from cellc.paths import Ask, Paths
 from cellc.plan import Plan, Tables, record_length
 from cellc.planner import make_plan, make_plans
 from cellc.printer import print_cell, print_graph
@@ -62,23 +65,6 @@ _CHANNELS = {
 }
 
 _TRACING = threading.RLock()  # tracing turns modules to eval mode, which others must not see
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A planned structure: the plan, and how its outputs become the forward's return value."""
-
-    plan: Plan
-    returned: tuple[tuple[str, Any], ...]  # ("t", output number) or ("v", value), one a leaf
-    spec: Any  # torch pytree of the return value, None for one bare tensor
-    names: tuple[str, ...]  # of the tensor leaves
-    version: int
-
-    def rebuild(self, tensors: list[torch.Tensor]) -> Any:
-        if self.spec is None:
-            return tensors[0]
-        leaves = [tensors[v] if kind == "t" else v for kind, v in self.returned]
-        return pytree.tree_unflatten(leaves, self.spec)
 
 
 @dataclass
@@ -133,6 +119,8 @@ class Compiler:
         self._families: dict[Hashable, _FamilyState] = {}
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
         self._lock = threading.RLock()
+        self.paths = Paths()
+        self.paths.on = inspect.isgeneratorfunction(self.forward)
         self.unfolder = Unfolder(
             self, self.forward, self.arguments.names, named_modules(model), device
         )
@@ -173,21 +161,27 @@ class Compiler:
         if self._not_unfolded and request.key in self._not_unfolded:
             return False
         self._unfolds = self._unfolds or request.structured
-        return self._marked or (self._unfolds and request.nested)
+        return self._marked or self.paths.on or (self._unfolds and request.nested)
 
-    def unfold(self, requests: Sequence[tuple[Request, Any, Any]]) -> bool:
+    def unfold(self, requests: Sequence[Wanted]) -> bool:
         """Plan new requests at once. False where something was learned of the model that keys
         requests otherwise: flatten them again. Requests that failed are left unplanned.
         """
         with self._lock:
             steering = self.arguments.steering
-            if steering is None or any(r.steering != steering for r, _, _ in requests if r.nested):
+            if steering is None or any(
+                w.request.steering != steering for w in requests if w.request.nested
+            ):
                 return False  # another thread learned something
             before = self.unfolder.generation
             start = time.perf_counter()
             try:
                 with _TRACING, evaluating(self.model), _without_collecting():
-                    runs = self.unfolder.unfold(requests, steering)
+                    self.unfolder.recorder.habits = self.paths.habits
+                    runs = self.unfolder.unfold(
+                        [w._replace(guesses=self.paths.guesses((), None)) for w in requests],
+                        steering,
+                    )
                     forest = self.unfolder.forest(runs)
             except Steers as error:
                 log.info("plan", f"numbers at {error.place} decide: they are structure")
@@ -203,7 +197,7 @@ class Compiler:
             try:
                 self._check_constants(forest.graph)
             except ForwardError as error:  # one by one, so that it fails alone
-                self._not_unfolded.update((r.key, error.reason) for r, _, _ in requests)
+                self._not_unfolded.update((w.request.key, error.reason) for w in requests)
                 return True
             if self.unfolder.generation != before and self._plans:
                 self._forget()
@@ -219,6 +213,94 @@ class Compiler:
         if reason is not None and self.unfolder.stats.requests == 0:
             self.distrust(reason)
 
+    # -- forwards that read values --
+
+    def steer(self) -> bool:
+        """A forward turned out to read values: from now on it is unfolded, if it can be."""
+        if self.unfolder.reason is not None or self.paths.on:
+            return False
+        log.info("plan", "the forward reads values: requests run in legs")
+        self.paths.on = True
+        return True
+
+    def onward(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
+        """Where requests go on whose answers are not those that their legs expected."""
+        with self._lock:
+            found: dict[Ask, Branch | Exception] = {}
+            for ask in asks:
+                branch = self.paths.known(ask)
+                if branch is not None:
+                    found[ask] = branch
+            new = [ask for ask in dict.fromkeys(asks) if ask not in found]
+            for ask in new:
+                self.paths.answered(ask)
+            if new:
+                found.update(self._learned(new))
+            return found
+
+    def _learned(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
+        """Run the forward on along answers never seen."""
+        found: dict[Ask, Branch | Exception] = {}
+        wanted, lost = [], []
+        for ask in asks:
+            script = ask.leg.script_to(ask.number, ask.answer)
+            start = 0 if ask.again else len(script)
+            guesses = self.paths.guesses(script, ask)
+            wanted.append(self._wanted(ask.leg.root, script, guesses, start))
+        before = self.unfolder.generation
+        steering = self.arguments.steering
+        try:
+            if steering is None:
+                raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
+            with _TRACING, evaluating(self.model), _without_collecting():
+                self.unfolder.recorder.habits = self.paths.habits
+                runs = self.unfolder.unfold(wanted, steering)
+                forest = self.unfolder.forest(runs)
+        except (CannotUnfold, Steers) as error:
+            return dict.fromkeys(asks, self._reads_and(str(error), asks[0].leg))
+        if self.unfolder.generation != before:
+            self._forget()
+        plans = make_plans(forest, self.tables)
+        self._number_cells(forest.graph)
+        for ask, run, want, plan in zip(asks, runs, wanted, plans, strict=True):
+            if run.failed:
+                reason = run.reason or "recurses too deep"
+                found[ask] = run.error or self._reads_and(reason, ask.leg)
+                continue
+            leg = make_leg(run, ask.leg.root, want.script, plan, self.unfolder.epoch)
+            self.paths.learned += 1
+            branch = make_branch(ask.leg, ask.number, leg, again=ask.again)
+            if branch is None:
+                lost.append(ask)
+                continue
+            found[ask] = branch
+            self.paths.keep(ask, branch)
+            self._use(plan)
+        if lost:
+            again = self.onward([ask._replace(again=True) for ask in lost])
+            found.update({ask: again[ask._replace(again=True)] for ask in lost})
+        self._drop_cells()
+        return found
+
+    def _wanted(self, root: Root, script: tuple[Answer, ...], guesses: int, start: int) -> Wanted:
+        _, args, kwargs, *_ = root.wanted
+        request = self.arguments.flatten(args, kwargs)
+        return Wanted(request, args, kwargs, script, guesses, start)
+
+    def _reads_and(self, reason: str, leg: Leg) -> CellcError:
+        """Why a forward that reads values cannot be run."""
+        place = leg.asked[-1].origin if leg.asked else "a yield"
+        return UnsupportedError(
+            what=f"a forward that reads a value ({place}) and where {reason}",
+            remedy="move what is named into a method without reads, or return new values instead "
+            "of changing old ones",
+        )
+
+    def _use(self, plan: Plan) -> None:
+        for cell, depth in zip(plan.cells, plan.priority, strict=True):
+            self.priority[cell] = max(self.priority.get(cell, 0), depth)
+        self.make_kernels(plan)
+
     def distrust(self, reason: str) -> None:
         """From now on requests are traced by operators."""
         log.info("plan", f"requests are traced by operators: {reason}")
@@ -231,7 +313,7 @@ class Compiler:
 
     def _plan_unfolded(
         self,
-        requests: Sequence[tuple[Request, Any, Any]],
+        requests: Sequence[Wanted],
         runs: Sequence[Unfolded],
         forest: Forest,
     ) -> None:
@@ -240,17 +322,22 @@ class Compiler:
         self.unfolder.stats.planning += time.perf_counter() - start
         self._number_cells(forest.graph)
         self.calls, self.graph = forest.graph, None
-        self._last = requests[-1][1:]
+        self._last = requests[-1].args, requests[-1].kwargs
         stats = self.unfolder.stats
-        for run, plan in zip(runs, plans, strict=True):
-            if run.returned is None:
+        for run, wanted, plan in zip(runs, requests, plans, strict=True):
+            if run.failed:
                 if run.reason is not None:
                     if len(self._not_unfolded) >= MAX_FAILURES:
                         self._not_unfolded.clear()
                     self._not_unfolded[run.request.key] = run.reason
                 continue
-            spec = None if run.returned.spec == LEAF else run.returned.spec
-            entry = Entry(plan, tuple(run.returned.leaves), spec, (), self._roles.version)
+            if run.asked or run.generates:
+                self.paths.on = True
+                root = Root(Wanted(run.request, *_shapes_of(wanted.args, wanted.kwargs)))
+                entry: Entry = make_leg(run, root, (), plan, self.unfolder.epoch)
+            else:
+                assert run.returned is not None
+                entry = Entry(plan, Result.of(run.returned), (), self._roles.version)
             self._plans[run.request.key] = run.request.entry = entry
             stats.requests += 1
             stats.cells += plan.num_calls
@@ -262,9 +349,7 @@ class Compiler:
         self._stage("passes", lambda: "\n\n".join(map(_print_calls, self.unfolder.graphs())))
         self._stage("plan", plans[-1])
         for plan in {plan.cells: plan for plan in plans}.values():
-            for cell, depth in zip(plan.cells, plan.priority, strict=True):
-                self.priority[cell] = max(self.priority.get(cell, 0), depth)
-            self.make_kernels(plan)
+            self._use(plan)
 
     def _drop_cells(self) -> None:
         """Forget cells that unfolding made and would not make now."""
@@ -292,7 +377,8 @@ class Compiler:
         """What the model itself gives, on a copy of the request."""
         call = Copier(lambda leaf, _: leaf).call(args, kwargs)
         with _TRACING, evaluating(self.model), torch.no_grad():
-            return self.forward(*call[0], **call[1])
+            result = self.forward(*call[0], **call[1])
+            return list(result) if inspect.isgenerator(result) else result
 
     def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace:
         names = [f"x{i}" for i in range(len(tensors))]
@@ -350,7 +436,8 @@ class Compiler:
         plan = self._plan(graph)
         self._stage("plan", plan)
         self.make_kernels(plan)
-        entry = Entry(plan, tuple(kept), None if one else spec, tuple(names), self._roles.version)
+        result = Result(tuple(kept), None if one else spec)
+        entry = Entry(plan, result, tuple(names), self._roles.version)
         self._learn(structure, graph, entry, traced.may_branch)
         return entry
 
@@ -360,6 +447,7 @@ class Compiler:
         """
         log.info("plan", "roles changed: plans are made again when next asked for")
         self._plans.clear()
+        self.paths.forget()
         self._families.clear()
 
     def _learn(
@@ -368,7 +456,7 @@ class Compiler:
         state = self._families.setdefault(structure.family, _FamilyState())
         state.family.learn(structure.sizes, graph)
         if state.entry is not None:
-            same = state.entry.returned == entry.returned and state.entry.spec == entry.spec
+            same = state.entry.result == entry.result
             state.shaped = state.shaped and same
         state.shaped = state.shaped and not may_branch
         state.entry = entry
@@ -552,6 +640,15 @@ class Compiler:
             self.kernels.clear()
             if self.reads_weights:
                 self._forget()
+
+
+def _shapes_of(args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A copy of a request's structure, its tensors without memory."""
+
+    def shape(leaf: torch.Tensor, _: Any) -> torch.Tensor:
+        return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
+
+    return Copier(shape).call(args, kwargs)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -25,14 +25,17 @@ import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
-from cellc.errors import ClosedError, Overloaded
+from cellc.errors import ClosedError, Overloaded, RequestTimeout
 from cellc.launch import Launch, Ragged
+from cellc.legs import Branch, Entry, Leg
+from cellc.onward import Onward
 from cellc.plan import DataRows, ragged_range
 from cellc.replay import Bound, Replays
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket, bad_index, out_of_range
 
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
 HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
@@ -49,6 +52,8 @@ class Engine:
         max_queue: int | None,
         policy: Policy,
         memory_limit: int,
+        max_steps: int | None = None,
+        timeout: float | None = None,
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
@@ -56,6 +61,8 @@ class Engine:
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
+        self._onward = Onward(compiler, self._scheduler, self._arenas, max_steps)
+        self._timeout, self._looked = timeout, 0.0
         self._max_queue, self._memory_limit = max_queue, memory_limit
         self._live_bytes = 0  # of regions given out
         self._inbox: deque[Ticket] = deque()
@@ -72,6 +79,7 @@ class Engine:
         self._futures = 0  # admitted requests that nobody blocks on: others like them may come
         self._background: threading.Thread | None = None
         self._closing = False
+        self._dropped: deque[Ticket] = deque()  # to be cancelled
         self._replays = Replays()
 
     # -- what callers use --
@@ -90,10 +98,19 @@ class Engine:
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Block until these queued requests are done, running the loop here if nobody does."""
-        while not all(t.done for t in tickets):
+        self.run_until(lambda: all(t.done for t in tickets), lambda: self._drive(tickets))
+
+    def run_until(
+        self, done: Callable[[], bool], drive: Callable[[], None] | None = None
+    ) -> None:
+        """Block until something is so, running the loop here (by `drive`) if nobody does."""
+        while not done():
             if self._loop.acquire(blocking=False):
                 try:
-                    self._drive(tickets)
+                    if drive is not None:
+                        drive()
+                    while not done():
+                        self.step()
                 finally:
                     self._loop.release()
                     self._hand_over()
@@ -101,7 +118,7 @@ class Engine:
                 with self._turn:
                     self._waiting += 1
                     try:
-                        if self._loop.locked() and not all(t.done for t in tickets):
+                        if self._loop.locked() and not done():
                             self._turn.wait(0.05)
                     finally:
                         self._waiting -= 1
@@ -120,14 +137,29 @@ class Engine:
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
         with self._loop:
-            gone = {id(t) for t in tickets}
-            with self._turn:
-                self._inbox = deque(t for t in self._inbox if id(t) not in gone)
-            for ticket in tickets:
-                if not ticket.done and ticket.number in self._live:
-                    self._scheduler.cancel(ticket.number)
-                    self._retire([ticket])
-                ticket.done = True
+            self._forget(tickets)
+
+    def _forget(self, tickets: Sequence[Ticket]) -> None:
+        gone = {id(t) for t in tickets}
+        with self._turn:
+            self._inbox = deque(t for t in self._inbox if id(t) not in gone)
+        running = [t for t in tickets if not t.done and self._live.get(t.number) is t]
+        self._scheduler.cancel([t.number for t in running])
+        self._retire(running)
+        for ticket in tickets:
+            ticket.done = True
+
+    def drop(self, ticket: Ticket) -> None:
+        """Cancel a request now, or, where another thread runs the loop, at its next turn."""
+        ticket.dropped = True
+        if self._loop.acquire(blocking=False):
+            try:
+                self._forget([ticket])
+            finally:
+                self._loop.release()
+                self._hand_over()
+        else:
+            self._dropped.append(ticket)
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""
@@ -208,6 +240,8 @@ class Engine:
 
         False where there is no such record: then the loop runs it, and records.
         """
+        if isinstance(ticket.entry, Leg):
+            return False
         with self._turn:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():
                 return False
@@ -258,7 +292,7 @@ class Engine:
                         Bound.of(self.compiler.kernel(batch.cell), launch, self._arenas)
                     )
             finally:
-                scheduler.cancel(number)
+                scheduler.cancel([number])
         if not failed and time.perf_counter() - start < 2 * ALONE:
             self._replays.put(entry, self._arenas.generation, launches)
         return next(iter(failed.values()), None)
@@ -281,7 +315,11 @@ class Engine:
         """One turn of the loop; the caller holds the loop."""
         start, kernels = time.perf_counter(), self.counters.seconds
         try:
+            while self._dropped:
+                self._forget([self._dropped.popleft()])
             self._admit()
+            if self._timeout is not None and start - self._looked > 0.01:
+                self._expire(start)
             batch = self._schedule()
             if batch is None:
                 return
@@ -293,10 +331,27 @@ class Engine:
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
 
+    def _expire(self, now: float) -> None:
+        """End requests that have taken too long."""
+        assert self._timeout is not None
+        self._looked, since = now, now - self._timeout
+        error = RequestTimeout(seconds=self._timeout)
+        self._fail([(t, error) for t in self._live.values() if t.arrived < since])
+        with self._turn:
+            late = [t for t in self._inbox if t.arrived < since]
+            self._inbox = deque(t for t in self._inbox if t.arrived >= since)
+        for ticket in late:
+            self._finish(ticket, error=error)
+
     def _fail_all(self, error: Exception) -> None:
-        for ticket in list(self._live.values()):
-            self._scheduler.cancel(ticket.number)
-            self._retire([ticket])
+        self._fail([(ticket, error) for ticket in self._live.values()])
+
+    def _fail(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
+        """End requests in flight with errors."""
+        tickets = [ticket for ticket, _ in failed]
+        self._scheduler.cancel([t.number for t in tickets])
+        self._retire(tickets)
+        for ticket, error in failed:
             self._finish(ticket, error=error)
 
     def _admit(self) -> None:
@@ -322,7 +377,8 @@ class Engine:
                 if self._live_bytes + needed > self._memory_limit and (self._live or tickets):
                     break
                 self._inbox.popleft()
-                if ticket.future is not None:
+                if ticket.future is not None and not ticket.started:
+                    ticket.started = True
                     if not ticket.future.set_running_or_notify_cancel():
                         ticket.done = True
                         continue
@@ -364,10 +420,18 @@ class Engine:
             ticket.bases = base
             ticket.number = self._numbers.pop() if self._numbers else self._new_number()
             self._live[ticket.number] = ticket
-        calling = [i for i, plan in enumerate(plans) if plan.num_calls]
-        if calling:
-            numbers = [tickets[i].number for i in calling]
-            self._scheduler.add([plans[i] for i in calling], numbers, bases[calling])
+        self._add(tickets)
+
+    def _add(self, tickets: Sequence[Ticket]) -> None:
+        """Tell the scheduler of requests' calls; deliver those that have none."""
+        calling = [t for t in tickets if t.entry.plan.num_calls]
+        for size in {len(t.bases) for t in calling}:
+            alike = [t for t in calling if len(t.bases) == size]
+            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+            self._scheduler.add([t.entry.plan for t in alike], [t.number for t in alike], bases)
+        for ticket in tickets:
+            if isinstance(ticket.entry, Leg):
+                self._onward.enter(ticket)
         self._deliver([t for t in tickets if not t.entry.plan.num_calls], scheduled=False)
 
     def _new_number(self) -> int:
@@ -382,6 +446,8 @@ class Engine:
         first_slots = bases.tolist()
         for i, ticket in enumerate(tickets):
             for rows in ticket.entry.plan.data:
+                if rows.leaf < 0:
+                    continue  # carried from the leg before
                 key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name)
                 if key not in alike:
                     alike[key] = (rows, [], [], [])
@@ -414,7 +480,22 @@ class Engine:
         seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
         shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
         budget = shared if self._futures or self._waiting else ALONE
-        return self._scheduler.next(max(1, int(budget / max(seconds, 1e-7))))
+        steps = max(1, int(budget / max(seconds, 1e-7)))
+        if self.compiler.paths.on:
+            steps = min(steps, self._ahead(seconds))
+        return self._scheduler.next(steps)
+
+    def _ahead(self, seconds: float) -> int:
+        """How many steps a launch may run beyond questions that are not answered: most useful steps
+        a second, if a step takes `seconds` and requests stop as often as they did.
+        """
+        stopping = min(max(self._onward.stopping, 1e-3), 1.0)
+        turn = max(self._host_seconds, 1e-5)
+
+        def useful(steps: int) -> float:
+            return (1 - (1 - stopping) ** steps) / (turn + steps * seconds)
+
+        return max(_STEPS, key=useful)
 
     def _launch(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
         """Run a batch; returns the requests that failed, with why."""
@@ -471,28 +552,121 @@ class Engine:
         self._seconds[key] = step if known is None else min(step, 0.8 * known + 0.2 * step)
 
     def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
-        for number, error in failed.items():
-            ticket = self._live.get(number)
-            if ticket is not None:
-                self._scheduler.cancel(number)
-                self._retire([ticket])
-                self._finish(ticket, error=error)
-        return [self._live[n] for n in batch.finished if n in self._live]
+        if failed:
+            known = [(self._live.get(number), error) for number, error in failed.items()]
+            self._fail([(ticket, error) for ticket, error in known if ticket is not None])
+        finished = [self._live[n] for n in batch.finished if n in self._live]
+        if len(batch.events) or self._onward.held:
+            stay = {id(t) for t in [*self._go_on(batch), *self._onward.held.values()]}
+            finished = [t for t in finished if id(t) not in stay]
+            if self._waiting:
+                with self._turn:
+                    self._turn.notify_all()
+        return finished
 
-    def _deliver(self, tickets: Sequence[Ticket], *, scheduled: bool = True) -> None:
-        """Gather finished requests' outputs, free their rows, answer."""
+    def _go_on(self, batch: Batch) -> list[Ticket]:
+        """Move requests whose answers lead elsewhere than their legs; those that were, or ended."""
+        onward = self._onward
+        if len(batch.events):
+            going, failed = onward.after(batch, self._live)
+        else:
+            going, failed = onward.settle()
+        moved = [ticket for ticket, _ in [*going, *failed]]
+        self._fail(failed)
+        ending = [(t, b) for t, b in going if b.outputs is not None]
+        self._deliver([t for t, _ in ending], [b for _, b in ending])
+        self._begin_again([(t, b.leg) for t, b in going if b.again])
+        self._move([(t, b) for t, b in going if b.outputs is None and not b.again])
+        return moved
+
+    def _begin_again(self, going: Sequence[tuple[Ticket, Leg]]) -> None:
+        """Run requests from their data again, along answers known by now."""
+        tickets = [ticket for ticket, _ in going]
+        self._scheduler.cancel([t.number for t in tickets])
+        self._retire(tickets)
+        for ticket, leg in going:
+            ticket.entry, ticket.number = leg, -1
+        with self._turn:
+            self._inbox.extendleft(reversed(tickets))
+
+    def _move(self, going: Sequence[tuple[Ticket, Branch]]) -> None:
+        """Give requests the regions of their next legs, with the rows that these need."""
+        moving: list[tuple[Ticket, Branch]] = []
+        stuck: list[Ticket] = []
+        for ticket, branch in going:
+            plan = branch.leg.plan
+            fits = self._arenas.prepare(plan)
+            more = self._arenas.bytes_of(plan) - ticket.nbytes if fits else 0
+            if not fits or (self._live_bytes + more > self._memory_limit and len(self._live) > 1):
+                stuck.append(ticket)
+                continue
+            self._live_bytes += more
+            moving.append((ticket, branch))
+        if stuck:
+            ways = zip(stuck, self._onward.again(stuck), strict=True)
+            found = [(t, w) for t, w in ways]
+            self._fail([(t, w) for t, w in found if isinstance(w, Exception)])
+            self._begin_again([(t, w.leg) for t, w in found if isinstance(w, Branch)])
+        if not moving:
+            return
+        tickets = [ticket for ticket, _ in moving]
+        plans = [branch.leg.plan for _, branch in moving]
+        bases = self._arenas.allocate(plans)
+        self._carry(moving, bases)
+        self._scheduler.cancel([t.number for t in tickets])
+        self._free(tickets)
+        for (ticket, branch), base, plan in zip(moving, bases, plans, strict=True):
+            ticket.entry, ticket.bases = branch.leg, base
+            ticket.nbytes = self._arenas.bytes_of(plan)
+        errors = self._copy_in(tickets, bases)
+        self._fail([(tickets[i], error) for i, error in errors.items()])
+        self._add([t for i, t in enumerate(tickets) if i not in errors])
+
+    def _carry(
+        self, moving: Sequence[tuple[Ticket, Branch]], bases: npt.NDArray[np.int64]
+    ) -> None:
+        """Copy rows from regions that requests leave to those that they get."""
+        copies: dict[int, tuple[list[Any], list[Any]]] = {}
+        for (ticket, branch), base in zip(moving, bases, strict=True):
+            for type, slots, owned, start in branch.moves:
+                sources, targets = copies.setdefault(type, ([], []))
+                sources.append(slots + owned * ticket.bases[type])
+                targets.append(np.arange(start, start + len(slots)) + base[type])
+        for type, (sources, targets) in copies.items():
+            self._arenas.move(type, np.concatenate(sources), np.concatenate(targets))
+
+    def _deliver(
+        self,
+        tickets: Sequence[Ticket],
+        ends: Sequence[Branch] | None = None,
+        *,
+        scheduled: bool = True,
+    ) -> None:
+        """Gather finished requests' outputs, free their rows, answer. `ends`: of requests that end
+        before their plans do.
+        """
         if not tickets:
             return
-        wanted = [(rows, int(t.bases[rows.type])) for t in tickets for rows in t.entry.plan.outputs]
+        entries: list[Entry] = [t.entry for t in tickets] if ends is None else [b.leg for b in ends]
+        outputs = [e.outputs for e in entries] if ends is None else [b.outputs or () for b in ends]
+        wanted = [
+            (rows, int(t.bases[rows.type]))
+            for t, given in zip(tickets, outputs, strict=True)
+            for rows in given
+        ]
+        for ticket in tickets:
+            self._onward.finish(ticket)
         made = self._arenas.read(wanted)
-        if scheduled:
-            self._scheduler.release([t.number for t in tickets])
+        numbers = [t.number for t in tickets]
+        if ends is not None:
+            self._scheduler.cancel(numbers)
+        elif scheduled:
+            self._scheduler.release(numbers)
         self._retire(tickets)
         at = 0
-        for ticket in tickets:
-            count = len(ticket.entry.plan.outputs)
-            self._finish(ticket, ticket.entry.rebuild(made[at : at + count]))
-            at += count
+        for ticket, entry, given in zip(tickets, entries, outputs, strict=True):
+            self._finish(ticket, entry.rebuild(made[at : at + len(given)]))
+            at += len(given)
         if self._waiting:
             with self._turn:
                 self._turn.notify_all()
@@ -501,8 +675,13 @@ class Engine:
         """Free the regions of requests that have ended."""
         for ticket in tickets:
             del self._live[ticket.number]
+            self._onward.release(ticket)
             self._numbers.append(ticket.number)
         self._live_bytes -= sum(t.nbytes for t in tickets)
+        self._free(tickets)
+
+    def _free(self, tickets: Sequence[Ticket]) -> None:
+        """Give the regions of requests back."""
         for size in {len(t.bases) for t in tickets}:
             alike = [t for t in tickets if len(t.bases) == size]
             bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
@@ -511,8 +690,15 @@ class Engine:
     def _finish(
         self, ticket: Ticket, result: Any = None, error: BaseException | None = None
     ) -> None:
-        ticket.result, ticket.error, ticket.done = result, error, True
-        ticket.tensors = ()
+        if ticket.streams and ticket.collects:
+            result = list(ticket.pieces)
+        ticket.result, ticket.error = result, error
+        if ticket.before_end is not None:
+            ticket.before_end(ticket)
+            result, error = ticket.result, ticket.error
+        ticket.tensors, ticket.done = (), True
+        if ticket.told is not None:
+            ticket.told(ticket)
         self.counters.requests += 1
         self.counters.failed += error is not None
         self.counters.latencies.append(time.perf_counter() - ticket.arrived)

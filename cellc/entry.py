@@ -39,7 +39,8 @@ def compile(
     the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
     device, dtype: where and in what the cells compute; by default the model's own. Others copy the
     weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
-    rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
+    rows of one cell in a step (512). carry: for sessions, which argument of a step is which output of
+    the step before: {"state": "1"}, or a path as "1.0" or "state.h". max_queue: most waiting requests; past it `Overloaded`.
     options: see `Options`.
 
     >>> import torch, cellc
@@ -60,10 +61,6 @@ def compile(
         raise UnsupportedError(
             what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"
         )
-    if carry is not None:
-        raise UnsupportedError(
-            what="carry (sessions)", remedy="pass the state as an argument and return it"
-        )
     env.check()
     chosen = make_options(options)
     check_counts(max_batch=max_batch, max_queue=max_queue)
@@ -81,6 +78,7 @@ def compile(
         max_queue=max_queue,
         dtype=dtype,
         source=source,
+        carry=carry,
     )
 
 

@@ -62,6 +62,40 @@ class ClosedError(CellcError):
     template = "{what} is closed; call cellc.compile again"
 
 
+class SessionClosed(ClosedError):
+    """A session was used after it was closed, or after it expired."""
+
+    template = "this session is closed ({why}); open another with session()"
+
+
+class SessionBusy(CellcError):
+    """A session was asked for a step while another of its steps runs."""
+
+    template = "a step of this session still runs; wait for its result before the next"
+
+
+class GeneratorForward(UnsupportedError):
+    """The forward is a generator, where one that returns is needed."""
+
+
+class StepsError(CellcError):
+    """A forward read more values than `max_steps` allows: it may never end."""
+
+    template = (
+        "the forward read {limit} values and asks for more; it may never end: give it a limit of "
+        "its own, or raise options={{'max_steps': ..}}"
+    )
+
+
+class RequestTimeout(CellcError, TimeoutError):
+    """A request took longer than the `timeout` that its caller gave."""
+
+    template = (
+        "the request did not end within {seconds} s; raise options={{'timeout': ..}}, or give "
+        "its loop a limit"
+    )
+
+
 class Overloaded(CellcError):
     """The queue is full; try again later or raise `max_queue`."""
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES
+from cellc.frontends.asking import Asked
 from cellc.frontends.segments import OutType, Segment
 from cellc.frontends.stub import StubType
 from cellc.frontends.stubbing import Part
@@ -23,6 +24,19 @@ from cellc.frontends.unfold import Recorder, Returned
 from cellc.ops import RowType
 from cellc.request import Request
 from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
+
+
+class Wanted(NamedTuple):
+    """A request to unfold; where its forward reads values: answers to its first questions, how
+    many more may be guessed, and how many of its questions were answered before what is wanted.
+    """
+
+    request: Request
+    args: Any
+    kwargs: Any
+    script: tuple[Any, ...] = ()
+    guesses: int = 0
+    start: int = 0
 
 
 @dataclass
@@ -39,6 +53,52 @@ class Unfolded:
     base: int = 0  # first row that its forward makes
     returned: Returned | None = None  # None: it failed
     reason: str | None = None  # why it cannot be unfolded, where that is why
+    start: int = 0  # questions that were answered before what is wanted of it
+    asked: list[Asked] = field(default_factory=list)
+    yields: list[tuple[int, Returned]] = field(default_factory=list)
+    generates: bool = False  # its forward is a generator
+    error: Exception | None = None  # what its forward raised
+    over_deep = False  # it recurses deeper than there is room for
+    carried: list[Refs] = field(default_factory=list)  # rows from before the cut, by type
+    carried_data: list[tuple[int, int, StubType, int]] = field(default_factory=list)
+    # ^ (~number of the type, first value, type of a row, rows)
+
+    @property
+    def num_data(self) -> int:
+        """Rows of its data."""
+        return self.rows[3] - self.rows[0]
+
+    def own(self, rows: Refs) -> Refs:
+        """Its rows numbered by themselves: data first, then what its forward makes."""
+        made = rows >= self.base
+        return np.where(made, rows - self.base + self.num_data, rows - self.rows[0])
+
+    @property
+    def cut(self) -> int:
+        """First row of what is wanted: what was made before is carried."""
+        return self.asked[self.start - 1].until if self.start else self.base
+
+    @property
+    def failed(self) -> bool:
+        """It ended in an error, or cannot be unfolded."""
+        return self.error is not None or self.reason is not None or self.over_deep
+
+    @property
+    def given(self) -> list[Returned]:
+        """What it yielded and returned."""
+        out = [piece for _, piece in self.yields]
+        return out if self.returned is None else [*out, self.returned]
+
+    @property
+    def wanted(self) -> list[Returned]:
+        """What it yielded after the cut, and returned."""
+        out = [piece for before, piece in self.yields if before >= self.start]
+        return out if self.returned is None else [*out, self.returned]
+
+    @property
+    def end(self) -> int | None:
+        """First row after an open question."""
+        return self.asked[-1].until if self.asked and self.returned is None else None
 
 
 @dataclass
@@ -54,12 +114,21 @@ class Template:
 
 
 def make_forest(
-    recorder: Recorder, runs: Sequence[Unfolded], template_of: Callable[[Segment], Template]
+    recorder: Recorder,
+    runs: Sequence[Unfolded],
+    template_of: Callable[[Segment], Template],
+    type_of: Callable[[int], StubType | None],
 ) -> Forest:
-    """Calls of the recorded requests: an instance of a segment is a copy of its template."""
+    """Calls of the recorded requests: an instance of a segment is a copy of its template. `type_of`
+    a row that an operation made; None where its value is not kept.
+    """
     starts = np.array([run.base for run in runs], np.int64)
-    next_value = recorder.next_row
+    window = _Window(recorder, runs, starts)
     constants: dict[Hashable, int] = {}
+    next_value = recorder.next_row
+    moved = np.arange(next_value)
+    for run in runs:
+        next_value = window.carry(run, moved, next_value, type_of)
     constant_rows = np.zeros(len(recorder.constants) + 2, np.int64)
     for row, key in recorder.constants.items():
         if key not in constants:
@@ -70,12 +139,15 @@ def make_forest(
     pieces: dict[str, list[tuple[CallGroup, Refs, Refs]]] = {}
 
     def values_of(rows: Refs) -> Refs:
-        return np.where(rows < 0, constant_rows[np.where(rows < 0, -rows, 0)], rows)
+        constant = constant_rows[np.where(rows < 0, -rows, 0)]
+        return np.where(rows < 0, constant, moved[np.maximum(rows, 0)])
 
     for segment in recorder.used:
         template = template_of(segment)
-        reads, first = segment.instances()
+        reads, first = window.instances(segment)
         n = len(first)
+        if not n:
+            continue
         values = np.zeros((n, template.graph.num_values), np.int64)
         values[:, template.inputs] = values_of(reads)
         for value, key in template.constants:
@@ -121,8 +193,11 @@ def make_forest(
         for leaf, base, kind, count, name in run.data:
             data.append(_source(leaf, base, kind, count, name))
             data_owners.append(r)
-        if run.returned is not None:
-            for returned_rows, out in run.returned.tensors:
+        for leaf, base, kind, count in run.carried_data:
+            data.append(_source(leaf, base, kind, count, "carried"))
+            data_owners.append(r)
+        for piece in run.wanted:
+            for returned_rows, out in piece.tensors:
                 result_rows += returned_rows
                 forms.append((len(returned_rows), out))
                 output_owners.append(r)
@@ -132,7 +207,77 @@ def make_forest(
         outputs.append(_output(refs[at : at + size], out))
         at += size
     graph = CallGraph(groups, data, constants, outputs, next_value)
-    return Forest(graph, len(runs), all_owners, data_owners, output_owners)
+    rows_of = window.rows(moved, final) if window.steered else None
+    return Forest(graph, len(runs), all_owners, data_owners, output_owners, rows_of)
+
+
+class _Window:
+    """What is wanted of runs: of a forward that reads values, what is between an answer and an open
+    question. What was made before and is needed, or may be, is carried: data of what is wanted.
+    """
+
+    def __init__(self, recorder: Recorder, runs: Sequence[Unfolded], starts: Refs) -> None:
+        self._recorder, self._runs, self._starts = recorder, runs, starts
+        self.steered = any(run.asked or run.generates for run in runs)
+        if self.steered:
+            last = recorder.next_row
+            self._cuts = np.array([run.cut for run in runs], np.int64)
+            ends = [last if run.end is None else run.end for run in runs]
+            self._ends = np.array(ends, np.int64)
+
+    def instances(self, segment: Segment) -> tuple[Refs, Refs]:
+        """(rows read, first rows made) of the instances that are wanted."""
+        reads, first = segment.instances()
+        if not self.steered:
+            return reads, first
+        owners = np.searchsorted(self._starts, first, "right") - 1
+        wanted = (first >= self._cuts[owners]) & (first < self._ends[owners])
+        return reads[wanted], first[wanted]
+
+    def carry(
+        self, run: Unfolded, moved: Refs, next_value: int, type_of: Callable[[int], StubType | None]
+    ) -> int:
+        """Give what a run needs of before its cut values side by side, type by type."""
+        if run.cut <= run.base:
+            return next_value
+        needed: set[int] = set()
+        for segment in self._recorder.used:
+            reads, first = self.instances(segment)
+            mine = reads[(first >= run.cut) & (first < self._end_of(run))]
+            needed.update(mine[(mine >= run.base) & (mine < run.cut)].tolist())
+        for piece in run.wanted:
+            needed.update(r for rows, _ in piece.tensors for r in rows)
+        if run.returned is None:
+            needed |= run.asked[run.start - 1].live
+        groups: dict[StubType, list[int]] = {}
+        for row in sorted(needed):
+            if run.base <= row < run.cut and (kind := type_of(row)) is not None:
+                groups.setdefault(kind, []).append(row)
+        for number, (kind, rows) in enumerate(groups.items()):
+            moved[rows] = next_value + np.arange(len(rows))
+            run.carried_data.append((~number, next_value, kind, len(rows)))
+            run.carried.append(run.own(np.array(rows, np.int64)))
+            next_value += len(rows)
+        return next_value
+
+    def _end_of(self, run: Unfolded) -> int:
+        following = [other.base for other in self._runs if other.base > run.base]
+        return min(following, default=self._recorder.next_row)
+
+    def rows(self, moved: Refs, final: Refs) -> list[Refs]:
+        """For every run the values of its rows, data included; -1 for what is not there."""
+        out = []
+        for run in self._runs:
+            rows = np.concatenate(
+                [np.arange(run.rows[0], run.rows[3]), np.arange(run.base, self._end_of(run))]
+            )
+            values = np.full(len(rows), -1, np.int64)
+            there = (rows < run.base) | (rows >= run.cut) | (moved[rows] != rows)
+            if run.end is not None:
+                there &= rows < run.end
+            values[there] = final[moved[rows[there]]]
+            out.append(values)
+        return out
 
 
 def _copies(group: CallGroup, values: Refs) -> CallGroup:

@@ -18,13 +18,16 @@ class Options:
 
     fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns
     folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of all
-    arenas; past it requests wait. tf32: f32 products on a GPU may use tf32.
+    arenas; past it requests wait. tf32: f32 products on a GPU may use tf32. max_steps: values that
+    one request's forward may read; timeout: seconds that a request may take; past either it fails.
     """
 
     fold_bytes: int = 256 << 20
     policy: Policy = "cellular"
     memory_limit: int = 8 << 30
     tf32: bool = False
+    max_steps: int | None = None
+    timeout: float | None = None
 
 
 def make_options(options: Mapping[str, Any] | None) -> Options:
@@ -38,7 +41,10 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
         raise UnsupportedError(
             what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
         )
-    check_counts(memory_limit=chosen.memory_limit)
+    check_counts(memory_limit=chosen.memory_limit, max_steps=chosen.max_steps)
+    seconds = chosen.timeout
+    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
+        raise UnsupportedError(what=f"timeout={seconds!r}", remedy="use a number of seconds above 0")
     return chosen
 
 

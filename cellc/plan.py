@@ -25,8 +25,14 @@ I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 
 # Columns of a plan's call table.
-CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST = range(8)
-NUM_COLUMNS = 8
+CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST, EVENT = range(9)
+NUM_COLUMNS = 9
+# An event: a call answers a question (whose row has a type, a slot and an owner), or makes rows that
+# are yielded (its type is YIELDED); the expected answer; the number of the question or yield.
+EVENTS = ("call", "type", "slot", "owned", "expected", "number")
+YIELDED, UNEXPECTED = -1, np.iinfo(np.int32).min
+EVENT_ENTRIES = 4  # in the scheduler's table: type, slot, expected, number
+
 # What is added to an entry of a plan's block where it is placed.
 NOTHING, FIRST_ENTRY, FIRST_CALL, NUMBER, REGION = range(5)
 
@@ -64,6 +70,16 @@ class OutputRows:
 
 
 @dataclass(frozen=True)
+class Places:
+    """Where the rows of a forward that reads values are: arrays over its rows, in order."""
+
+    types: I64
+    slots: I64  # -1: nowhere
+    owned: I64  # 1 in the request's region, 0 a constant's own slot
+    calls: I64  # local numbers of the calls that make them; -1: none does
+
+
+@dataclass(frozen=True)
 class Plan:
     """Arrays over calls, in cell order: see the column names above.
 
@@ -84,6 +100,8 @@ class Plan:
     outputs: tuple[OutputRows, ...]
     cells: tuple[int, ...]
     priority: tuple[int, ...]  # a cell's depth: later cells first
+    places: Places | None = None
+    events: I32 | None = None  # [E, 6], by call: see `EVENTS`
 
     @property
     def num_calls(self) -> int:
@@ -105,15 +123,44 @@ class Plan:
         columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
         meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
         records = self.records + np.where(self.record_base == types, records_at, 0)
-        filler = np.zeros(-(successors_at + len(self.successors)) % NUM_COLUMNS, np.int32)
-        entries = (calls.reshape(-1), records, self.successors, filler)
+        events_at = successors_at + len(self.successors)
+        events, events_added, first = self._event_entries(events_at)
+        if len(first):
+            calls[first[:, 0], EVENT] = first[:, 1]
+            columns = np.tile(columns, (num_calls, 1))
+            columns[first[:, 0], EVENT] = FIRST_ENTRY
+        else:
+            columns = np.tile(columns, num_calls)
+        filler = np.zeros(-(events_at + len(events)) % NUM_COLUMNS, np.int32)
+        entries = (calls.reshape(-1), records, self.successors, events, filler)
         added = (
-            np.tile(columns, num_calls),
+            columns.reshape(-1),
             meaning[self.record_base],
             np.full(len(self.successors), FIRST_CALL),
+            events_added,
             filler + NOTHING,
         )
         return np.concatenate(entries).astype(np.int32), np.concatenate(added).astype(np.int32)
+
+    def _event_entries(self, at: int) -> tuple[I64, I64, I64]:
+        """(entries, what to add to each, [call, where its entries begin]): for every call with
+        events, how many, then EVENT_ENTRIES of each.
+        """
+        if self.events is None or not len(self.events):
+            none = np.zeros(0, np.int64)
+            return none, none, none.reshape(0, 2)
+        entries: list[int] = []
+        added: list[int] = []
+        first: list[tuple[int, int]] = []
+        for call, type, slot, owned, expected, number in self.events.tolist():
+            if not first or first[-1][0] != call:
+                first.append((call, at + len(entries)))
+                entries.append(0)
+                added.append(NOTHING)
+            entries[first[-1][1] - at] += 1
+            entries += [type, slot, expected, number]
+            added += [NOTHING, REGION + type if owned else NOTHING, NOTHING, NOTHING]
+        return np.array(entries), np.array(added), np.array(first)
 
     @cached_property
     def num_rows(self) -> int:

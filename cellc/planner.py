@@ -34,6 +34,7 @@ from cellc.plan import (
     SUCCESSOR,
     DataRows,
     OutputRows,
+    Places,
     Plan,
     Tables,
     ragged_range,
@@ -121,6 +122,7 @@ class _Planner:
             for there in set(present)
         }
         plans = []
+        places = self._places()
         calls_at, records_at = self.call_starts.tolist(), record_starts.tolist()
         successors_at = successor_starts.tolist()
         for r in range(self.num_requests):
@@ -135,9 +137,10 @@ class _Planner:
                     tuple(data[r]),
                     tuple(outputs[r]),
                     *cells[present[r]],
+                    places[r] if places else None,
                 )
             )
-        if not alone:
+        if not alone and not places:
             self._blocks(plans, table, records, base, successors)
         return plans
 
@@ -277,6 +280,7 @@ class _Planner:
         if len(filled):
             used[filled] = np.logical_or.reduceat(self.used[rows], offsets[filled])
             bounds[filled] = np.minimum.reduceat(self._bounds()[rows], offsets[filled])
+        used |= np.array([s.leaf < 0 for s in sources])  # later legs may read what is carried
         kept = np.flatnonzero(used).tolist()
         limits = bounds.tolist()
         owners = self.forest.data_owners
@@ -334,6 +338,8 @@ class _Planner:
             for o, made in enumerate(group.outputs):
                 type = self.tables.type(group.cell.output_types[o])
                 transient = (passing[o] == reads[made]) & ~((lengths == 1) & (reads[made] > 0))
+                if self.forest.rows is not None:  # the forward may go on from any of them
+                    transient[:] = False
                 place = np.zeros(n, np.int64)
                 if transient.any():
                     some = np.bincount(owner[transient], minlength=requests) > 0
@@ -360,6 +366,23 @@ class _Planner:
                 if isinstance(column, np.ndarray):
                     count[:-1] += made[:-1] == column[1:]
             out.append(count)
+        return out
+
+    def _places(self) -> list[Places]:
+        """Where the rows of each request are, where its forward reads values."""
+        out = []
+        for values, start in zip(self.forest.rows or [], self.call_starts.tolist(), strict=False):
+            known = values >= 0
+            at = np.where(known, values, 0)
+            maker = np.where(known, self.producer[at], -1)
+            out.append(
+                Places(
+                    self.type_of[at],
+                    np.where(known, self.slot[at], -1),
+                    self.owned[at],
+                    np.where(maker >= 0, maker - start, -1),
+                )
+            )
         return out
 
     # -- records --

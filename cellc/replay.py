@@ -20,7 +20,7 @@ from cellc.ops import RowType
 if TYPE_CHECKING:
     import torch
 
-    from cellc.compiler import Entry
+    from cellc.legs import Entry
 
 MAX_REPLAYS = 512
 MAX_LAUNCHES = 64

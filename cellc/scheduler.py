@@ -26,6 +26,7 @@ from cellc.plan import (
     CELL,
     CHAIN,
     EDGES,
+    EVENT,
     FIRST_CALL,
     FIRST_ENTRY,
     MISSING,
@@ -45,6 +46,8 @@ I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
 SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
 
+_NONE = np.zeros(0, np.int32)
+
 Policy = Literal["cellular", "fifo"]
 
 
@@ -57,6 +60,8 @@ class Batch:
     steps: I32  # [K + 1] offsets into calls
     table: I32  # [record length, N] slots: inputs, then outputs
     finished: Sequence[int]  # requests whose last call is in this launch
+    events: I32  # entries where events of its calls begin
+    answering: I32  # the request of each of these calls
 
 
 @dataclass
@@ -160,22 +165,32 @@ class Scheduler:
         if request >= len(self._left):
             self._left = np.concatenate([self._left, np.zeros(request + 1, np.int64)])
 
-    def cancel(self, request: int) -> None:
-        """Forget a request: none of its calls runs any more."""
-        if request not in self._requests:
+    def cancel(self, requests: Sequence[int]) -> None:
+        """Forget requests: none of their calls runs any more."""
+        known = [request for request in requests if request in self._requests]
+        if not known:
             return
-        plan, first = self._requests[request]
-        last = first + plan.num_calls
+        gone = np.zeros(len(self._left), bool)
+        gone[known] = True
+        owners = self._table.data[:, REQUEST]
         for queue in self._queues.values():
+            if not queue.size:
+                continue
+            stays = [~gone[owners[chunk]] for chunk in queue.chunks]
             kept = [
-                (c[(c < first) | (c >= last)], t)
-                for c, t in zip(queue.chunks, queue.since, strict=True)
+                (chunk[stay], tick)
+                for chunk, stay, tick in zip(queue.chunks, stays, queue.since, strict=True)
+                if stay.any()
             ]
-            kept = [(c, t) for c, t in kept if len(c)]
-            queue.chunks = deque(c for c, _ in kept)
-            queue.since = deque(t for _, t in kept)
-            queue.size = sum(len(c) for c in queue.chunks)
-        self.release([request])
+            queue.chunks = deque(chunk for chunk, _ in kept)
+            queue.since = deque(tick for _, tick in kept)
+            queue.size = sum(len(chunk) for chunk in queue.chunks)
+        self.release(known)
+
+    def ran(self, request: int, calls: npt.NDArray[np.int64]) -> bool:
+        """Are these calls of a request, numbered in its plan, in launches already?"""
+        _, first = self._requests[request]
+        return bool((self._table.data[first + calls, MISSING] == SCHEDULED).all())
 
     def release(self, requests: Sequence[int]) -> None:
         """Free finished requests' places in the arrays."""
@@ -195,7 +210,13 @@ class Scheduler:
         rows = self._table.data[calls]
         slots = self.entries[rows[:, RECORD] + self._span(cell)]
         self._wake(calls, rows, ends)
-        return Batch(cell, calls, steps, slots, self._finish(rows[:, REQUEST]))
+        events, requests = rows[:, EVENT], rows[:, REQUEST]
+        if events.any():
+            having = events > 0
+            events, answering = events[having], requests[having]
+        else:
+            events = answering = _NONE
+        return Batch(cell, calls, steps, slots, self._finish(requests), events, answering)
 
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
         """The request of each call."""

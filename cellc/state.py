@@ -182,6 +182,27 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             view[_ranges(starts, flat)] = np.concatenate(arrays)
         return [] if rows.bound is None else _outside(arrays, flat, rows.bound)
 
+    def scalars(self, number: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        """Rows of a type without dimensions."""
+        view = self._views[number]
+        if view is not None:
+            return view[slots]
+        index = torch.from_numpy(slots).to(self._device)
+        rows = self._tensors[self._types[number]].index_select(0, index)
+        return rows.cpu().numpy()
+
+    def move(
+        self, number: int, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]
+    ) -> None:
+        """Copy rows of a type from some slots to others."""
+        view = self._views[number]
+        if view is not None:
+            view[targets] = view[sources]
+            return
+        tensor = self._tensors[self._types[number]]
+        index = torch.from_numpy(np.stack([sources, targets])).to(self._device)
+        tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
+
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
         """Returned tensors, each (its rows, the base of its region), with dimensions in the model's
         order.

@@ -18,7 +18,7 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
-from cellc.compiler import Entry
+from cellc.legs import Entry
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.plan import CELL
 from cellc.request import as_call

@@ -6,7 +6,7 @@ Duty: plain data that the engine and its callers share; errors of requests whose
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from cellc.cells import Cell
-from cellc.compiler import Entry
 from cellc.errors import RequestError
+from cellc.legs import Branch, Entry
 
 
 @dataclass(slots=True)
@@ -32,6 +32,18 @@ class Ticket:
     number: int = -1
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions
+    started: bool = False  # its future was told that it runs
+    held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
+    ask: Any = None  # what is asked for it
+    branch: Branch | None = None  # where that leads
+    streams: bool = False  # its forward yields
+    unmade: dict[int, int] = field(default_factory=dict)  # calls to run until a piece is there
+    next_piece: int = 0
+    pieces: deque[Any] = field(default_factory=deque)  # that nobody has taken yet
+    collects: bool = True  # the pieces are the result, as a list
+    before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
+    dropped: bool = False  # nobody wants it any more
+    told: Callable[[Ticket], None] | None = None  # of pieces and of the end
 
     @classmethod
     def failed(cls, error: BaseException) -> Ticket:

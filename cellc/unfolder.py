@@ -26,7 +26,8 @@ from torch import nn
 from cellc import log
 from cellc.calls import CallGraph, Forest
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from cellc.forests import Template, Unfolded, make_forest
+from cellc.forests import Template, Unfolded, Wanted, make_forest
+from cellc.frontends.asking import OPEN, Asked
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
 from cellc.frontends.effects import asks_for_types, holds, why_not
@@ -103,6 +104,7 @@ class Unfolder:
         self.reason = why_not(self.modules.values())
         self.numbers_stay = asks_for_types(self.modules.values())
         self.generation = 0  # of what was learned: older plans hold other cells
+        self.epoch = 0  # of how rows are numbered
         self._roomy = False  # is there room for deep recursion
         self.to_check = 2  # requests whose results are still compared with the model's own
         self._stacks: set[Hashable] = set()  # places of tensors that are taken apart
@@ -143,14 +145,24 @@ class Unfolder:
         out.rows = (starts[0], starts[1], starts[2], stubber.tensors)
         return out
 
-    def _run(self, out: Unfolded, args: Any, kwargs: Any) -> None:
+    def _run(self, out: Unfolded, wanted: Wanted) -> None:
         recorder = self.recorder
         recorder.parts, recorder.data = out.parts, out.rows
+        out.start = wanted.start
+        recorder.begin(wanted.script, wanted.guesses, wanted.start - 1)
         try:
             out.returned = recorder.run(self.forward, *out.call)
         except NumberSteers as error:
-            raise Steers(self._place_of(error.row, out, args, kwargs)) from error
+            raise Steers(self._place_of(error.row, out, wanted.args, wanted.kwargs)) from error
+        except (Exception, CannotUnfold) as error:
+            if not _unsaid(recorder.asked):
+                raise
+            log.info("plan", f"what was guessed of an answer raises: {error!r}")
         finally:
+            out.asked, out.yields = recorder.asked, recorder.yields
+            out.generates = recorder.generates
+            if out.returned is None:
+                out.yields = [y for y in out.yields if y[0] < len(out.asked)]
             recorder.holdings.check()
         if recorder.repeating and not all(holds(*shell) for shell in out.shells):
             recorder.repeating, recorder.relearn = False, True
@@ -243,7 +255,7 @@ class Unfolder:
         return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions), moves)
 
     def unfold(
-        self, requests: Sequence[tuple[Request, Any, Any]], steering: Steering
+        self, requests: Sequence[Wanted], steering: Steering
     ) -> list[Unfolded]:
         """Run new requests on stubs; what they did is in the recorder's segments.
 
@@ -260,7 +272,7 @@ class Unfolder:
                 size = len(requests)
         raise CannotUnfold("its structure looks different each time")
 
-    def _record(self, requests: Sequence[tuple[Request, Any, Any]]) -> tuple[list[Unfolded], bool]:
+    def _record(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         recorder.reset()
         recorder.relearn = False
@@ -287,7 +299,7 @@ class Unfolder:
             sys.setrecursionlimit(limit)
 
     def _recorded(
-        self, requests: Sequence[tuple[Request, Any, Any]]
+        self, requests: Sequence[Wanted]
     ) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         self._whole: dict[int, Hashable] = {}
@@ -295,16 +307,16 @@ class Unfolder:
         runs = []
         for request in requests:
             try:
-                runs.append(self._stubbed(*request))
+                runs.append(self._stubbed(*request[:3]))
             except CannotUnfold as error:
                 runs.append(Unfolded(request[0], reason=str(error)))
         with recorder.watching(self.modules):
-            for run, (_, args, kwargs) in zip(runs, requests, strict=True):
+            for run, wanted in zip(runs, requests, strict=True):
                 run.base = recorder.next_row
                 if run.reason is not None:
                     continue
                 try:
-                    self._run(run, args, kwargs)
+                    self._run(run, wanted)
                 except (Steers, RefusedCell):
                     raise
                 except CannotUnfold as error:
@@ -313,8 +325,10 @@ class Unfolder:
                 except RecursionError:
                     if not self._roomy:
                         raise
+                    run.over_deep = True
                     log.info("plan", "a request recurses too deep")
                 except Exception as error:
+                    run.error = error
                     log.info("plan", f"a request fails: {error!r}")
         recorder.expand()
         recorder.leaks()
@@ -322,6 +336,7 @@ class Unfolder:
         stable = not recorder.relearn
         if self._take_apart(known):
             stable = False
+        self.epoch += not stable
         return runs, self._learn(runs) and stable
 
     def _take_apart(self, known: int) -> bool:
@@ -354,8 +369,8 @@ class Unfolder:
         recorder = self.recorder
         total = recorder.next_row
         maker = np.full(total, -1, np.int64)
-        segment_of = np.full(total, -1, np.int64)
-        offset_of = np.zeros(total, np.int64)
+        segment_of = self.segment_of = np.full(total, -1, np.int64)
+        offset_of = self.offset_of = np.zeros(total, np.int64)
         for k, segment in enumerate(recorder.used):
             _, made = segment.instances()
             rows = made[:, None] + np.arange(segment.num_rows)
@@ -378,9 +393,9 @@ class Unfolder:
                         edges.update((m, op.site) for m in makers.tolist() if m >= 0)
             read.append(reads[reads >= 0])
         for run in runs:
-            if run.returned is not None:
-                rows_out = [r for rows, _ in run.returned.tensors for r in rows if r >= 0]
-                read.append(np.array(rows_out, np.int64))
+            rows_out = [r for given in run.given for rows, _ in given.tensors for r in rows]
+            rows_out += [question.row for question in run.asked]
+            read.append(np.array([r for r in rows_out if r >= 0], np.int64))
         used = np.concatenate(read)
         used = used[segment_of[used] >= 0]
         stable = True
@@ -434,7 +449,21 @@ class Unfolder:
         for _ in range(ROUNDS):  # what one template teaches may change another
             if not sum([self._template(segment)[1] for segment in recorder.used]):
                 break
-        return make_forest(recorder, runs, lambda segment: self._template(segment)[0])
+        return make_forest(
+            recorder, runs, lambda segment: self._template(segment)[0], self._type_of
+        )
+
+    def _type_of(self, row: int) -> StubType | None:
+        """Type of a row that an operation made, where its value is kept."""
+        if self.segment_of[row] < 0:
+            return None
+        segment = self.recorder.used[int(self.segment_of[row])]
+        offset = int(self.offset_of[row])
+        output = _output_of(segment, offset)
+        if output not in segment.escaping:
+            return None
+        kind, count = segment.outputs[output]
+        return kind if count < 0 else StubType.of(kind.shape[1:], kind.dtype, kind.device)
 
     def _template(self, segment: Segment) -> tuple[Template, bool]:
         """(a segment's template, was it made now)."""
@@ -508,6 +537,16 @@ class Unfolder:
                 if op.component and not op.is_call
             }
         )
+
+
+def _unsaid(asked: list[Asked]) -> bool:
+    """Forget what followed the last answer that was guessed; False where none was."""
+    at = next((i for i in range(len(asked) - 1, -1, -1) if asked[i].guessed), None)
+    if at is None:
+        return False
+    del asked[at + 1 :]
+    asked[at].answer, asked[at].guessed = OPEN, False
+    return True
 
 
 def _example(kind: StubType, device: torch.device) -> torch.Tensor:

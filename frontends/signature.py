@@ -62,7 +62,7 @@ def sign(x: Any, form: list[Any], rows: list[int], parts: Collection[int]) -> No
     elif kind is slice:
         for y in (x.start, x.stop, x.step):
             sign(y, form, rows, parts)
-    elif kind in NUMBERS:
+    elif kind in NUMBERS or hasattr(kind, "known"):
         raise Structural("a number")
     elif kind in STATIC:
         form.append(kind)
@@ -83,7 +83,7 @@ def tensor_of(func: Any, args: Any, kwargs: Any) -> Any:
     dtype = kwargs.get("dtype")
     if func is torch.Tensor.new_tensor and dtype is None:
         dtype = args[0].dtype
-    if type(data) in NUMBERS:
+    if _is_number(data):
         made: Any = _as_tensor(data, dtype)
     elif isinstance(data, (list, tuple)) and data and _has_number(data):
         made = _nested(data, dtype)
@@ -94,7 +94,7 @@ def tensor_of(func: Any, args: Any, kwargs: Any) -> Any:
 
 def _as_tensor(number: Any, dtype: torch.dtype | None) -> Any:
     """A number of the request as a tensor: a float goes to the wanted dtype from float64."""
-    if number.kind is int:
+    if number.kind is not float:
         return number.stub
     return number.stub.to(dtype or torch.get_default_dtype())
 
@@ -102,7 +102,7 @@ def _as_tensor(number: Any, dtype: torch.dtype | None) -> Any:
 def _nested(data: Any, dtype: torch.dtype | None) -> Any:
     items: list[Any] = []
     for x in data:
-        if type(x) in NUMBERS:
+        if _is_number(x):
             items.append(_as_tensor(x, dtype))
         elif isinstance(x, (list, tuple)):
             items.append(_nested(x, dtype))
@@ -113,8 +113,13 @@ def _nested(data: Any, dtype: torch.dtype | None) -> Any:
 
 def _has_number(data: Any) -> bool:
     return any(
-        type(x) in NUMBERS or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data
+        _is_number(x) or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data
     )
+
+
+def _is_number(x: Any) -> bool:
+    """A number of the request, or one that was taken out of a tensor (`frontends.asking`)."""
+    return type(x) in NUMBERS or hasattr(type(x), "known")
 
 
 def holds_stub(x: Any) -> bool:

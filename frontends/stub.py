@@ -49,6 +49,10 @@ class Target(Protocol):
 
     def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
 
+    def read(self, name: str, x: Any, frame: Any) -> Any: ...
+
+    def write(self, name: str, x: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
+
     def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any: ...
 
 
@@ -170,9 +174,9 @@ class Stub:
         return id(self)
 
     def __getattr__(self, name: str) -> Any:
-        if name.endswith("_") and not name.endswith("__"):
-            raise CannotUnfold(f"{name} writes in place", _origin(sys._getframe(1)))
         found = getattr(torch.Tensor, name)  # AttributeError where tensors have none
+        if name.endswith("_") and not name.endswith("__"):
+            return lambda *args, **kwargs: _write(name, self, args, kwargs)
         if not callable(found):
             return _tell(found.__get__, (self,), {})
 
@@ -203,8 +207,11 @@ for _name in (
 
 
 def _reading(name: str) -> Callable[..., Any]:
-    def read(self: Stub, *_: Any, **__: Any) -> NoReturn:
-        raise CannotUnfold(f"{name} reads a value", _origin(sys._getframe(1)))
+    def read(self: Stub, *_: Any, **__: Any) -> Any:
+        target = current.target
+        if target is None:
+            raise _outside()
+        return target.read(name, self, sys._getframe(1))
 
     return read
 
@@ -213,15 +220,22 @@ for _name in "__bool__ __int__ __float__ __index__ __contains__ item tolist nump
     setattr(Stub, _name, _reading(_name.strip("_")))
 
 
+def _write(name: str, x: Stub, args: Any, kwargs: Any) -> Any:
+    target = current.target
+    if target is None:
+        raise _outside()
+    return target.write(name, x, args, kwargs, sys._getframe(2))
+
+
 def _writing(name: str) -> Callable[..., Any]:
-    def write(self: Stub, *_: Any) -> NoReturn:
-        raise CannotUnfold(f"{name} writes in place", _origin(sys._getframe(1)))
+    def write(self: Stub, *args: Any) -> Any:
+        return _write(name, self, args, {})
 
     return write
 
 
 for _name in "setitem iadd isub imul itruediv iand ior ixor".split():
-    setattr(Stub, f"__{_name}__", _writing(_name))
+    setattr(Stub, f"__{_name}__", _writing(f"__{_name}__"))
 
 
 class Stack(Stub):
@@ -250,6 +264,12 @@ class Stack(Stub):
             rows = range(self.first, self.first + self.type.shape[0])
             self._items = [Stub(row, self.inner) for row in rows]
         return self._items
+
+    def copied(self) -> Stack:
+        """The same rows, whatever is written into them elsewhere."""
+        if self._items is not None:
+            self._items = [Stub(x.id, x.type) for x in self._items]
+        return self
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)

@@ -31,7 +31,13 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
-from cellc.errors import CellcError, ForwardError, UnsupportedError, ValueReadError
+from cellc.errors import (
+    CellcError,
+    ForwardError,
+    GeneratorForward,
+    UnsupportedError,
+    ValueReadError,
+)
 from cellc.frontends import decompose, library
 from cellc.frontends.branching import CodesSeen, look_away
 from cellc.frontends.placeholder import Form, Placeholder, form_of, modes_off, row_major
@@ -587,7 +593,8 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
         with _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
             if inspect.isgenerator(result) or inspect.iscoroutine(result):
-                raise UnsupportedError(
+                kind = GeneratorForward if inspect.isgenerator(result) else UnsupportedError
+                raise kind(
                     what="a forward that is a generator or a coroutine",
                     remedy="return the whole result",
                     origin=f"{os.path.basename(forward.__code__.co_filename)}"

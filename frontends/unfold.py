@@ -12,6 +12,7 @@ What one operation gives (shapes, structure of its results) is learned once, by 
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 import threading
@@ -29,9 +30,10 @@ from torch.utils import _pytree as pytree
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError
 from cellc.frontends import stub as stubs
+from cellc.frontends.asking import CHOOSING, READS, Asks, has_bounds, holds_read, is_mask
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
-from cellc.frontends.repeats import Repeats
+from cellc.frontends.inplace import InPlace
 from cellc.frontends.segments import LEAF, Op, OutType, Study, fill, input_rows, template_of
 from cellc.frontends.signature import (
     ARITHMETIC,
@@ -68,7 +70,7 @@ class Returned:
     spec: Any
 
 
-class Recorder(Repeats):
+class Recorder(InPlace):
     """Runs forwards on stubs. One a model; `study` traces an operation alone."""
 
     def __init__(
@@ -106,16 +108,27 @@ class Recorder(Repeats):
             stack.enter_context(_Functions(self))
             yield
 
-    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned:
-        """One request on stubs; the caller is inside `watching`."""
+    def run(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned | None:
+        """One request on stubs; the caller is inside `watching` and called `begin`. None where the
+        forward asked what nobody knows.
+        """
         self.on, stubs.current.target = True, self
+        self.generates = False
+        self.yields: list[tuple[int, Returned]] = []  # (questions asked before, what was yielded)
         try:
             result = forward(*args, **kwargs)
+            if inspect.isgenerator(result):
+                self.generates = True
+                for piece in result:
+                    self.yields.append((len(self.asked), self._returned(piece)))
+                result = None
+            return self._returned(result)
+        except Asks:
+            return None
         finally:
             self.on, stubs.current.target = False, None
             self._cut()
             self._frame = None
-        return self._returned(result)
 
     def _returned(self, result: Any) -> Returned:
         if type(result) is Stub:
@@ -134,6 +147,12 @@ class Recorder(Repeats):
                 tensors.append((rows, OutType(leaf.type, len(rows))))
             elif kind in NUMBERS:
                 raise NumberSteers(leaf.row)
+            elif kind in READS:
+                if leaf.stub.id < 0:
+                    kept.append(("v", leaf._value()))
+                    continue
+                kept.append(("n", len(tensors)))
+                tensors.append(([leaf.stub.id], OutType(leaf.stub.type, -1)))
             elif isinstance(leaf, (torch.Tensor, *STATIC)) and not isinstance(leaf, STATIC):
                 raise CannotUnfold("a weight is returned as it is")
             elif isinstance(leaf, STATIC):
@@ -231,17 +250,24 @@ class Recorder(Repeats):
             raise CannotUnfold("a value of the request is used from outside")
         while not self._is_user(frame.f_code):
             frame = frame.f_back
+        if func is torch.equal:
+            return self._equal(*args, **kwargs)
         if func in MAKERS or func is torch.Tensor.new_tensor:
             made = tensor_of(func, args, kwargs)
             if made is not None:
                 return made
+        if func is torch.Tensor.__getitem__ and has_bounds(args[1]):
+            args = (args[0], self.bounds(args[1]))
+            return args[0][args[1]]
+        if (at := CHOOSING.get(func, 9)) < len(args) and is_mask(args[at]):
+            return self.chosen(*args[: at + 1])
         if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
             self._notice(args)
         special = STACKS.get(func)
         if special is not None:
             made = special(args, kwargs)
             if made is not None:
-                return made
+                return made.copied() if self.writing and type(made) is Stack else made
         site = (id(frame.f_code), frame.f_lasti, func)
         if name_of(func) in ARITHMETIC and not kwargs:
             args = self._scalars(site, args)
@@ -254,11 +280,19 @@ class Recorder(Repeats):
                 form.append(name)
                 sign(kwargs[name], form, rows, self.parts)
         except Structural as error:
+            known = self.without_reads(func, args, kwargs)
+            if holds_read((args, kwargs)) and not holds_read(known):
+                return self.function(func, *known, frame)
             raise CannotUnfold(f"{name_of(func)} of {error}", line_of(frame)) from None
         if not rows and tells_form(func):
             return func(*args, **kwargs)
-        if getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__"):
-            raise CannotUnfold(f"{func.__name__} writes in place", line_of(frame))
+        writes = getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__")
+        if func is torch.Tensor.__setitem__:
+            raise CannotUnfold("a tensor of the model is written", line_of(frame))
+        if writes:
+            if not args or not isinstance(args[0], Stub) or not hasattr(torch.Tensor, func.__name__):
+                raise CannotUnfold(f"{func.__name__} writes in place", line_of(frame))
+            return self.write(func.__name__, args[0], args[1:], kwargs, frame)
         if kwargs.get("out") is not None:
             raise CannotUnfold("out= writes in place", line_of(frame))
         key = tuple(form)
@@ -266,8 +300,19 @@ class Recorder(Repeats):
         if op is None:
             op = self._learn(func, (args, kwargs), key, name_of(func), frame, None)
         if op.study.constant is not None:
-            return self._constant(op)
-        return self._record(op, rows, frame)
+            made = self._constant(op)
+            return self.in_rows(func, op, made) if self.writing else made
+        made = self._record(op, rows, frame)
+        return self.watch_view(func, args, made) if self.writing else made
+
+    def _equal(self, a: Any, b: Any) -> bool:
+        return a.shape == b.shape and bool((a == b).all())
+
+    def user_frame(self) -> Any:
+        frame: Any = sys._getframe(1)
+        while not self._is_user(frame.f_code):
+            frame = frame.f_back
+        return frame
 
     def _notice(self, args: Any) -> None:
         """A tensor of the request is indexed along its first dimension: it is a list of rows."""

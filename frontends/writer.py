@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from cellc.frontends.segments import SPARE, Op, Segment
 from cellc.frontends.stub import Stack, Stub, StubType
 
@@ -22,8 +24,9 @@ class Writer:
         self.used: list[Segment] = []  # segments that have instances
         self.constants: dict[int, Hashable] = {}  # by row number, from -2 down
         self._constant_rows: dict[Hashable, int] = {}
-        self._escaping: dict[tuple[int, ...], set[int]] = {}
+        self._escaping: dict[Hashable, set[int]] = {}
         self.next_row = 0
+        self.tracked: list[Stub] | None = None  # stubs made, where somebody wants to know
         self._start()
 
     def _start(self) -> None:
@@ -77,7 +80,16 @@ class Writer:
         self._segment, self._offset = following, op.offset
         self.next_row = at + op.num_rows
         single = op.single
-        return Stub(at, single) if single is not None else op.build(at)
+        made = Stub(at, single) if single is not None else op.build(at)
+        if self.tracked is not None:
+            self._track(made)
+        return made
+
+    def _track(self, made: Any) -> None:
+        for x in pytree.tree_leaves(made):
+            kind = type(x)
+            if kind is Stub or kind is Stack:
+                self.tracked += [x] if kind is Stub else x.items  # type: ignore[operator]
 
     def _leads(self, segment: Segment) -> bool:
         """May a recurrent cell begin with this? Look-ups may: their tables are folded into it."""
@@ -116,9 +128,10 @@ class Writer:
         """Outputs that are read elsewhere, shared by segments at the same places of the code; what
         a cell returns is, as a rule.
         """
-        known = self._escaping.get(segment.sites)
+        place = (segment.sites, *[len(op.study.outputs) for op in segment.ops])
+        known = self._escaping.get(place)
         if known is None:
-            known = self._escaping[segment.sites] = set()
+            known = self._escaping[place] = set()
             at = 0
             for op in segment.ops:
                 count = len(op.study.outputs)

@@ -90,7 +90,7 @@ class Engine:
         self.free_numbers.append(request)
 
     def cancel(self, request: int) -> None:
-        self.scheduler.cancel(request)
+        self.scheduler.cancel([request])
         self.leave(request)
 
     def launch(self, max_steps: int | None = None) -> Batch | None:
@@ -210,7 +210,7 @@ def test_everything_is_cancelled(seed: int, policy: str) -> None:
         engine.launch()
     for request in list(engine.live):
         engine.cancel(request)
-        engine.scheduler.cancel(request)  # again: nothing happens
+        engine.scheduler.cancel([request])  # again: nothing happens
     engine.drain()
 
 

@@ -1,0 +1,54 @@
+"""Answers: what launches say of the questions and yields of requests in flight.
+
+Duty: read the events of a launch, vectorised over its calls: answers other than those that legs
+expect, and rows that are yielded. Comes in from the scheduler: a `Batch`; goes out to the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from cellc.plan import EVENT_ENTRIES, I32, YIELDED, ragged_range
+from cellc.scheduler import Batch
+
+
+class Events(NamedTuple):
+    """Of one launch."""
+
+    unexpected: dict[int, tuple[int, Any]]  # by request: its first question, what its row holds
+    yielded: list[tuple[int, int]]  # (request, number of the yield), one a call
+
+
+def read_events(
+    batch: Batch, entries: I32, values_of: Callable[[int, npt.NDArray[np.int64]], Any]
+) -> Events:
+    """`entries` is the scheduler's table; `values_of(type, slots)` reads rows of one number."""
+    counts = entries[batch.events]
+    index = ragged_range(batch.events.astype(np.int64) + 1, counts * EVENT_ENTRIES)
+    types, slots, expected, numbers = entries[index].reshape(-1, EVENT_ENTRIES).T
+    requests = np.repeat(batch.answering, counts)
+    unexpected: dict[int, tuple[int, Any]] = {}
+    yielded: list[tuple[int, int]] = []
+    for type in np.unique(types).tolist() if (types != types[0]).any() else [int(types[0])]:
+        here = np.flatnonzero(types == type)
+        if type == YIELDED:
+            yielded = list(zip(requests[here].tolist(), numbers[here].tolist(), strict=True))
+            continue
+        values = values_of(type, slots[here].astype(np.int64))
+        other = np.flatnonzero(values != expected[here])
+        if not len(other):
+            continue
+        for request, number, value in zip(
+            requests[here[other]].tolist(),
+            numbers[here[other]].tolist(),
+            values[other].tolist(),
+            strict=True,
+        ):
+            known = unexpected.get(request)
+            if known is None or number < known[0]:
+                unexpected[request] = (number, value)
+    return Events(unexpected, yielded)

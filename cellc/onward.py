@@ -1,0 +1,140 @@
+"""Onward: requests whose forwards read values or yield, from one leg to the next.
+
+Duty: after a launch, see which requests were answered otherwise than their legs expect, find where
+they go on once all they need has run, and hand on what is yielded. The engine moves them. Stands
+between `cellc.answers` and `cellc.engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeAlias
+
+from cellc.answers import read_events
+from cellc.compiler import Compiler
+from cellc.errors import StepsError
+from cellc.legs import Branch, Leg
+from cellc.paths import Ask
+from cellc.scheduler import Batch, Scheduler
+from cellc.state import Arenas
+from cellc.ticket import Ticket
+
+Going: TypeAlias = list[tuple[Ticket, Branch]]
+Failed: TypeAlias = list[tuple[Ticket, Exception]]
+
+
+class Onward:
+    """See the module."""
+
+    def __init__(
+        self, compiler: Compiler, scheduler: Scheduler, arenas: Arenas, max_steps: int | None
+    ) -> None:
+        self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
+        self._max_steps = max_steps
+        self.held: dict[int, Ticket] = {}  # whose answers were unexpected
+        self.stopping = 0.0  # share of answers that are unexpected, averaged
+
+    def enter(self, ticket: Ticket) -> None:
+        """A ticket begins a leg."""
+        leg = ticket.entry
+        if isinstance(leg, Leg) and leg.generates:
+            ticket.streams = True
+            ticket.unmade = {n: len(y.makers) for n, y in leg.yields.items()}
+            self._flush(ticket)
+
+    def after(self, batch: Batch, live: Mapping[int, Ticket]) -> tuple[Going, Failed]:
+        """Read a launch's events; (requests that go on, and where; requests that failed)."""
+        events = read_events(batch, self._scheduler.entries, self._arenas.scalars)
+        share = len(events.unexpected) / len(batch.events)
+        self.stopping += (share - self.stopping) / 16
+        for number, (question, value) in events.unexpected.items():
+            ticket = live.get(number)
+            if ticket is None:
+                continue
+            if ticket.held is None or question < ticket.held[0]:
+                ticket.held, ticket.branch = (question, value), None
+                self.held[number] = ticket
+        for number, piece in events.yielded:
+            if number in live:
+                live[number].unmade[piece] -= 1
+        if events.yielded or any(t.streams for t in live.values()):
+            for number in set(batch.answering.tolist()):
+                if number in live and live[number].streams:
+                    self._flush(live[number])
+        return self.settle() if self.held else ([], [])
+
+    def settle(self) -> tuple[Going, Failed]:
+        """Held requests that can go on now, and those that failed."""
+        failed = self._find()
+        going = [
+            (ticket, ticket.branch)
+            for number, ticket in self.held.items()
+            if ticket.branch is not None and self._scheduler.ran(number, ticket.branch.needs)
+        ]
+        for ticket, _ in [*going, *failed]:
+            if ticket.streams:
+                self._flush(ticket)
+            self.release(ticket)
+        return going, failed
+
+    def release(self, ticket: Ticket) -> None:
+        """It goes on, or ended."""
+        self.held.pop(ticket.number, None)
+        ticket.held = ticket.branch = None
+
+    def _find(self) -> Failed:
+        """Find where held requests go."""
+        asks: dict[int, Ask] = {}
+        failed: Failed = []
+        for number, ticket in self.held.items():
+            leg = ticket.entry
+            assert ticket.held is not None and isinstance(leg, Leg)
+            question, value = ticket.held
+            earlier = leg.asking[: question - leg.first]
+            if ticket.branch is not None or not self._scheduler.ran(number, earlier):
+                continue
+            asked = leg.asked[question]
+            if self._max_steps is not None and question + 1 > self._max_steps:
+                failed.append((ticket, StepsError(limit=self._max_steps, origin=asked.origin)))
+                continue
+            ticket.ask = asks[number] = Ask(leg, question, asked.answer_of(value))
+        found = self._compiler.onward(list(asks.values())) if asks else {}
+        for number, ask in asks.items():
+            branch = found[ask]
+            if isinstance(branch, Branch):
+                self.held[number].branch = branch
+            else:
+                failed.append((self.held[number], branch))
+        return failed
+
+    def again(self, tickets: Iterable[Ticket]) -> list[Branch | Exception]:
+        """For tickets that have no room for another leg beside theirs: legs from their data."""
+        asks = [ticket.ask._replace(again=True) for ticket in tickets]
+        found = self._compiler.onward(asks)
+        return [found[ask] for ask in asks]
+
+    def finish(self, ticket: Ticket) -> None:
+        """All calls of a ticket's last leg have run."""
+        if ticket.streams:
+            self._flush(ticket)
+
+    def _flush(self, ticket: Ticket) -> None:
+        """Hand on pieces that are there, in order, and that no open answer may still undo."""
+        leg = ticket.entry
+        assert isinstance(leg, Leg)
+        told = False
+        while True:
+            piece = leg.yields.get(ticket.next_piece)
+            if piece is None or ticket.unmade[ticket.next_piece] > 0:
+                break
+            if ticket.held is not None and ticket.held[0] < piece.before:
+                break
+            earlier = leg.asking[: max(0, piece.before - leg.first)]
+            if len(earlier) and not self._scheduler.ran(ticket.number, earlier):
+                break
+            wanted = [(o, int(ticket.bases[o.type])) for o in leg.plan.outputs[piece.outputs]]
+            ticket.pieces.append(piece.result.rebuild(self._arenas.read(wanted)))
+            ticket.next_piece += 1
+            told = True
+        if told and ticket.told is not None:
+            ticket.told(ticket)

@@ -1,0 +1,231 @@
+"""Sessions: streaming state between calls.
+
+Duty: give the carried arguments of a step what the step before returned at their paths. A step is
+a request like any other, batched with whatever else is ready; the state stays where the results
+are made. Used through `Compiled.session`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch.utils import _pytree as pytree
+
+from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
+from cellc.ticket import Ticket
+
+_MISSING: Any = object()
+
+
+class Steps(Protocol):
+    """What a session needs of its compiled model."""
+
+    def ticket(self, args: Any, kwargs: Any) -> Ticket: ...
+
+    def run(self, tickets: Sequence[Ticket]) -> None: ...
+
+    def send(self, ticket: Ticket) -> Future[Any]: ...
+
+
+class Carry:
+    """Which arguments are what a result holds, checked against a forward's arguments."""
+
+    def __init__(self, paths: Mapping[str, str], names: Sequence[str]) -> None:
+        self.paths = {name: tuple(str(path).split(".")) for name, path in paths.items()}
+        strange = [name for name in paths if name not in names]
+        if strange:
+            raise UnsupportedError(
+                what=f"carry of {', '.join(strange)}",
+                remedy=f"name arguments of the forward: {', '.join(names)}",
+            )
+        self.free = [name for name in names if name not in paths]  # given at each step
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> dict[str, Any]:
+        """A step's arguments, by name."""
+        if len(args) > len(self.free) or not self.paths.keys().isdisjoint(kwargs):
+            given = ", ".join([*map(str, range(len(args))), *kwargs])
+            raise RequestError(
+                argument=", ".join(self.paths),
+                got=f"arguments {given}",
+                expected=f"a step of ({', '.join(self.free)}); the session carries the rest",
+            )
+        return {**dict(zip(self.free, args, strict=False)), **kwargs, **state}
+
+    def of(self, result: Any) -> dict[str, Any]:
+        """The next step's state; tensors of its own, whatever the caller does to the result."""
+        return {
+            name: pytree.tree_map(_own, _at(result, path, name))
+            for name, path in self.paths.items()
+        }
+
+
+def _own(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _at(result: Any, path: tuple[str, ...], name: str) -> Any:
+    found = result
+    for step in path:
+        following: Any = _MISSING
+        if isinstance(found, Mapping):
+            following = found.get(step, found.get(int(step), _MISSING) if _number(step) else found)
+            following = _MISSING if following is found else following
+        elif isinstance(found, (tuple, list)) and _number(step) and int(step) < len(found):
+            following = found[int(step)]
+        elif not isinstance(found, torch.Tensor):
+            following = getattr(found, step, _MISSING)
+        if following is _MISSING:
+            there = (
+                list(found)
+                if isinstance(found, Mapping)
+                else f"{len(found)} items"
+                if isinstance(found, (tuple, list))
+                else type(found).__name__
+            )
+            raise UnsupportedError(
+                what=f"carry={{{name!r}: {'.'.join(path)!r}}}: the result has no {step!r}",
+                remedy=f"give the path of {name} in what the forward returns; there is: {there}",
+            )
+        found = following
+    return found
+
+
+def _number(step: str) -> bool:
+    return step.isdecimal()
+
+
+class Session:
+    """State of one stream, made by `Compiled.session`. Steps follow each other; many sessions step
+    at the same time. Safe in threads; also a context manager.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        carry: Carry,
+        initial: Mapping[str, Any] | None,
+        lifetime: float | None,
+        ended: Callable[[Session], None],
+    ) -> None:
+        strange = [name for name in initial or {} if name not in carry.paths]
+        if strange:
+            raise RequestError(
+                argument=", ".join(strange),
+                got="an initial value",
+                expected=f"values of what is carried: {', '.join(carry.paths)}",
+            )
+        self._steps, self._carry, self._lifetime, self._ended = steps, carry, lifetime, ended
+        self._initial = {name: pytree.tree_map(_own, x) for name, x in (initial or {}).items()}
+        self._state = self._initial
+        self._lock = threading.Lock()
+        self._busy = False
+        self._closed: str | None = None
+        self.used = time.monotonic()
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """One step: what the forward returns. Raises SessionBusy while another step runs,
+        SessionClosed after `close` or expiry.
+        """
+        ticket = self.begin(args, kwargs)
+        self._steps.run([ticket])
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        """One step without waiting; the next may begin once its future is done."""
+        ticket = self.begin(args, kwargs)
+        try:
+            return self._steps.send(ticket)
+        except BaseException:
+            self._busy = False
+            raise
+
+    async def step_async(self, *args: Any, **kwargs: Any) -> Any:
+        """One step in asyncio."""
+        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        """The request of the next step."""
+        with self._lock:
+            self.check()
+            if self._busy:
+                raise SessionBusy()
+            self._busy, self.used = True, time.monotonic()
+        try:
+            ticket = self._steps.ticket((), self._carry.call(args, kwargs, self._state))
+        except BaseException:
+            self._busy = False
+            raise
+        ticket.before_end = self._end
+        return ticket
+
+    def _end(self, ticket: Ticket) -> None:
+        """A step is through: take its state. After an error the state is as before."""
+        try:
+            if ticket.error is None and self._closed is None:
+                self._state = self._carry.of(ticket.result)
+        except Exception as error:
+            ticket.error = error
+        self._busy, self.used = False, time.monotonic()
+
+    def check(self) -> None:
+        """Raises SessionClosed where it cannot be used any more."""
+        if self._closed is None and self.expired(time.monotonic()):
+            self._close("it was idle for longer than its lifetime")
+        if self._closed is not None:
+            raise SessionClosed(why=self._closed)
+
+    def expired(self, now: float) -> bool:
+        return (
+            self._lifetime is not None and not self._busy and now - self.used > self._lifetime
+        )
+
+    def reset(self) -> None:
+        """Begin anew, with the initial state."""
+        with self._lock:
+            self.check()
+            if self._busy:
+                raise SessionBusy()
+            self._state = self._initial
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What is carried into the next step, by argument."""
+        self.check()
+        return dict(self._state)
+
+    @property
+    def closed(self) -> bool:
+        return self._closed is not None
+
+    def close(self) -> None:
+        """Free the state. Calling it again does nothing."""
+        self._close("close() was called")
+
+    def expire(self) -> None:
+        self._close("it was idle for longer than its lifetime")
+
+    def _close(self, why: str) -> None:
+        if self._closed is None:
+            self._closed = why
+            self._state = self._initial = {}
+            self._ended(self)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,390 @@
+"""Asking: values that a forward's Python code takes out of tensors while it runs on stubs.
+
+Duty: what `bool(x)`, `x.item()`, `int(x)` or `x.tolist()` give. A number taken out stays a stand-in
+(`Read`) as long as it is only computed with, put into tensors or returned; where Python has to know
+it, the forward *asks*: the answer is given by a script of answers known, or guessed from what the
+same place in the code was answered before; else the run ends there, with an open question. Stands
+between `frontends.repeats` and `frontends.unfold`.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cellc.frontends.repeats import Repeats
+from cellc.frontends.signature import ARITHMETIC, line_of, name_of
+from cellc.frontends.stub import CannotUnfold, Stack, Stub, current
+
+Answer = bool | int | float
+OPEN: Any = type("Open", (), {"__repr__": lambda _: "open"})()  # no answer yet
+
+
+class Asks(BaseException):
+    """The forward has to know a value that nobody knows yet.
+
+    No Exception, so that no handler in the forward hides it.
+    """
+
+
+@dataclass
+class Asked:
+    """A question. Row `row` holds the negative of what is asked: an operation of its own, so that
+    a question is answered after those before it, whatever it asks of.
+    """
+
+    row: int
+    kind: type  # bool, int or float
+    site: Hashable  # place in the code
+    origin: str  # file:line
+    until: int  # first row that is made after the answer
+    answer: Any = OPEN
+    guessed: bool = False
+    live: frozenset[int] = frozenset()  # rows that the forward still holds here, where looked at
+
+    def answer_of(self, value: Any) -> Answer:
+        """What the forward is told where the row holds `value`."""
+        answer: Answer = not value if self.kind is bool else self.kind(-value)
+        return answer
+
+
+class Read:
+    """A Python number that the forward took out of a tensor, known only where it was asked for."""
+
+    __slots__ = ("known", "stub")
+    kind: type = int
+
+    def __init__(self, stub: Stub) -> None:
+        self.stub = stub
+        self.known: Any = OPEN
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return self.kind
+
+    def _value(self) -> Any:
+        if self.known is OPEN:
+            target: Any = current.target
+            if target is None:
+                raise CannotUnfold("a number of the request is used outside of its forward")
+            self.known = target.ask(self.stub, self.kind)
+        return self.known
+
+    def __bool__(self) -> bool:
+        asked = self.known is OPEN and self.kind is not bool
+        return bool(self != 0) if asked else bool(self._value())
+
+    def __int__(self) -> int:
+        return int(self._value())
+
+    def __float__(self) -> float:
+        return float(self._value())
+
+    def __index__(self) -> int:
+        return operator.index(self._value())
+
+    def __hash__(self) -> int:
+        return hash(self._value())
+
+    def __repr__(self) -> str:
+        return repr(self._value())
+
+    __str__ = __repr__
+
+    def __format__(self, spec: str) -> str:
+        return format(self._value(), spec)
+
+    def __round__(self, *args: Any) -> Any:
+        return round(self._value(), *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._value(), name)
+
+
+class ReadInt(Read):
+    """An int."""
+
+    __slots__ = ()
+
+
+class ReadFloat(Read):
+    """A float."""
+
+    __slots__ = ()
+    kind = float
+
+
+class ReadBool(Read):
+    """A bool."""
+
+    __slots__ = ()
+    kind = bool
+
+
+READS: tuple[type, ...] = (ReadInt, ReadFloat, ReadBool)
+
+
+CHOOSING = {  # functions with as many results as a mask says, and where it is
+    torch.Tensor.__getitem__: 1,
+    torch.masked_select: 1,
+    torch.Tensor.masked_select: 1,
+    torch.nonzero: 0,
+    torch.Tensor.nonzero: 0,
+}
+
+
+def is_mask(x: Any) -> bool:
+    """A tensor of bools in a row, whose values say how many are chosen."""
+    return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) == 1
+
+
+def has_bounds(index: Any) -> bool:
+    """Are there tensors that say where a slice begins or ends?"""
+    if type(index) is slice:
+        return any(type(y) in (Stub, Stack) for y in (index.start, index.stop, index.step))
+    return type(index) is tuple and any(map(has_bounds, index))
+
+
+def holds_read(x: Any) -> bool:
+    """Is there a number taken out of a tensor among arguments?"""
+    kind = type(x)
+    if kind is tuple or kind is list:
+        return any(map(holds_read, x))
+    if kind is dict:
+        return any(map(holds_read, x.values()))
+    return holds_read((x.start, x.stop, x.step)) if kind is slice else kind in READS
+
+
+_COMPARISONS = frozenset("eq ne lt le gt ge".split())
+_COMPUTED = {  # what a number not known yet is computed with
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "truediv": torch.true_divide,
+    "floordiv": torch.floor_divide,
+    "mod": torch.remainder,
+    **{name: getattr(torch, name) for name in _COMPARISONS},
+}
+
+
+def _operation(name: str, swapped: bool) -> Callable[..., Any]:
+    plain = getattr(operator, name)
+
+    def compute(self: Read, other: Any) -> Any:
+        kind = type(other)
+        if kind is Stub or kind is Stack:
+            return NotImplemented
+        if kind not in READS and not isinstance(other, (bool, int, float)):
+            return NotImplemented
+        known = self.known is not OPEN and (kind not in READS or other.known is not OPEN)
+        if known or name not in _COMPUTED or current.target is None:
+            a, b = self._value(), other._value() if kind in READS else other
+            return plain(b, a) if swapped else plain(a, b)
+        return _computed(name, other, self) if swapped else _computed(name, self, other)
+
+    return compute
+
+
+def _computed(name: str, a: Any, b: Any) -> Any:
+    """An operation on numbers as one on tensors without dimensions, in int64 and float64."""
+    kinds = [x.kind if type(x) in READS else type(x) for x in (a, b)]
+    wide = torch.float64 if float in kinds or name == "truediv" else torch.int64
+    x, y = (_wide(x, wide) for x in (a, b))
+    made = _COMPUTED[name](x, y)
+    if name in _COMPARISONS:
+        return ReadBool(made)
+    return ReadFloat(made) if wide is torch.float64 else ReadInt(made)
+
+
+def _wide(x: Any, dtype: torch.dtype) -> Any:
+    if type(x) not in READS:
+        return float(x) if dtype is torch.float64 else int(x)
+    return x.stub if x.stub.dtype is dtype else x.stub.to(dtype)
+
+
+for _name in [*_COMPUTED, "pow", "and_", "or_", "xor", "lshift", "rshift"]:
+    _dunder = _name.strip("_")
+    setattr(Read, f"__{_dunder}__", _operation(_name, False))
+    if _name not in _COMPARISONS:
+        setattr(Read, f"__r{_dunder}__", _operation(_name, True))
+
+
+def _unary(name: str) -> Callable[..., Any]:
+    function = getattr(operator, name)
+
+    def compute(self: Read) -> Any:
+        if self.known is OPEN and self.kind is not bool and name in ("neg", "pos", "abs"):
+            return self if name == "pos" else type(self)(getattr(torch, name)(self.stub))
+        return function(self._value())
+
+    return compute
+
+
+for _name in "neg pos abs invert".split():
+    setattr(Read, f"__{_name}__", _unary(_name))
+
+
+class Asker(Repeats):
+    """A recorder of what is asked. `function` records an operation; `constant_value` gives the
+    value of a constant.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.habits: dict[Hashable, Answer] = {}  # by place in the code: its last answer
+        self.constant_value: Callable[[Hashable, Any], Answer] | None = None
+        self.script: Sequence[Answer] = ()  # answers that are known
+        self.guesses = 0  # how many questions may be answered by habit
+        self.asked: list[Asked] = []
+        self.look_at = -1  # the question at which to see which rows are still held
+        self._answers: dict[int, Answer] = {}
+
+    def begin(self, script: Sequence[Answer], guesses: int, look_at: int) -> None:
+        """Before a run."""
+        self.script, self.guesses, self.look_at = script, guesses, look_at
+        self.asked, self._answers = [], {}
+        self.tracked = [] if look_at >= 0 else None
+
+    def read(self, name: str, x: Stub, frame: Any) -> Any:
+        """What a method of a tensor that gives Python values gives."""
+        if not self.on:
+            raise CannotUnfold("a value of the request is used from outside")
+        if name == "bool":
+            return self._truth(x)
+        if name == "tolist":
+            return self._listed(x)
+        if name == "contains":
+            raise CannotUnfold("`in` looks through the values of a tensor", line_of(frame))
+        if name == "numpy":
+            raise CannotUnfold("numpy() takes values out of the forward", line_of(frame))
+        number = self._number(x)
+        if name == "item":
+            return number
+        return {"int": int, "float": float, "index": operator.index}[name](number)
+
+    def _scalar(self, x: Stub) -> Stub:
+        if x.type.size.numel() != 1:
+            raise RuntimeError(
+                f"a Tensor with {x.type.size.numel()} elements cannot be converted to Scalar"
+            )
+        if type(x) is Stack:
+            return self._scalar(x.items[0])
+        return x if not x.type.shape else x.reshape(())
+
+    def _truth(self, x: Stub) -> bool:
+        if x.type.size.numel() > 1:
+            raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
+        x = self._scalar(x)
+        return bool(self.ask(x if x.dtype is torch.bool else x != 0, bool))
+
+    def _number(self, x: Stub) -> Read:
+        x = self._scalar(x)
+        if x.dtype is torch.bool:
+            return ReadBool(x)
+        if x.dtype.is_floating_point:
+            return ReadFloat(x if x.dtype is torch.float64 else x.to(torch.float64))
+        return ReadInt(x if x.dtype is torch.int64 else x.to(torch.int64))
+
+    def _listed(self, x: Stub) -> Any:
+        if not x.type.shape:
+            return self._number(x)
+        return [self._listed(y) for y in x]
+
+    def ask(self, x: Stub, kind: type) -> Answer:
+        """The value of a tensor without dimensions, from here on known to the forward."""
+        row = x.id
+        if row in self._answers:
+            return self._answers[row]
+        if row < 0:
+            return self._known_constant(x, kind)
+        x = x.logical_not() if kind is bool else -x
+        frame = self.user_frame()
+        self._cut()
+        site = (id(frame.f_code), frame.f_lasti)
+        question = Asked(x.id, kind, site, line_of(frame), self.next_row)
+        number = len(self.asked)
+        self.asked.append(question)
+        if number == self.look_at:
+            question.live = self._held()
+            self.tracked = None
+        if number < len(self.script):
+            question.answer = self.script[number]
+        elif self.guesses > 0 and site in self.habits:
+            self.guesses -= 1
+            question.answer, question.guessed = self.habits[site], True
+        else:
+            raise Asks
+        self._answers[row] = question.answer
+        return question.answer
+
+    def bounds(self, index: Any) -> Any:
+        """An index whose slices have numbers for bounds: those of tensors are asked for."""
+        if type(index) is tuple:
+            return tuple(map(self.bounds, index))
+        if type(index) is not slice:
+            return index
+        parts = (index.start, index.stop, index.step)
+        return slice(*[int(self._number(y)) if type(y) in (Stub, Stack) else y for y in parts])
+
+    def chosen(self, x: Any, mask: Any = None) -> Any:
+        """What a mask chooses: each of its values is asked for."""
+        values = [bool(self._truth(y)) for y in (x if mask is None else mask)]
+        places = [i for i, value in enumerate(values) if value]
+        if mask is None:
+            return torch.tensor([[i] for i in places]).reshape(len(places), 1)
+        if not places:
+            return x[:0] if type(x) is Stub else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
+        return torch.stack([x[i] for i in places])
+
+    def without_reads(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """Arguments of a torch function, with numbers taken out of tensors as tensors where that is
+        the same, else as what they are.
+        """
+        name = name_of(func)
+        like: Any = None
+        if name in ARITHMETIC or name.strip("_") in _COMPARISONS:
+            like = next((x.dtype for x in args if type(x) in (Stub, Stack)), None)
+
+        def plain(x: Any) -> Any:
+            kind = type(x)
+            if kind in READS:
+                if func is torch.Tensor.__getitem__ and kind is ReadInt:
+                    return x.stub
+                if like is None:
+                    return x._value()
+                if like.is_floating_point or kind is not ReadFloat:
+                    return x.stub.to(like)
+                return x.stub.to(torch.get_default_dtype())
+            if kind is slice:
+                parts = (x.start, x.stop, x.step)
+                return slice(*[y._value() if type(y) in READS else y for y in parts])
+            if kind is tuple or kind is list:
+                return kind([plain(y) for y in x])
+            return x
+
+        return tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()}
+
+    def user_frame(self) -> Any:
+        """The innermost frame of the user's code."""
+        raise NotImplementedError
+
+    def _known_constant(self, x: Stub, kind: type) -> Answer:
+        if self.constant_value is None:
+            raise CannotUnfold("the value of a constant is read")
+        return kind(self.constant_value(self.constants[x.id], x.type))  # type: ignore[no-any-return]
+
+    def _held(self) -> frozenset[int]:
+        """Rows whose stubs somebody else than this list still holds."""
+        stubs, self.tracked = self.tracked or [], None
+        held = set()
+        while stubs:
+            stub = stubs.pop()
+            if sys.getrefcount(stub) > 2:  # this variable and the argument
+                held.add(stub.id)
+        return frozenset(held)
+
