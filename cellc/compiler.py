@@ -36,7 +36,7 @@ from cellc.forests import Unfolded, Wanted
 from cellc.frontends.lower import lower
 from cellc.frontends.asking import Answer
 from cellc.frontends.stub import CannotUnfold
-from cellc.frontends.tracer import Trace, trace
+from cellc.frontends.tracer import Trace, reading, trace
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
@@ -215,6 +215,11 @@ class Compiler:
 
     # -- forwards that read values --
 
+    def plan_anew(self) -> None:
+        """Make plans again when next asked for, with all that is known of answers by now."""
+        with self._lock:
+            self._forget()
+
     def steer(self) -> bool:
         """A forward turned out to read values: from now on it is unfolded, if it can be."""
         if self.unfolder.reason is not None or self.paths.on:
@@ -363,8 +368,15 @@ class Compiler:
         if self.graph is None and self._last is not None:
             args, kwargs = self._last
             names = self.arguments.leaf_names(args, kwargs)
-            self.graph = self._trace(args, kwargs, names).graph
+            values = self._values_read(args, kwargs) if self.paths.on else None
+            self.graph = self._trace(args, kwargs, names, values).graph
         return self.graph
+
+    def _values_read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+        """What the model itself reads of a request."""
+        with reading() as values:
+            self.own_result(args, kwargs)
+        return values
 
     def _print_traced(self) -> str:
         try:
@@ -501,11 +513,19 @@ class Compiler:
 
     # -- stages --
 
-    def _trace(self, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str]) -> Trace:
+    def _trace(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        names: list[str],
+        values: list[Any] | None = None,
+    ) -> Trace:
         modules = module_names(self.model)
         try:
             with _TRACING, evaluating(self.model):
-                return trace(self.forward, self.params.base, modules, args, kwargs, names)
+                return trace(
+                    self.forward, self.params.base, modules, args, kwargs, names, values
+                )
         except ForwardError as error:
             raise self._blame(error, args, kwargs) from error
 

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils import _pytree as pytree
 
@@ -23,7 +24,18 @@ from cellc.forests import Unfolded, Wanted
 from cellc.frontends.asking import OPEN, Answer, Asked
 from cellc.frontends.segments import LEAF
 from cellc.frontends.unfold import Returned
-from cellc.plan import I64, UNEXPECTED, YIELDED, OutputRows, Places, Plan
+from cellc.plan import (
+    CHAIN,
+    I64,
+    NUM_SUCCESSORS,
+    SUCCESSOR,
+    UNEXPECTED,
+    YIELDED,
+    OutputRows,
+    Places,
+    Plan,
+    ragged_range,
+)
 
 _INT32 = np.iinfo(np.int32)
 
@@ -99,6 +111,7 @@ class Leg(Entry):
     output_rows: tuple[I64, ...] = field(kw_only=True)  # of what is returned; -1 for constants
     generates: bool = field(kw_only=True)  # its forward is a generator
     epoch: int = field(kw_only=True)  # rows are numbered anew when that changes
+    _earlier: dict[int, I64] = field(default_factory=dict, kw_only=True)
     outcomes: dict[int, int] = field(default_factory=dict, kw_only=True)  # answers met, a question
 
     @property
@@ -115,6 +128,37 @@ class Leg(Entry):
         """Local call of each question that the leg answers."""
         rows = np.array([q.row for q in self.asked[self.first :]], np.int64)
         return self.places.calls[rows]
+
+    def waits_for(self, number: int, calls: I64) -> I64:
+        """Which of some calls may not have run when the call that answers a question has."""
+        calls = np.unique(calls)
+        return calls[~self._before(number)[calls]] if len(calls) else calls
+
+    def _before(self, number: int) -> npt.NDArray[np.bool_]:
+        """Calls that the answer of a question depends on, and the one that gives it."""
+        plan = self.plan
+        sources = np.repeat(np.arange(plan.num_calls), plan.calls[:, NUM_SUCCESSORS])
+        starts = plan.calls[:, SUCCESSOR]
+        targets = plan.successors[ragged_range(starts, plan.calls[:, NUM_SUCCESSORS])]
+        chained = np.flatnonzero(plan.calls[:, CHAIN] > 1)
+        sources = np.concatenate([sources, chained])
+        targets = np.concatenate([targets, chained + 1])
+        found = np.zeros(plan.num_calls, bool)
+        found[self.asking[number - self.first]] = True
+        count = 0
+        while count != (count := int(found.sum())):
+            found[sources[found[targets]]] = True
+        return found
+
+    def earlier(self, number: int) -> I64:
+        """Calls to run, besides the one that answers a question, until all questions before it are
+        answered.
+        """
+        known = self._earlier.get(number)
+        if known is None:
+            asking = self.asking[: number - self.first]
+            known = self._earlier[number] = self.waits_for(number, asking)
+        return known
 
     def script_to(self, number: int, answer: Answer) -> tuple[Answer, ...]:
         """Answers up to that of a question."""
@@ -203,7 +247,7 @@ def make_branch(source: Leg, number: int, leg: Leg, *, again: bool) -> Branch | 
     needs = [source.asking[: number - source.first]]
     needs += [np.array(y.makers, np.int64) for y in source.yields.values() if y.before <= number]
     if again:
-        return Branch(leg, again=True, needs=np.concatenate(needs))
+        return Branch(leg, again=True, needs=source.waits_for(number, np.concatenate(needs)))
     if source.epoch != leg.epoch:
         return None
     moves = []
@@ -216,7 +260,7 @@ def make_branch(source: Leg, number: int, leg: Leg, *, again: bool) -> Branch | 
         needs.append(places.calls[rows])
     outputs = _outputs_there(places, leg, needs)
     calls = np.concatenate(needs)
-    needed = np.unique(calls[calls >= 0])
+    needed = source.waits_for(number, calls[calls >= 0])
     return Branch(leg, tuple(moves), outputs=outputs, needs=needed)
 
 

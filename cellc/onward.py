@@ -15,6 +15,7 @@ from cellc.compiler import Compiler
 from cellc.errors import StepsError
 from cellc.legs import Branch, Leg
 from cellc.paths import Ask
+from cellc.plan import I64
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Ticket
@@ -31,6 +32,7 @@ class Onward:
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._max_steps = max_steps
+        self._streaming: set[int] = set()  # numbers of requests whose forwards yield
         self.held: dict[int, Ticket] = {}  # whose answers were unexpected
         self.stopping = 0.0  # share of answers that are unexpected, averaged
 
@@ -39,6 +41,7 @@ class Onward:
         leg = ticket.entry
         if isinstance(leg, Leg) and leg.generates:
             ticket.streams = True
+            self._streaming.add(ticket.number)
             ticket.unmade = {n: len(y.makers) for n, y in leg.yields.items()}
             self._flush(ticket)
 
@@ -57,10 +60,9 @@ class Onward:
         for number, piece in events.yielded:
             if number in live:
                 live[number].unmade[piece] -= 1
-        if events.yielded or any(t.streams for t in live.values()):
-            for number in set(batch.answering.tolist()):
-                if number in live and live[number].streams:
-                    self._flush(live[number])
+        if self._streaming:
+            for number in self._streaming.intersection(batch.answering.tolist()):
+                self._flush(live[number])
         return self.settle() if self.held else ([], [])
 
     def settle(self) -> tuple[Going, Failed]:
@@ -69,7 +71,7 @@ class Onward:
         going = [
             (ticket, ticket.branch)
             for number, ticket in self.held.items()
-            if ticket.branch is not None and self._scheduler.ran(number, ticket.branch.needs)
+            if ticket.branch is not None and self._ran(number, ticket.branch.needs)
         ]
         for ticket, _ in [*going, *failed]:
             if ticket.streams:
@@ -77,9 +79,13 @@ class Onward:
             self.release(ticket)
         return going, failed
 
+    def _ran(self, number: int, calls: I64) -> bool:
+        return not len(calls) or self._scheduler.ran(number, calls)
+
     def release(self, ticket: Ticket) -> None:
         """It goes on, or ended."""
         self.held.pop(ticket.number, None)
+        self._streaming.discard(ticket.number)
         ticket.held = ticket.branch = None
 
     def _find(self) -> Failed:
@@ -90,8 +96,7 @@ class Onward:
             leg = ticket.entry
             assert ticket.held is not None and isinstance(leg, Leg)
             question, value = ticket.held
-            earlier = leg.asking[: question - leg.first]
-            if ticket.branch is not None or not self._scheduler.ran(number, earlier):
+            if ticket.branch is not None or not self._ran(number, leg.earlier(question)):
                 continue
             asked = leg.asked[question]
             if self._max_steps is not None and question + 1 > self._max_steps:

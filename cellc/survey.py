@@ -18,6 +18,7 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
+from cellc.forests import Wanted
 from cellc.legs import Entry
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.plan import CELL
@@ -81,6 +82,9 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
     """Run the requests, then trace the one with the most calls once more."""
     compiled.map(requests)
     compiler = compiled._compiler
+    if compiler.paths.on:  # now that it is known where they lead
+        compiler.plan_anew()
+        compiled.map(requests)
     plans = [ticket.entry.plan for ticket in compiled._tickets([as_call(r) for r in requests])]
     largest = max(range(len(plans)), key=lambda i: plans[i].num_calls)
     entry, unfold = _unfolded(compiled, requests[largest])
@@ -137,8 +141,9 @@ def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
     flat = compiler.arguments.flatten(args, kwargs)
     known = compiler.cached(flat.key, count=False)
     if compiler.unfolds(flat) and known is not None:
-        _, seconds = _fastest(lambda: compiler.unfold([(flat, args, kwargs)]))
+        _, seconds = _fastest(lambda: compiler.unfold([Wanted(flat, args, kwargs)]))
         slow = compiler.unfolder.explain()
+        known = compiler.cached(flat.key, count=False) or known
         return known, Unfold("cell-level unfolding", _a_call(seconds, known), "", slow)
     structure = compiler.arguments.flatten(args, kwargs, exact=True).structure
     entry, seconds = _fastest(lambda: compiler._traced(structure, args, kwargs))

@@ -19,7 +19,8 @@ import inspect
 import os
 import sys
 import sysconfig
-from collections.abc import Callable, Hashable, Iterator
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import FrameType
@@ -117,6 +118,8 @@ class _Functions(TorchFunctionMode):
             tracer.ordinal = 0
         name = getattr(func, "__name__", "")
         if name in READING_METHODS and isinstance(args[0], Placeholder):
+            if name == "tolist" and tracer.values:
+                return tracer.values.popleft()
             raise ValueReadError(what=f"with .{name}()", origin=tracer.origin())
         if name == "__deepcopy__":
             return args[0].clone()
@@ -156,6 +159,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scopes: list[Hashable] = []
         self._origin = ""  # of operations that no frame of the user's is behind
         self._keep: list[torch.Tensor] = []
+        self.values: deque[Any] = deque()  # what will be read, in order
+        self.reading = False  # values are given: the forward may read, and yield
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -413,6 +418,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = tensor.constant if self._unwritten(tensor) else None
         else:
             self.reads_weights = True
+        if tensor is None and self.values:
+            return self.values.popleft()
         if tensor is None:
             raise ValueReadError(
                 what="with .item(), bool(), int() or the like", origin=self.origin()
@@ -535,14 +542,16 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     names: list[str],
+    values: Iterable[Any] | None = None,
 ) -> Trace:
-    """Trace one request.
+    """Trace one request. `values`: what its forward will read (see `reading`).
 
     Every tensor in it is replaced by a placeholder of its shape and dtype; `names` gives their
     names, in walking order. Raises ForwardError, ValueReadError or UnsupportedError with the user's
     file:line.
     """
     tracer = Tracer(params, modules)
+    tracer.values, tracer.reading = deque(values or ()), values is not None
     names = list(names)[::-1]
 
     def placeholder(leaf: torch.Tensor, _: Any) -> Placeholder:
@@ -578,6 +587,38 @@ def trace(
     )
 
 
+class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, values: list[Any]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._values = values
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is aten._local_scalar_dense.default:
+            self._values.append(result)
+        return result
+
+
+class _Lists(TorchFunctionMode):
+    def __init__(self, values: list[Any]) -> None:
+        super().__init__()
+        self._values = values
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "tolist":
+            self._values.append(result)
+        return result
+
+
+@contextmanager
+def reading() -> Iterator[list[Any]]:
+    """Inside, values that are read of true tensors are listed, in order."""
+    values: list[Any] = []
+    with _Reads(values), _Lists(values):
+        yield values
+
+
 _tracing: list[Tracer] = []  # guarded by the compiler's lock on tracing
 
 
@@ -592,6 +633,8 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
     try:
         with _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
+            if inspect.isgenerator(result) and tracer.reading:
+                return list(result)
             if inspect.isgenerator(result) or inspect.iscoroutine(result):
                 kind = GeneratorForward if inspect.isgenerator(result) else UnsupportedError
                 raise kind(
