@@ -36,7 +36,7 @@ from cellc.errors import (
 from cellc.forests import Wanted
 from cellc.launch import Backend
 from cellc.legs import Entry, Leg
-from cellc.modules import named_tensors
+from cellc.modules import named_tensors, without_collecting
 from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.request import Request, Structure, as_call
@@ -135,13 +135,14 @@ class Compiled:
         calls = [as_call(r) for r in requests]
         if self._batch_dim is not None:
             return self._map_batches(calls, return_exceptions)
-        tickets = self._tickets(calls)
-        queued = [t for t in tickets if not t.done]
-        portion = self._max_queue or max(len(queued), 1)
-        for start in range(0, len(queued), portion):
-            part = queued[start : start + portion]
-            self._engine.enqueue(part)
-            self._run(part)
+        with without_collecting():  # of what is made here, nothing is garbage
+            tickets = self._tickets(calls)
+            queued = [t for t in tickets if not t.done]
+            portion = self._max_queue or max(len(queued), 1)
+            for start in range(0, len(queued), portion):
+                part = queued[start : start + portion]
+                self._engine.enqueue(part)
+                self._run(part)
         results = [t.result if t.error is None else t.error for t in tickets]
         for i, ticket in enumerate(tickets):
             if ticket.error is not None and not return_exceptions:
@@ -245,14 +246,15 @@ class Compiled:
         `map`. Raises the first error after all have ended, as `map` does.
         """
         tickets: list[Ticket] = []
-        for session, given in steps:
-            try:
-                tickets.append(session.begin(*as_call(given)))
-            except CellcError as error:
-                tickets.append(Ticket.failed(error))
-        queued = [t for t in tickets if not t.done]
-        self._engine.enqueue(queued)
-        self._run(queued)
+        with without_collecting():
+            for session, given in steps:
+                try:
+                    tickets.append(session.begin(*as_call(given)))
+                except CellcError as error:
+                    tickets.append(Ticket.failed(error))
+            queued = [t for t in tickets if not t.done]
+            self._engine.enqueue(queued)
+            self._run(queued)
         for i, ticket in enumerate(tickets):
             if ticket.error is not None and not return_exceptions:
                 raise _noted(ticket.error, i, len(tickets))

@@ -10,15 +10,13 @@ The life of a structure: `trace` (frontends.tracer), `lower` (frontends.lower), 
 
 from __future__ import annotations
 
-import gc
 import inspect
 import os
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +31,8 @@ from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedErro
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.forests import Unfolded, Wanted
-from cellc.frontends.lower import lower
 from cellc.frontends.asking import Answer
+from cellc.frontends.lower import lower
 from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, reading, trace
 from cellc.graph import Graph
@@ -42,7 +40,13 @@ from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
 from cellc.legs import Branch, Entry, Leg, Result, Root, make_branch, make_leg
 from cellc.marks import has_marks
-from cellc.modules import evaluating, module_names, named_modules, named_tensors
+from cellc.modules import (
+    evaluating,
+    module_names,
+    named_modules,
+    named_tensors,
+    without_collecting,
+)
 from cellc.params import Params
 from cellc.paths import Ask, Paths
 from cellc.plan import Plan, Tables, record_length
@@ -176,7 +180,7 @@ class Compiler:
             before = self.unfolder.generation
             start = time.perf_counter()
             try:
-                with _TRACING, evaluating(self.model), _without_collecting():
+                with _TRACING, evaluating(self.model), without_collecting():
                     self.unfolder.recorder.habits = self.paths.habits
                     runs = self.unfolder.unfold(
                         [w._replace(guesses=self.paths.guesses((), None)) for w in requests],
@@ -257,7 +261,7 @@ class Compiler:
         try:
             if steering is None:
                 raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
-            with _TRACING, evaluating(self.model), _without_collecting():
+            with _TRACING, evaluating(self.model), without_collecting():
                 self.unfolder.recorder.habits = self.paths.habits
                 runs = self.unfolder.unfold(wanted, steering)
                 forest = self.unfolder.forest(runs)
@@ -669,18 +673,6 @@ def _shapes_of(args: Any, kwargs: Any) -> tuple[Any, Any]:
         return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
 
     return Copier(shape).call(args, kwargs)
-
-
-@contextmanager
-def _without_collecting() -> Iterator[None]:
-    """No garbage collection inside: much is made, and all of it is needed to the end."""
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collecting:
-            gc.enable()
 
 
 def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:

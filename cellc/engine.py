@@ -71,6 +71,7 @@ class Engine:
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
+        self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
         self._loop = threading.Lock()  # held by whoever runs the loop
         self._turn = (
             threading.Condition()
@@ -320,10 +321,13 @@ class Engine:
             self._admit()
             if self._timeout is not None and start - self._looked > 0.01:
                 self._expire(start)
+            begin = time.perf_counter()
             batch = self._schedule()
             if batch is None:
                 return
-            failed = self._launch(batch, self._tables(batch))
+            tables = self._tables(batch)
+            self._turn_seconds += (min(time.perf_counter() - begin, SHARED) - self._turn_seconds) / 16
+            failed = self._launch(batch, tables)
             finished = self._complete(batch, failed)
             self._deliver(finished)
             host = time.perf_counter() - start - (self.counters.seconds - kernels)
@@ -490,7 +494,7 @@ class Engine:
         a second, if a step takes `seconds` and requests stop as often as they did.
         """
         stopping = min(max(self._onward.stopping, 1e-3), 1.0)
-        turn = max(self._host_seconds, 1e-5)
+        turn = 2 * max(self._turn_seconds, 1e-5)  # to make a launch, and to read its answers
 
         def useful(steps: int) -> float:
             return (1 - (1 - stopping) ** steps) / (turn + steps * seconds)

@@ -6,6 +6,7 @@ Duty: look at a user's nn.Module or function from outside. Used by `cellc.compil
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -106,3 +107,15 @@ def _warn_of_state(kind: type, name: str) -> None:
             "another set; return the value, or pass it in as an argument",
             stacklevel=2,
         )
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """No garbage collection inside: much is made, and all of it is needed to the end."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()

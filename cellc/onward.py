@@ -7,6 +7,7 @@ between `cellc.answers` and `cellc.engine`.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
@@ -18,7 +19,7 @@ from cellc.paths import Ask
 from cellc.plan import I64
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
-from cellc.ticket import Ticket
+from cellc.ticket import NOTHING, Ticket
 
 Going: TypeAlias = list[tuple[Ticket, Branch]]
 Failed: TypeAlias = list[tuple[Ticket, Exception]]
@@ -41,6 +42,8 @@ class Onward:
         leg = ticket.entry
         if isinstance(leg, Leg) and leg.generates:
             ticket.streams = True
+            if ticket.pieces is NOTHING:
+                ticket.pieces = deque()
             self._streaming.add(ticket.number)
             ticket.unmade = {n: len(y.makers) for n, y in leg.yields.items()}
             self._flush(ticket)

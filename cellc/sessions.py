@@ -46,9 +46,16 @@ class Carry:
                 remedy=f"name arguments of the forward: {', '.join(names)}",
             )
         self.free = [name for name in names if name not in paths]  # given at each step
+        self._names = list(names)
 
-    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any) -> dict[str, Any]:
-        """A step's arguments, by name."""
+    def call(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A step's arguments."""
+        if not kwargs and len(args) == len(self.free) and len(state) == len(self.paths):
+            given = iter(args)
+            paths = self.paths
+            return tuple([state[n] if n in paths else next(given) for n in self._names]), {}
         if len(args) > len(self.free) or not self.paths.keys().isdisjoint(kwargs):
             given = ", ".join([*map(str, range(len(args))), *kwargs])
             raise RequestError(
@@ -56,14 +63,22 @@ class Carry:
                 got=f"arguments {given}",
                 expected=f"a step of ({', '.join(self.free)}); the session carries the rest",
             )
-        return {**dict(zip(self.free, args, strict=False)), **kwargs, **state}
+        return (), {**dict(zip(self.free, args, strict=False)), **kwargs, **state}
 
     def of(self, result: Any) -> dict[str, Any]:
         """The next step's state; tensors of its own, whatever the caller does to the result."""
         return {
-            name: pytree.tree_map(_own, _at(result, path, name))
+            name: _owned(_at(result, path, name))
             for name, path in self.paths.items()
         }
+
+
+def _owned(state: Any) -> Any:
+    if isinstance(state, torch.Tensor):
+        return state.clone()
+    if type(state) is tuple and all(type(x) is torch.Tensor for x in state):
+        return tuple([x.clone() for x in state])
+    return pytree.tree_map(_own, state)
 
 
 def _own(leaf: Any) -> Any:
@@ -160,7 +175,7 @@ class Session:
                 raise SessionBusy()
             self._busy, self.used = True, time.monotonic()
         try:
-            ticket = self._steps.ticket((), self._carry.call(args, kwargs, self._state))
+            ticket = self._steps.ticket(*self._carry.call(args, kwargs, self._state))
         except BaseException:
             self._busy = False
             raise

@@ -167,6 +167,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         Returns the positions of those that hold an index outside [0, bound).
         """
         type = self._types[rows.type]
+        if len(tensors) > FEW and self._views[rows.type] is not None and all(rows.row_dims):
+            return self._write_together(rows, starts, tensors)
         flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
         if view is None or not all(t.is_cpu for t in flat):
@@ -181,6 +183,19 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         else:
             view[_ranges(starts, flat)] = np.concatenate(arrays)
         return [] if rows.bound is None else _outside(arrays, flat, rows.bound)
+
+    def _write_together(
+        self, rows: DataRows, starts: Sequence[int], tensors: Sequence[torch.Tensor]
+    ) -> list[int]:
+        """`write` of many tensors of one row each."""
+        view = self._views[rows.type]
+        assert view is not None
+        values = torch.stack([*tensors]).detach().cpu().numpy()
+        view[np.asarray(starts)] = values
+        if rows.bound is None:
+            return []
+        wrong = (values < 0) | (values >= rows.bound)
+        return np.flatnonzero(wrong.reshape(len(values), -1).any(1)).tolist()  # type: ignore[no-any-return]
 
     def scalars(self, number: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of a type without dimensions."""

@@ -41,7 +41,8 @@ class Stream(Iterator[Any]):
 
     def close(self) -> None:
         """Cancel what is left of the request. Calling it again does nothing."""
-        self._ticket.pieces.clear()
+        if self._ticket.pieces:
+            self._ticket.pieces.clear()
         if not self._ticket.done:
             self._engine.drop(self._ticket)
 

@@ -17,6 +17,8 @@ from cellc.cells import Cell
 from cellc.errors import RequestError
 from cellc.legs import Branch, Entry
 
+NOTHING: Any = ()  # no pieces
+
 
 @dataclass(slots=True)
 class Ticket:
@@ -37,9 +39,9 @@ class Ticket:
     ask: Any = None  # what is asked for it
     branch: Branch | None = None  # where that leads
     streams: bool = False  # its forward yields
-    unmade: dict[int, int] = field(default_factory=dict)  # calls to run until a piece is there
+    unmade: Any = None  # calls to run until a piece is there, by number
     next_piece: int = 0
-    pieces: deque[Any] = field(default_factory=deque)  # that nobody has taken yet
+    pieces: deque[Any] = NOTHING  # that nobody has taken yet
     collects: bool = True  # the pieces are the result, as a list
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
     dropped: bool = False  # nobody wants it any more
