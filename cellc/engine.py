@@ -452,7 +452,8 @@ class Engine:
             for rows in ticket.entry.plan.data:
                 if rows.leaf < 0:
                     continue  # carried from the leg before
-                key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name)
+                one = rows.count == 1
+                key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name, one)
                 if key not in alike:
                     alike[key] = (rows, [], [], [])
                 _, members, starts, tensors = alike[key]

@@ -10,7 +10,8 @@ that it needs are copied from the region of the leg before. Made by `cellc.compi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -52,14 +53,47 @@ class Result:
         kept = tuple(given.leaves)
         return cls(kept, None if given.spec == LEAF and kept[0][0] == "t" else given.spec)
 
-    def rebuild(self, tensors: Sequence[torch.Tensor]) -> Any:
+    @cached_property
+    def rebuild(self) -> Callable[[Sequence[torch.Tensor]], Any]:
+        """What makes the value of its tensors."""
         if self.spec is None:
-            return tensors[0]
-        leaves = [
-            tensors[v] if kind == "t" else (tensors[v].item() if kind == "n" else v)
-            for kind, v in self.returned
-        ]
-        return pytree.tree_unflatten(leaves, self.spec)
+            return operator.itemgetter(0)
+        returned, spec = self.returned, self.spec
+
+        def leaves(tensors: Sequence[torch.Tensor]) -> list[Any]:
+            return [
+                tensors[v] if kind == "t" else (tensors[v].item() if kind == "n" else v)
+                for kind, v in returned
+            ]
+
+        form = pytree.tree_unflatten(list(range(len(returned))), spec)
+        plain = _as_code(form)
+        if plain is None:
+            return lambda tensors: pytree.tree_unflatten(leaves(tensors), spec)
+        if all(kind == "t" and v == i for i, (kind, v) in enumerate(returned)):
+            build: Callable[[Sequence[torch.Tensor]], Any] = eval(f"lambda x: {plain}")
+            return build
+        arrange = eval(f"lambda x: {plain}")
+        return lambda tensors: arrange(leaves(tensors))
+
+
+def _as_code(form: Any) -> str | None:
+    """Nested tuples, lists and dicts of leaf numbers as an expression; None where there is more."""
+    kind = type(form)
+    if kind is int:
+        return f"x[{form}]"
+    if kind in (tuple, list):
+        parts = [_as_code(y) for y in form]
+        if None in parts:
+            return None
+        inside = "".join(f"{part}, " for part in parts)
+        return f"({inside})" if kind is tuple else f"[{inside}]"
+    if kind is dict and all(type(k) is str for k in form):
+        named = [(k, _as_code(y)) for k, y in form.items()]
+        if any(part is None for _, part in named):
+            return None
+        return "{" + "".join(f"{k!r}: {part}, " for k, part in named) + "}"
+    return None
 
 
 @dataclass(frozen=True, eq=False)

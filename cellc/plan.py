@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from cellc.cells import Cell
 from cellc.ops import RowType
+from cellc.regions import size_class
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -106,6 +107,11 @@ class Plan:
     @property
     def num_calls(self) -> int:
         return len(self.calls)
+
+    @cached_property
+    def rooms(self) -> I64:
+        """Slots of each row type, as size classes (`cellc.regions`)."""
+        return np.array([size_class(n) for n in self.num_slots], np.int64)
 
     @cached_property
     def block(self) -> tuple[I32, I32]:

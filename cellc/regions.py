@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+
+I64 = npt.NDArray[np.int64]
 
 
 @cache
@@ -46,14 +48,19 @@ class Regions:
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """Starts of pieces of `sizes` places, one after the other; 0 where no place is wanted."""
-        rooms = [size_class(size) for size in sizes]
-        if not any(rooms):
+        return self.allocate_rooms(np.array([size_class(n) for n in sizes], np.int64)).tolist()  # type: ignore[no-any-return]
+
+    def allocate_rooms(self, rooms: I64) -> I64:
+        """The same, of sizes that are size classes."""
+        wanted = np.count_nonzero(rooms)
+        if not wanted:
             return rooms
-        self.live += len(rooms) - rooms.count(0)
+        self.live += wanted
         if self._free:
-            starts = [self._take(room) for room in rooms]
+            starts = np.array([self._take(room) for room in rooms.tolist()], np.int64)
         else:
-            *starts, self._next = accumulate(rooms, initial=self._next)
+            ends = np.cumsum(rooms) + self._next
+            starts, self._next = ends - rooms, int(ends[-1])
         if self._next > self.capacity:
             self.capacity = max(2 * self.capacity, self._next)
             self._grow(self.capacity)
@@ -69,13 +76,17 @@ class Regions:
 
     def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
         """Take back pieces of `sizes` places."""
-        rooms = [size_class(size) for size in sizes]
-        self.live -= len(rooms) - rooms.count(0)
+        rooms = np.array([size_class(n) for n in sizes], np.int64)
+        self.free_rooms(np.asarray(starts, np.int64), rooms)
+
+    def free_rooms(self, starts: I64, rooms: I64) -> None:
+        """The same, of sizes that are size classes."""
+        self.live -= np.count_nonzero(rooms)
         if self.live == 0:
             self._next = self.reserved
             self._free.clear()
             return
-        for start, room in zip(starts, rooms, strict=True):
+        for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
             if room:
                 self._free[room].append(start)
 

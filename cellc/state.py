@@ -146,15 +146,21 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def allocate(self, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
         """First slots of the regions of requests, one a plan: [m, row types]."""
-        columns = [
-            regions.allocate(_slots(plans, number)) for number, regions in enumerate(self._regions)
-        ]
-        return np.array(columns, np.int64).reshape(len(columns), len(plans)).T
+        rooms = _rooms(plans, len(self._regions))
+        wanted = rooms.any(0).tolist()
+        bases = np.zeros((len(plans), len(self._regions)), np.int64)
+        for number, regions in enumerate(self._regions):
+            if wanted[number]:
+                bases[:, number] = regions.allocate_rooms(rooms[:, number])
+        return bases
 
     def free(self, plans: Sequence[Plan], bases: npt.NDArray[np.int64]) -> None:
         """Free the regions of requests; `bases` as `allocate` gave them, or more row types."""
+        rooms = _rooms(plans, bases.shape[1])
+        wanted = rooms.any(0).tolist()
         for number, regions in enumerate(self._regions[: bases.shape[1]]):
-            regions.free(bases[:, number].tolist(), _slots(plans, number))
+            if wanted[number]:
+                regions.free_rooms(bases[:, number], rooms[:, number])
 
     # -- copies --
 
@@ -167,7 +173,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         Returns the positions of those that hold an index outside [0, bound).
         """
         type = self._types[rows.type]
-        if len(tensors) > FEW and self._views[rows.type] is not None and all(rows.row_dims):
+        if len(tensors) > FEW and self._views[rows.type] is not None and rows.count == 1:
             return self._write_together(rows, starts, tensors)
         flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
@@ -190,7 +196,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """`write` of many tensors of one row each."""
         view = self._views[rows.type]
         assert view is not None
-        values = torch.stack([*tensors]).detach().cpu().numpy()
+        shape = self._types[rows.type].shape
+        # where positions are has no say: there is one of each
+        values = torch.stack([*tensors]).detach().cpu().numpy().reshape(-1, *shape)
         view[np.asarray(starts)] = values
         if rows.bound is None:
             return []
@@ -258,9 +266,17 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         return _arrange(gathered, first, len(wanted))
 
 
-def _slots(plans: Sequence[Plan], number: int) -> list[int]:
-    """How many slots of a row type each request needs; later types are unknown to older plans."""
-    return [p.num_slots[number] if number < len(p.num_slots) else 0 for p in plans]
+def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
+    """How many slots of each row type every request needs, as size classes; later types are unknown
+    to older plans.
+    """
+    rows: dict[int, int] = {}
+    number = [rows.setdefault(id(plan), len(rows)) for plan in plans]
+    table = np.zeros((len(rows), types), np.int64)
+    for plan, row in {id(p): (p, r) for p, r in zip(plans, number, strict=True)}.values():
+        rooms = plan.rooms
+        table[row, : len(rooms)] = rooms
+    return table[number]
 
 
 def _as_rows(
