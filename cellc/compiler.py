@@ -156,6 +156,17 @@ class Compiler:
             self.counts["plan_hits"] += 1
         return entry
 
+    def known(self, args: tuple[Any, ...]) -> Entry | None:
+        """The entry of a call with all arguments given and nothing but tensors, if it has one."""
+        if not self.arguments.takes(len(args)):
+            return None
+        key: list[Any] = [len(args)]
+        for x in args:
+            if type(x) is not torch.Tensor:
+                return None
+            key.append((x.shape, x.dtype))
+        return self.cached(tuple(key))
+
     # -- unfolding --
 
     def unfolds(self, request: Request) -> bool:
@@ -527,9 +538,7 @@ class Compiler:
         modules = module_names(self.model)
         try:
             with _TRACING, evaluating(self.model):
-                return trace(
-                    self.forward, self.params.base, modules, args, kwargs, names, values
-                )
+                return trace(self.forward, self.params.base, modules, args, kwargs, names, values)
         except ForwardError as error:
             raise self._blame(error, args, kwargs) from error
 
@@ -578,7 +587,7 @@ class Compiler:
             verify.verify_graph(graph)
         rows = lower(graph, self.params, self._data_points)
         self._stage("rows", rows)
-        calls = extract(rows, self._roles)
+        calls = extract(rows, self._roles, late=True)
         self._check_cells(calls)
         if env.verify():
             verify.verify_reads(calls, rows.type_of)
@@ -632,7 +641,7 @@ class Compiler:
     def _make_kernel(self, cell: Cell) -> Kernel:
         """From the backend, or from the eager one for a cell that it cannot generate."""
         try:
-            moves = cell.flops_per_row == 0 and not cell.params  # not worth a compiler's second
+            moves = cell.flops_per_row == 0 and not cell.params and len(cell.ops) < 4
             kernel = (EagerBackend() if moves else self.backend).kernel(cell, self.params)
         except UnsupportedError as error:
             log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any
 
@@ -29,7 +29,7 @@ from cellc.errors import ClosedError, Overloaded, RequestTimeout
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
-from cellc.plan import DataRows, ragged_range
+from cellc.plan import DataRows, OutputRows, ragged_range
 from cellc.replay import Bound, Replays
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
@@ -101,9 +101,7 @@ class Engine:
         """Block until these queued requests are done, running the loop here if nobody does."""
         self.run_until(lambda: all(t.done for t in tickets), lambda: self._drive(tickets))
 
-    def run_until(
-        self, done: Callable[[], bool], drive: Callable[[], None] | None = None
-    ) -> None:
+    def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
         while not done():
             if self._loop.acquire(blocking=False):
@@ -326,7 +324,9 @@ class Engine:
             if batch is None:
                 return
             tables = self._tables(batch)
-            self._turn_seconds += (min(time.perf_counter() - begin, SHARED) - self._turn_seconds) / 16
+            self._turn_seconds += (
+                min(time.perf_counter() - begin, SHARED) - self._turn_seconds
+            ) / 16
             failed = self._launch(batch, tables)
             finished = self._complete(batch, failed)
             self._deliver(finished)
@@ -447,6 +447,15 @@ class Engine:
     ) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; returns those that failed, by position."""
         alike: dict[Any, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
+        plan = tickets[0].entry.plan
+        if len(tickets) > 1 and all(t.entry.plan is plan for t in tickets):
+            everyone = list(range(len(tickets)))
+            for rows in plan.data:
+                if rows.leaf >= 0:
+                    starts = (bases[:, rows.type] + rows.start).tolist()
+                    tensors = [t.tensors[rows.leaf] for t in tickets]
+                    alike[rows] = (rows, everyone, starts, tensors)
+            return self._write(alike.values())
         first_slots = bases.tolist()
         for i, ticket in enumerate(tickets):
             for rows in ticket.entry.plan.data:
@@ -460,8 +469,16 @@ class Engine:
                 members.append(i)
                 starts.append(first_slots[i][rows.type] + rows.start)
                 tensors.append(ticket.tensors[rows.leaf])
+        return self._write(alike.values())
+
+    def _write(
+        self, alike: Iterable[tuple[DataRows, list[int], list[int], list[torch.Tensor]]]
+    ) -> dict[int, BaseException]:
+        """Copy tensors, each group (rows of one, which tickets, first slots, tensors); those that
+        failed, by ticket.
+        """
         errors: dict[int, BaseException] = {}
-        for rows, members, starts, tensors in alike.values():
+        for rows, members, starts, tensors in alike:
             try:
                 wrong = self._arenas.write(rows, starts, tensors)
             except Exception:  # one of them is a kind of tensor that cannot be copied so
@@ -627,9 +644,7 @@ class Engine:
         self._fail([(tickets[i], error) for i, error in errors.items()])
         self._add([t for i, t in enumerate(tickets) if i not in errors])
 
-    def _carry(
-        self, moving: Sequence[tuple[Ticket, Branch]], bases: npt.NDArray[np.int64]
-    ) -> None:
+    def _carry(self, moving: Sequence[tuple[Ticket, Branch]], bases: npt.NDArray[np.int64]) -> None:
         """Copy rows from regions that requests leave to those that they get."""
         copies: dict[int, tuple[list[Any], list[Any]]] = {}
         for (ticket, branch), base in zip(moving, bases, strict=True):
@@ -654,27 +669,39 @@ class Engine:
             return
         entries: list[Entry] = [t.entry for t in tickets] if ends is None else [b.leg for b in ends]
         outputs = [e.outputs for e in entries] if ends is None else [b.outputs or () for b in ends]
-        wanted = [
-            (rows, int(t.bases[rows.type]))
-            for t, given in zip(tickets, outputs, strict=True)
-            for rows in given
-        ]
         for ticket in tickets:
-            self._onward.finish(ticket)
-        made = self._arenas.read(wanted)
+            if ticket.streams:
+                self._onward.finish(ticket)
+        made = self._read(tickets, outputs)
         numbers = [t.number for t in tickets]
         if ends is not None:
             self._scheduler.cancel(numbers)
         elif scheduled:
             self._scheduler.release(numbers)
         self._retire(tickets)
-        at = 0
-        for ticket, entry, given in zip(tickets, entries, outputs, strict=True):
-            self._finish(ticket, entry.rebuild(made[at : at + len(given)]))
-            at += len(given)
+        now = time.perf_counter()
+        for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
+            self._finish(ticket, entry.result.rebuild(tensors), now=now)
         if self._waiting:
             with self._turn:
                 self._turn.notify_all()
+
+    def _read(
+        self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
+    ) -> Sequence[Sequence[torch.Tensor]]:
+        """Output tensors of each ticket."""
+        first = outputs[0]
+        if first and len(tickets) > 1 and all(given is first for given in outputs):
+            bases = np.stack([t.bases for t in tickets])
+            columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
+            return list(zip(*columns, strict=True))
+        wanted = [
+            (rows, int(t.bases[rows.type]))
+            for t, given in zip(tickets, outputs, strict=True)
+            for rows in given
+        ]
+        made = iter(self._arenas.read(wanted))
+        return [[next(made) for _ in given] for given in outputs]
 
     def _retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
@@ -693,7 +720,11 @@ class Engine:
             self._arenas.free([t.entry.plan for t in alike], bases)
 
     def _finish(
-        self, ticket: Ticket, result: Any = None, error: BaseException | None = None
+        self,
+        ticket: Ticket,
+        result: Any = None,
+        error: BaseException | None = None,
+        now: float | None = None,
     ) -> None:
         if ticket.streams and ticket.collects:
             result = list(ticket.pieces)
@@ -704,9 +735,10 @@ class Engine:
         ticket.tensors, ticket.done = (), True
         if ticket.told is not None:
             ticket.told(ticket)
-        self.counters.requests += 1
-        self.counters.failed += error is not None
-        self.counters.latencies.append(time.perf_counter() - ticket.arrived)
+        counters = self.counters
+        counters.requests += 1
+        counters.failed += error is not None
+        counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
         if ticket.future is not None:
             self._futures -= 1
             try:

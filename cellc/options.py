@@ -44,7 +44,9 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
     check_counts(memory_limit=chosen.memory_limit, max_steps=chosen.max_steps)
     seconds = chosen.timeout
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
-        raise UnsupportedError(what=f"timeout={seconds!r}", remedy="use a number of seconds above 0")
+        raise UnsupportedError(
+            what=f"timeout={seconds!r}", remedy="use a number of seconds above 0"
+        )
     return chosen
 
 

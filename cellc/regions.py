@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 I64 = npt.NDArray[np.int64]
 
 

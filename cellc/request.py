@@ -82,6 +82,10 @@ class Arguments:
         self.steering: Steering | None = None  # see `skeleton.flatten`
         self.names = list(self._signature.parameters) if self._signature else []
 
+    def takes(self, count: int) -> bool:
+        """Are that many positional arguments all that it takes?"""
+        return self._plain and count == self._num
+
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

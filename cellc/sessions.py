@@ -38,7 +38,10 @@ class Carry:
     """Which arguments are what a result holds, checked against a forward's arguments."""
 
     def __init__(self, paths: Mapping[str, str], names: Sequence[str]) -> None:
-        self.paths = {name: tuple(str(path).split(".")) for name, path in paths.items()}
+        self.paths = {
+            name: [(step, int(step) if step.isdecimal() else None) for step in str(path).split(".")]
+            for name, path in paths.items()
+        }
         strange = [name for name in paths if name not in names]
         if strange:
             raise UnsupportedError(
@@ -67,14 +70,11 @@ class Carry:
 
     def of(self, result: Any) -> dict[str, Any]:
         """The next step's state; tensors of its own, whatever the caller does to the result."""
-        return {
-            name: _owned(_at(result, path, name))
-            for name, path in self.paths.items()
-        }
+        return {name: _owned(_at(result, path, name)) for name, path in self.paths.items()}
 
 
 def _owned(state: Any) -> Any:
-    if isinstance(state, torch.Tensor):
+    if type(state) is torch.Tensor:
         return state.clone()
     if type(state) is tuple and all(type(x) is torch.Tensor for x in state):
         return tuple([x.clone() for x in state])
@@ -85,35 +85,36 @@ def _own(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
-def _at(result: Any, path: tuple[str, ...], name: str) -> Any:
+def _at(result: Any, path: Sequence[tuple[str, int | None]], name: str) -> Any:
     found = result
-    for step in path:
-        following: Any = _MISSING
-        if isinstance(found, Mapping):
-            following = found.get(step, found.get(int(step), _MISSING) if _number(step) else found)
-            following = _MISSING if following is found else following
-        elif isinstance(found, (tuple, list)) and _number(step) and int(step) < len(found):
-            following = found[int(step)]
-        elif not isinstance(found, torch.Tensor):
-            following = getattr(found, step, _MISSING)
-        if following is _MISSING:
-            there = (
-                list(found)
-                if isinstance(found, Mapping)
-                else f"{len(found)} items"
-                if isinstance(found, (tuple, list))
-                else type(found).__name__
-            )
-            raise UnsupportedError(
-                what=f"carry={{{name!r}: {'.'.join(path)!r}}}: the result has no {step!r}",
-                remedy=f"give the path of {name} in what the forward returns; there is: {there}",
-            )
-        found = following
+    for step, place in path:
+        if place is not None and type(found) is tuple and place < len(found):
+            found = found[place]
+        else:
+            found = _inside(found, step, place, name, path)
     return found
 
 
-def _number(step: str) -> bool:
-    return step.isdecimal()
+def _inside(
+    found: Any, step: str, place: int | None, name: str, path: Sequence[tuple[str, int | None]]
+) -> Any:
+    following: Any = _MISSING
+    there: Any = type(found).__name__
+    if isinstance(found, Mapping):
+        there = list(found)
+        following = found[step] if step in found else found.get(place, _MISSING)
+    elif isinstance(found, (tuple, list)) and place is not None:
+        there = f"{len(found)} items"
+        following = found[place] if place < len(found) else _MISSING
+    elif not isinstance(found, torch.Tensor):
+        following = getattr(found, step, _MISSING)
+    if following is _MISSING:
+        whole = ".".join(step for step, _ in path)
+        raise UnsupportedError(
+            what=f"carry={{{name!r}: {whole!r}}}: the result has no {step!r}",
+            remedy=f"give the path of {name} in what the forward returns; there is: {there}",
+        )
+    return following
 
 
 class Session:
@@ -170,10 +171,11 @@ class Session:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         """The request of the next step."""
         with self._lock:
-            self.check()
+            if self._closed is not None or self._lifetime is not None:
+                self.check()
             if self._busy:
                 raise SessionBusy()
-            self._busy, self.used = True, time.monotonic()
+            self._busy = True
         try:
             ticket = self._steps.ticket(*self._carry.call(args, kwargs, self._state))
         except BaseException:
@@ -184,12 +186,14 @@ class Session:
 
     def _end(self, ticket: Ticket) -> None:
         """A step is through: take its state. After an error the state is as before."""
-        try:
-            if ticket.error is None and self._closed is None:
+        if ticket.error is None and self._closed is None:
+            try:
                 self._state = self._carry.of(ticket.result)
-        except Exception as error:
-            ticket.error = error
-        self._busy, self.used = False, time.monotonic()
+            except Exception as error:
+                ticket.error = error
+        self._busy = False
+        if self._lifetime is not None:
+            self.used = time.monotonic()
 
     def check(self) -> None:
         """Raises SessionClosed where it cannot be used any more."""
@@ -199,9 +203,7 @@ class Session:
             raise SessionClosed(why=self._closed)
 
     def expired(self, now: float) -> bool:
-        return (
-            self._lifetime is not None and not self._busy and now - self.used > self._lifetime
-        )
+        return self._lifetime is not None and not self._busy and now - self.used > self._lifetime
 
     def reset(self) -> None:
         """Begin anew, with the initial state."""

@@ -249,6 +249,13 @@ class Arenas(Mapping[RowType, torch.Tensor]):
                 out[i] = made
         return out  # type: ignore[return-value]
 
+    def read_alike(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
+        """The same returned tensor of several requests, whose regions begin at `bases`."""
+        if len(rows.slots) * self._types[rows.type].nbytes > SMALL_OUTPUT:
+            return self.read([(rows, base) for base in bases.tolist()])
+        slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
+        return self._arranged(rows, slots, len(bases))
+
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors that are alike, in one copy."""
         first, base = wanted[0]
@@ -258,12 +265,18 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             bases = np.repeat([base for _, base in wanted], len(first.slots))
             owned = np.concatenate([rows.owned for rows, _ in wanted])
             slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
-        view = self._views[first.type]
+        return self._arranged(first, slots, len(wanted))
+
+    def _arranged(
+        self, rows: OutputRows, slots: npt.NDArray[np.int64], count: int
+    ) -> Sequence[torch.Tensor]:
+        """Rows at `slots` as `count` tensors like one."""
+        view = self._views[rows.type]
         if view is not None:
-            return _arrange(torch.from_numpy(view[slots]), first, len(wanted))
+            return _arrange(torch.from_numpy(view[slots]), rows, count)
         index = torch.from_numpy(slots).to(self._device)
-        gathered = self._tensors[self._types[first.type]].index_select(0, index)
-        return _arrange(gathered, first, len(wanted))
+        gathered = self._tensors[self._types[rows.type]].index_select(0, index)
+        return _arrange(gathered, rows, count)
 
 
 def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:

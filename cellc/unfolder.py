@@ -254,9 +254,7 @@ class Unfolder:
         moves = all(node.op in _MOVES for node in lowered.nodes)
         return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions), moves)
 
-    def unfold(
-        self, requests: Sequence[Wanted], steering: Steering
-    ) -> list[Unfolded]:
+    def unfold(self, requests: Sequence[Wanted], steering: Steering) -> list[Unfolded]:
         """Run new requests on stubs; what they did is in the recorder's segments.
 
         Raises Steers where a number turned out to decide, CannotUnfold where tracing has to
@@ -298,9 +296,7 @@ class Unfolder:
             threading.stack_size(size)
             sys.setrecursionlimit(limit)
 
-    def _recorded(
-        self, requests: Sequence[Wanted]
-    ) -> tuple[list[Unfolded], bool]:
+    def _recorded(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         self._whole: dict[int, Hashable] = {}
         known = len(recorder.all_ops)

@@ -194,7 +194,9 @@ def example_inputs() -> list[tuple[Tensor, Tensor]]:
 # -- ways to serve it ------------------------------------------------------------------------------
 
 
-def steps(compiled: cellc.Compiled, sessions: Sequence[Session], chunks: Sequence[Tensor]) -> list[Tensor]:
+def steps(
+    compiled: cellc.Compiled, sessions: Sequence[Session], chunks: Sequence[Tensor]
+) -> list[Tensor]:
     """One step of every session, batched."""
     calls = [(session, (chunk,)) for session, chunk in zip(sessions, chunks, strict=True)]
     return [probability for probability, _ in compiled.step_all(calls)]

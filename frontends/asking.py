@@ -387,4 +387,3 @@ class Asker(Repeats):
             if sys.getrefcount(stub) > 2:  # this variable and the argument
                 held.add(stub.id)
         return frozenset(held)
-

@@ -112,9 +112,7 @@ def _nested(data: Any, dtype: torch.dtype | None) -> Any:
 
 
 def _has_number(data: Any) -> bool:
-    return any(
-        _is_number(x) or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data
-    )
+    return any(_is_number(x) or (isinstance(x, (list, tuple)) and _has_number(x)) for x in data)
 
 
 def _is_number(x: Any) -> bool:

@@ -290,7 +290,11 @@ class Recorder(InPlace):
         if func is torch.Tensor.__setitem__:
             raise CannotUnfold("a tensor of the model is written", line_of(frame))
         if writes:
-            if not args or not isinstance(args[0], Stub) or not hasattr(torch.Tensor, func.__name__):
+            if (
+                not args
+                or not isinstance(args[0], Stub)
+                or not hasattr(torch.Tensor, func.__name__)
+            ):
                 raise CannotUnfold(f"{func.__name__} writes in place", line_of(frame))
             return self.write(func.__name__, args[0], args[1:], kwargs, frame)
         if kwargs.get("out") is not None:

@@ -28,6 +28,7 @@ ODD = [
     "buttondownreliefactiondecorative",
 ]
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()

@@ -26,6 +26,7 @@ SENTENCES = {
     "de": "Guten Morgen, wie geht es Ihnen heute?",
 }
 
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
