@@ -47,6 +47,7 @@ from cellc.modules import (
     named_tensors,
     without_collecting,
 )
+from cellc.ops import RowType
 from cellc.params import Params
 from cellc.paths import Ask, Paths
 from cellc.plan import Plan, Tables, record_length
@@ -56,6 +57,7 @@ from cellc.request import Arguments, Request, Structure, describe, kind_of, unli
 from cellc.roles import Roles
 from cellc.rows import RowGraph
 from cellc.skeleton import Copier, Steering
+from cellc.state import constant_row
 from cellc.unfolder import Steers, Unfolder
 
 MAX_PLANS = 16384
@@ -432,6 +434,14 @@ class Compiler:
         self._name(calls)
         if log.enabled("cells"):
             log.info("cells", _print_calls(calls))
+
+    def constant_value(self, key: Hashable, type: RowType) -> bool | int | float:
+        """The value of a constant that a forward reads."""
+        value = constant_row(self.params, self.device, type, key)
+        if isinstance(value, torch.Tensor):
+            self.reads_weights = True
+            return value.item()
+        return value
 
     def _derived(self, structure: Structure) -> Entry | None:
         state = self._families.get(structure.family)

@@ -244,8 +244,8 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
     events.sort()
     result = Result((), None) if run.returned is None else Result.of(run.returned)
     output_rows = []
-    for rows, _ in run.returned.tensors if run.returned is not None else []:
-        at = np.array(rows, np.int64)
+    for given, _ in run.returned.tensors if run.returned is not None else []:
+        at = np.array(given, np.int64)
         output_rows.append(np.where(at < 0, -1, run.own(at)))
     return Leg(
         replace(plan, events=np.array(events, np.int64).reshape(-1, 6)),  # type: ignore[arg-type]

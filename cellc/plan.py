@@ -28,8 +28,8 @@ I64 = npt.NDArray[np.int64]
 # Columns of a plan's call table.
 CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST, EVENT = range(9)
 NUM_COLUMNS = 9
-# An event: a call answers a question (whose row has a type, a slot and an owner), or makes rows that
-# are yielded (its type is YIELDED); the expected answer; the number of the question or yield.
+# An event: a call answers a question (whose row has a type, a slot and an owner), or makes rows
+# that are yielded (its type is YIELDED); the expected answer; the question's or yield's number.
 EVENTS = ("call", "type", "slot", "owned", "expected", "number")
 YIELDED, UNEXPECTED = -1, np.iinfo(np.int32).min
 EVENT_ENTRIES = 4  # in the scheduler's table: type, slot, expected, number

@@ -51,7 +51,7 @@ class Regions:
 
     def allocate_rooms(self, rooms: I64) -> I64:
         """The same, of sizes that are size classes."""
-        wanted = np.count_nonzero(rooms)
+        wanted = int(np.count_nonzero(rooms))
         if not wanted:
             return rooms
         self.live += wanted
@@ -80,7 +80,7 @@ class Regions:
 
     def free_rooms(self, starts: I64, rooms: I64) -> None:
         """The same, of sizes that are size classes."""
-        self.live -= np.count_nonzero(rooms)
+        self.live -= int(np.count_nonzero(rooms))
         if self.live == 0:
             self._next = self.reserved
             self._free.clear()

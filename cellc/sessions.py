@@ -56,9 +56,9 @@ class Carry:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """A step's arguments."""
         if not kwargs and len(args) == len(self.free) and len(state) == len(self.paths):
-            given = iter(args)
+            following = iter(args)
             paths = self.paths
-            return tuple([state[n] if n in paths else next(given) for n in self._names]), {}
+            return tuple([state[n] if n in paths else next(following) for n in self._names]), {}
         if len(args) > len(self.free) or not self.paths.keys().isdisjoint(kwargs):
             given = ", ".join([*map(str, range(len(args))), *kwargs])
             raise RequestError(

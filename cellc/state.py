@@ -108,20 +108,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self._views[number] = new.numpy() if plain else None
 
     def _constant(self, type: RowType, key: Any) -> torch.Tensor | bool | int | float:
-        if key[0] == "full":
-            value: bool | int | float = key[-1]
-            return value
-        if key[0] == "rows":
-            return torch.tensor(
-                key[-1], dtype=TORCH_DTYPES[type.dtype], device=self._device
-            ).reshape(type.shape)
-        _, name, row_dims, index = key
-        weight = self._params[name]
-        order = [i for i, r in enumerate(row_dims) if not r] + [
-            i for i, r in enumerate(row_dims) if r
-        ]
-        count = math.prod(n for n, r in zip(weight.shape, row_dims, strict=True) if not r)
-        return weight.permute(order).reshape(count, *type.shape)[index]
+        return constant_row(self._params, self._device, type, key)
 
     def refresh(self) -> None:
         """The weights changed: write constant rows again."""
@@ -147,7 +134,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     def allocate(self, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
         """First slots of the regions of requests, one a plan: [m, row types]."""
         rooms = _rooms(plans, len(self._regions))
-        wanted = rooms.any(0).tolist()
+        wanted = (rooms != 0).any(0)
         bases = np.zeros((len(plans), len(self._regions)), np.int64)
         for number, regions in enumerate(self._regions):
             if wanted[number]:
@@ -157,7 +144,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     def free(self, plans: Sequence[Plan], bases: npt.NDArray[np.int64]) -> None:
         """Free the regions of requests; `bases` as `allocate` gave them, or more row types."""
         rooms = _rooms(plans, bases.shape[1])
-        wanted = rooms.any(0).tolist()
+        wanted = (rooms != 0).any(0)
         for number, regions in enumerate(self._regions[: bases.shape[1]]):
             if wanted[number]:
                 regions.free_rooms(bases[:, number], rooms[:, number])
@@ -203,7 +190,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if rows.bound is None:
             return []
         wrong = (values < 0) | (values >= rows.bound)
-        return np.flatnonzero(wrong.reshape(len(values), -1).any(1)).tolist()  # type: ignore[no-any-return]
+        return np.flatnonzero(wrong.reshape(len(values), -1).any(1)).tolist()
 
     def scalars(self, number: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of a type without dimensions."""
@@ -277,6 +264,23 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         index = torch.from_numpy(slots).to(self._device)
         gathered = self._tensors[self._types[rows.type]].index_select(0, index)
         return _arrange(gathered, rows, count)
+
+
+def constant_row(
+    params: Mapping[str, torch.Tensor], device: torch.device, type: RowType, key: Any
+) -> torch.Tensor | bool | int | float:
+    """What a constant row holds: a number in every place, numbers, or a row of a weight."""
+    if key[0] == "full":
+        value: bool | int | float = key[-1]
+        return value
+    if key[0] == "rows":
+        numbers = torch.tensor(key[-1], dtype=TORCH_DTYPES[type.dtype], device=device)
+        return numbers.reshape(type.shape)
+    _, name, row_dims, index = key
+    weight = params[name]
+    order = [i for i, r in enumerate(row_dims) if not r] + [i for i, r in enumerate(row_dims) if r]
+    count = math.prod(n for n, r in zip(weight.shape, row_dims, strict=True) if not r)
+    return weight.permute(order).reshape(count, *type.shape)[index]
 
 
 def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:

@@ -19,6 +19,7 @@ from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
 from cellc.export import CellBox, CellEdge, CellGraph
+from cellc.errors import ValueReadError
 from cellc.forests import Wanted
 from cellc.legs import Entry
 from cellc.plan import CELL
@@ -92,12 +93,12 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
     calls.update(compiler.by_number[int(n)].name for n in entry.plan.calls[:, CELL])
     reports = list(_cell_reports(compiled, calls))
     cells = {report.name: compiled.cells[report.name].cell for report in reports}
-    graph = compiled.graph
     assert compiler.calls is not None
+    nodes, edges = _size(compiled)
     return Survey(
         model_name(compiler.model),
-        graph.number_of_nodes(),
-        graph.number_of_edges(),
+        nodes,
+        edges,
         coverage([(cell, calls[name]) for name, cell in cells.items()]),
         reports,
         unfold,
@@ -105,6 +106,21 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
         {name: left for name, cell in cells.items() if (left := leftovers(cell))},
         compiler.calls,
     )
+
+
+def _size(compiled: Compiled) -> tuple[int, int]:
+    """Nodes and edges of the traced request; of its cell calls, where its values decide shapes."""
+    try:
+        graph = compiled.graph
+    except ValueReadError:
+        calls = compiled._compiler.calls
+        assert calls is not None
+        groups = calls.groups
+        return (
+            sum(g.num_calls for g in groups),
+            sum(g.num_calls * len(g.inputs) for g in groups),
+        )
+    return graph.number_of_nodes(), graph.number_of_edges()
 
 
 def model_name(model: Any) -> str:

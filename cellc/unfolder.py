@@ -44,6 +44,7 @@ from cellc.frontends.stub import (
 from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
 from cellc.frontends.tracer import Trace
 from cellc.frontends.unfold import Recorder
+from cellc.ops import RowType
 from cellc.request import Request
 from cellc.roles import Roles
 from cellc.rows import RowGraph
@@ -78,6 +79,8 @@ class Tools(Protocol):
 
     def rewrite_alone(self, calls: CallGraph) -> None: ...
 
+    def constant_value(self, key: Hashable, type: RowType) -> bool | int | float: ...
+
 
 @dataclass
 class Stats:
@@ -101,6 +104,7 @@ class Unfolder:
 
     def __post_init__(self) -> None:
         self.recorder = Recorder(self._study, self.device)
+        self.recorder.constant_value = self._constant_value
         self.reason = why_not(self.modules.values())
         self.numbers_stay = asks_for_types(self.modules.values())
         self.generation = 0  # of what was learned: older plans hold other cells
@@ -113,6 +117,9 @@ class Unfolder:
         self._templates: dict[Hashable, Template] = {}
         self._live: dict[Hashable, Template] = {}
         self._roles: dict[Hashable, Roles] = {}  # by places in the code: alike whatever their sizes
+
+    def _constant_value(self, key: Hashable, kind: StubType) -> Any:
+        return self.tools.constant_value(key, RowType(kind.shape, DTYPE_NAMES[kind.dtype]))
 
     # -- one request on stubs --
 

@@ -77,7 +77,7 @@ class Read:
 
     def __bool__(self) -> bool:
         asked = self.known is OPEN and self.kind is not bool
-        return bool(self != 0) if asked else bool(self._value())
+        return bool(self.__ne__(0)) if asked else bool(self._value())
 
     def __int__(self) -> int:
         return int(self._value())
@@ -258,14 +258,14 @@ class Asker(Repeats):
             return self._truth(x)
         if name == "tolist":
             return self._listed(x)
-        if name == "contains":
-            raise CannotUnfold("`in` looks through the values of a tensor", line_of(frame))
         if name == "numpy":
             raise CannotUnfold("numpy() takes values out of the forward", line_of(frame))
         number = self._number(x)
         if name == "item":
             return number
-        return {"int": int, "float": float, "index": operator.index}[name](number)
+        if name == "float":
+            return float(number)
+        return int(number) if name == "int" else operator.index(number)
 
     def _scalar(self, x: Stub) -> Stub:
         if x.type.size.numel() != 1:
@@ -280,7 +280,8 @@ class Asker(Repeats):
         if x.type.size.numel() > 1:
             raise RuntimeError("Boolean value of Tensor with more than one value is ambiguous")
         x = self._scalar(x)
-        return bool(self.ask(x if x.dtype is torch.bool else x != 0, bool))
+        truth: Any = x if x.dtype is torch.bool else torch.ne(x, 0)  # type: ignore[call-overload]
+        return bool(self.ask(truth, bool))
 
     def _number(self, x: Stub) -> Read:
         x = self._scalar(x)
@@ -295,7 +296,7 @@ class Asker(Repeats):
             return self._number(x)
         return [self._listed(y) for y in x]
 
-    def ask(self, x: Stub, kind: type) -> Answer:
+    def ask(self, x: Any, kind: type) -> Answer:
         """The value of a tensor without dimensions, from here on known to the forward."""
         row = x.id
         if row in self._answers:
@@ -319,8 +320,9 @@ class Asker(Repeats):
             question.answer, question.guessed = self.habits[site], True
         else:
             raise Asks
-        self._answers[row] = question.answer
-        return question.answer
+        answer: Answer = question.answer
+        self._answers[row] = answer
+        return answer
 
     def bounds(self, index: Any) -> Any:
         """An index whose slices have numbers for bounds: those of tensors are asked for."""
@@ -338,7 +340,7 @@ class Asker(Repeats):
         if mask is None:
             return torch.tensor([[i] for i in places]).reshape(len(places), 1)
         if not places:
-            return x[:0] if type(x) is Stub else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
+            return x[0:0] if type(x) is not Stack else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
         return torch.stack([x[i] for i in places])
 
     def without_reads(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -376,7 +378,12 @@ class Asker(Repeats):
     def _known_constant(self, x: Stub, kind: type) -> Answer:
         if self.constant_value is None:
             raise CannotUnfold("the value of a constant is read")
-        return kind(self.constant_value(self.constants[x.id], x.type))  # type: ignore[no-any-return]
+        self.on = False  # what computes it is not part of the forward
+        try:
+            answer: Answer = kind(self.constant_value(self.constants[x.id], x.type))
+        finally:
+            self.on = True
+        return answer
 
     def _held(self) -> frozenset[int]:
         """Rows whose stubs somebody else than this list still holds."""

@@ -54,6 +54,10 @@ class InPlace(Asker):
         self._roots: dict[int, int] = {}  # by row of a view: that of the tensor
         self._views: dict[int, list[Stub]] = {}  # by row of the tensor
 
+    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        """Record an operation."""
+        raise NotImplementedError
+
     def begin(self, script: Any, guesses: int, look_at: int) -> None:
         super().begin(script, guesses, look_at)
         self._roots, self._views = {}, {}

@@ -173,6 +173,9 @@ class Stub:
     def __hash__(self) -> int:
         return id(self)
 
+    def __contains__(self, x: Any) -> bool:
+        return bool((self == x).any())
+
     def __getattr__(self, name: str) -> Any:
         found = getattr(torch.Tensor, name)  # AttributeError where tensors have none
         if name.endswith("_") and not name.endswith("__"):
@@ -216,7 +219,7 @@ def _reading(name: str) -> Callable[..., Any]:
     return read
 
 
-for _name in "__bool__ __int__ __float__ __index__ __contains__ item tolist numpy".split():
+for _name in "__bool__ __int__ __float__ __index__ item tolist numpy".split():
     setattr(Stub, _name, _reading(_name.strip("_")))
 
 
