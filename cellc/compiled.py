@@ -34,6 +34,7 @@ from cellc.errors import (
     ValueReadError,
 )
 from cellc.forests import Wanted
+from cellc.frontends.drawing import Draws
 from cellc.launch import Backend
 from cellc.legs import Entry, Leg
 from cellc.modules import named_tensors, without_collecting
@@ -284,7 +285,7 @@ class Compiled:
             if isinstance(found, Exception):
                 raise found
             return found
-        return Ticket(entry, request.tensors)
+        return _new_ticket(entry, request)
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -357,7 +358,7 @@ class Compiled:
             if isinstance(request, Exception):
                 out[i] = request
             elif (entry := leaders[i].entry) is not None:
-                out[i] = Ticket(entry, request.tensors)
+                out[i] = _new_ticket(entry, request)
             else:  # traced: Python numbers become part of it
                 exact = compiler.arguments.flatten(*call, exact=True)
                 left.append((i, exact.structure, call, exact))
@@ -401,7 +402,7 @@ class Compiled:
                 break
             if (entry := request.entry) is None:
                 continue
-            ticket = Ticket(entry, [t.detach().clone() for t in request.tensors])
+            ticket = self._owned(_new_ticket(entry, request, trial=True))
             self._engine.enqueue([ticket])
             self._run([ticket])
             if ticket.error is not None:
@@ -615,6 +616,15 @@ def _noted(error: BaseException, number: int, count: int) -> Any:
     if hasattr(error, "add_note") and count > 1:
         error.add_note(f"in request {number} of the {count} given to map")
     return error
+
+
+def _new_ticket(entry: Entry, request: Request, *, trial: bool = False) -> Ticket:
+    """A ticket; one on `trial` leaves the request's generators as they are."""
+    ticket = Ticket(entry, request.tensors)
+    if request.generators:
+        given = [g.clone_state() for g in request.generators] if trial else request.generators
+        ticket.draws = Draws(given)
+    return ticket
 
 
 def _generates(ticket: Ticket) -> bool:

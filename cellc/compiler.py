@@ -178,7 +178,8 @@ class Compiler:
         if self._not_unfolded and request.key in self._not_unfolded:
             return False
         self._unfolds = self._unfolds or request.structured
-        return self._marked or self.paths.on or (self._unfolds and request.nested)
+        steered = self._marked or self.paths.on or bool(request.generators)
+        return steered or (self._unfolds and request.nested)
 
     def unfold(self, requests: Sequence[Wanted]) -> bool:
         """Plan new requests at once. False where something was learned of the model that keys
@@ -353,7 +354,7 @@ class Compiler:
                         self._not_unfolded.clear()
                     self._not_unfolded[run.request.key] = run.reason
                 continue
-            if run.asked or run.generates:
+            if run.asked or run.generates or run.draws:
                 self.paths.on = True
                 root = Root(Wanted(run.request, *_shapes_of(wanted.args, wanted.kwargs)))
                 entry: Entry = make_leg(run, root, (), plan, self.unfolder.epoch)

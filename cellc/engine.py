@@ -453,7 +453,7 @@ class Engine:
             for rows in plan.data:
                 if rows.leaf >= 0:
                     starts = (bases[:, rows.type] + rows.start).tolist()
-                    tensors = [t.tensors[rows.leaf] for t in tickets]
+                    tensors = [t.tensor(rows.leaf) for t in tickets]
                     alike[rows] = (rows, everyone, starts, tensors)
             return self._write(alike.values())
         first_slots = bases.tolist()
@@ -468,7 +468,7 @@ class Engine:
                 _, members, starts, tensors = alike[key]
                 members.append(i)
                 starts.append(first_slots[i][rows.type] + rows.start)
-                tensors.append(ticket.tensors[rows.leaf])
+                tensors.append(ticket.tensor(rows.leaf))
         return self._write(alike.values())
 
     def _write(
@@ -681,6 +681,8 @@ class Engine:
         self._retire(tickets)
         now = time.perf_counter()
         for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
+            if ticket.draws is not None and isinstance(entry, Leg):
+                ticket.draws.end(entry.draws)
             self._finish(ticket, entry.result.rebuild(tensors), now=now)
         if self._waiting:
             with self._turn:

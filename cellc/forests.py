@@ -17,6 +17,7 @@ import numpy as np
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES
 from cellc.frontends.asking import Asked
+from cellc.frontends.drawing import Draw
 from cellc.frontends.segments import OutType, Segment
 from cellc.frontends.stub import StubType
 from cellc.frontends.stubbing import Part
@@ -24,6 +25,8 @@ from cellc.frontends.unfold import Recorder, Returned
 from cellc.ops import RowType
 from cellc.request import Request
 from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
+
+DRAWN = 1 << 20  # leaves from here on are random numbers that the request draws
 
 
 class Wanted(NamedTuple):
@@ -57,6 +60,7 @@ class Unfolded:
     asked: list[Asked] = field(default_factory=list)
     yields: list[tuple[int, Returned]] = field(default_factory=list)
     generates: bool = False  # its forward is a generator
+    draws: list[Draw] = field(default_factory=list)  # random numbers, in order
     error: Exception | None = None  # what its forward raised
     over_deep = False  # it recurses deeper than there is room for
     carried: list[Refs] = field(default_factory=list)  # rows from before the cut, by type
@@ -193,6 +197,10 @@ def make_forest(
         for leaf, base, kind, count, name in run.data:
             data.append(_source(leaf, base, kind, count, name))
             data_owners.append(r)
+        for number, draw in enumerate(run.draws):
+            if draw.row >= run.cut and (run.end is None or draw.row < run.end):
+                data.append(_source(DRAWN + number, draw.row, draw.form, -1, "drawn"))
+                data_owners.append(r)
         for leaf, base, kind, count in run.carried_data:
             data.append(_source(leaf, base, kind, count, "carried"))
             data_owners.append(r)
@@ -218,7 +226,7 @@ class _Window:
 
     def __init__(self, recorder: Recorder, runs: Sequence[Unfolded], starts: Refs) -> None:
         self._recorder, self._runs, self._starts = recorder, runs, starts
-        self.steered = any(run.asked or run.generates for run in runs)
+        self.steered = any(run.asked or run.generates or run.draws for run in runs)
         if self.steered:
             last = recorder.next_row
             self._cuts = np.array([run.cut for run in runs], np.int64)
@@ -250,8 +258,9 @@ class _Window:
         if run.returned is None:
             needed |= run.asked[run.start - 1].live
         groups: dict[StubType, list[int]] = {}
+        drawn = {draw.row: draw.form for draw in run.draws}
         for row in sorted(needed):
-            if run.base <= row < run.cut and (kind := type_of(row)) is not None:
+            if run.base <= row < run.cut and (kind := drawn.get(row) or type_of(row)) is not None:
                 groups.setdefault(kind, []).append(row)
         for number, (kind, rows) in enumerate(groups.items()):
             moved[rows] = next_value + np.arange(len(rows))

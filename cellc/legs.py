@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from cellc.forests import Unfolded, Wanted
 from cellc.frontends.asking import OPEN, Answer, Asked
+from cellc.frontends.drawing import Draw
 from cellc.frontends.segments import LEAF
 from cellc.frontends.unfold import Returned
 from cellc.plan import (
@@ -144,6 +145,7 @@ class Leg(Entry):
     carried: tuple[I64, ...] = field(kw_only=True)  # rows to copy from the leg before, by type
     output_rows: tuple[I64, ...] = field(kw_only=True)  # of what is returned; -1 for constants
     generates: bool = field(kw_only=True)  # its forward is a generator
+    draws: tuple[Draw, ...] = field(kw_only=True)  # from the request's begin to the leg's end
     epoch: int = field(kw_only=True)  # rows are numbered anew when that changes
     _earlier: dict[int, I64] = field(default_factory=dict, kw_only=True)
     outcomes: dict[int, int] = field(default_factory=dict, kw_only=True)  # answers met, a question
@@ -260,6 +262,7 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         carried=tuple(run.carried),
         output_rows=tuple(output_rows),
         generates=run.generates,
+        draws=tuple(run.draws),
         epoch=epoch,
     )
 

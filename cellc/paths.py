@@ -18,6 +18,7 @@ from cellc.legs import Branch, Leg
 MAX_BRANCHES = 1 << 14
 MAX_OUTCOMES = 64  # answers to one question that are kept: with more, what follows is not
 MAX_GUESSES = 64  # questions of a leg
+MAX_DRAWN = 8  # the same, of a forward that draws random numbers: they are drawn ahead
 
 
 class Ask(NamedTuple):
@@ -97,4 +98,5 @@ class Paths:
         far = self.longest - len(script)
         if ask is not None and ask.leg.asked[ask.number].answer is OPEN:
             far = max(far, 2 * (ask.number - ask.leg.first))
-        return min(max(far, 0), MAX_GUESSES)
+        drawing = ask is not None and ask.leg.draws
+        return min(max(far, 0), MAX_DRAWN if drawing else MAX_GUESSES)

@@ -47,6 +47,7 @@ class Request:
     nested: bool = False  # does it hold a container
     structured: bool = False  # does it hold more than flat groups of tensors
     steering: Steering | None = None  # what numbers decided when it was flattened
+    generators: Sequence[torch.Generator] = ()
 
     entry: Any = None  # its plan, where that is known
     _key: Hashable = None
@@ -136,6 +137,7 @@ class Arguments:
             flat.nested,
             flat.structured,
             steering,
+            flat.generators,
         )
 
     def _note_containers(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

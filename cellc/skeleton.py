@@ -38,6 +38,7 @@ BY_IDENTITY = (
 VALUES = (str, bytes, bool, complex, type(None))
 
 TENSOR, INT, FLOAT, REF, STEERS = "tensor", "int data", "float data", "ref", "steers"
+GENERATOR = "generator"
 _HEAP_TYPE = 1 << 9
 
 Place = Hashable  # where in its container a leaf is, whatever the container's own place
@@ -78,6 +79,7 @@ class Flat:
     ints: list[int]
     floats: list[float]
     tokens: tuple[Hashable, ...]
+    generators: list[torch.Generator]
     nested: bool  # is there a container?
     structured: bool  # more than flat groups of tensors?
 
@@ -190,6 +192,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
     tensors: list[torch.Tensor] = []
     ints: list[int] = []
     floats: list[float] = []
+    generators: list[torch.Generator] = []
     tokens: list[Hashable] = [len(args), *kwargs]
     seen: dict[int, int] = {}
     kept: list[Any] = []  # what registered containers made: alive, so that no id comes twice
@@ -239,6 +242,9 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
         elif isinstance(x, torch.Tensor):
             emit(TENSOR)
             tensors.append(x)
+        elif kind is torch.Generator:
+            emit(GENERATOR)
+            generators.append(x)
         elif isinstance(x, (int, float)) or isinstance(x, BY_IDENTITY):
             emit(kind)
             emit(repr(x) if isinstance(x, float) else x)
@@ -270,7 +276,8 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
             push(items[::-1])
     nested = nested or bool(ints or floats)
     structured = structured or nested
-    return Flat(tensors, ints, floats, tuple(tokens), bool(seen) or nested, structured)
+    nested = bool(seen) or nested
+    return Flat(tensors, ints, floats, tuple(tokens), generators, nested, structured)
 
 
 def _marked(x: Any, place: Place, steering: frozenset[Place]) -> Any:
@@ -395,6 +402,8 @@ class Copier:
                 target[at] = self._number(x, place)
             elif isinstance(x, torch.Tensor):
                 target[at] = self._tensor(x, place)
+            elif kind is torch.Generator:
+                target[at] = x.clone_state()  # whoever draws from the copy leaves the original
             elif id(x) in self._made:
                 target[at] = self._made[id(x)]
             elif (parts := None if kind in VALUES else children(x)) is None:

@@ -18,8 +18,8 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
-from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.errors import ValueReadError
+from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.forests import Wanted
 from cellc.legs import Entry
 from cellc.plan import CELL

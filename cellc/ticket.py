@@ -15,7 +15,9 @@ import torch
 
 from cellc.cells import Cell
 from cellc.errors import RequestError
-from cellc.legs import Branch, Entry
+from cellc.forests import DRAWN
+from cellc.frontends.drawing import Draws
+from cellc.legs import Branch, Entry, Leg
 
 NOTHING: Any = ()  # no pieces
 
@@ -38,6 +40,7 @@ class Ticket:
     held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
     ask: Any = None  # what is asked for it
     branch: Branch | None = None  # where that leads
+    draws: Draws | None = None  # random numbers of its generators
     streams: bool = False  # its forward yields
     unmade: Any = None  # calls to run until a piece is there, by number
     next_piece: int = 0
@@ -46,6 +49,13 @@ class Ticket:
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
     dropped: bool = False  # nobody wants it any more
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
+
+    def tensor(self, leaf: int) -> torch.Tensor:
+        """A tensor of its data, or random numbers that it draws."""
+        if leaf < DRAWN:
+            return self.tensors[leaf]
+        assert self.draws is not None and isinstance(self.entry, Leg)
+        return self.draws(leaf - DRAWN, self.entry.draws)
 
     @classmethod
     def failed(cls, error: BaseException) -> Ticket:

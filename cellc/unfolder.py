@@ -167,7 +167,7 @@ class Unfolder:
             log.info("plan", f"what was guessed of an answer raises: {error!r}")
         finally:
             out.asked, out.yields = recorder.asked, recorder.yields
-            out.generates = recorder.generates
+            out.generates, out.draws = recorder.generates, recorder.draws
             if out.returned is None:
                 out.yields = [y for y in out.yields if y[0] < len(out.asked)]
             recorder.holdings.check()

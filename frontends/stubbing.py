@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from cellc.frontends.drawing import GeneratorStub
 from cellc.frontends.stub import FloatNumber, IntNumber, Stack
 from cellc.skeleton import VALUES, Place, Steering, children, filler
 
@@ -64,6 +65,7 @@ class Stubber:
         self.kept: list[Any] = []  # copies, alive so that ids stay theirs
         self._made: dict[int, Any] = {}  # by id of the original
         self._shape = 0  # of what was copied last
+        self.generators = 0
 
     def call(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -96,6 +98,10 @@ class Stubber:
         if kind in VALUES:
             self._shape = self._shapes.of((kind, x))
             return x
+        if kind is torch.Generator:
+            self._shape = UNLIKE
+            self.generators += 1
+            return GeneratorStub(self.generators - 1)
         return self._container(x)
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:

@@ -32,6 +32,7 @@ from cellc.errors import CellcError
 from cellc.frontends import stub as stubs
 from cellc.frontends.asking import CHOOSING, READS, Asks, has_bounds, holds_read, is_mask
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
+from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
 from cellc.frontends.inplace import InPlace
 from cellc.frontends.segments import LEAF, Op, OutType, Study, fill, input_rows, template_of
@@ -114,6 +115,7 @@ class Recorder(InPlace):
         """
         self.on, stubs.current.target = True, self
         self.generates = False
+        self.draws: list[Draw] = []
         self.yields: list[tuple[int, Returned]] = []  # (questions asked before, what was yielded)
         try:
             result = forward(*args, **kwargs)
@@ -252,6 +254,8 @@ class Recorder(InPlace):
             frame = frame.f_back
         if func is torch.equal:
             return self._equal(*args, **kwargs)
+        if type(kwargs.get("generator")) is GeneratorStub:
+            return drawn(func, args, kwargs, self._draw)
         if func in MAKERS or func is torch.Tensor.new_tensor:
             made = tensor_of(func, args, kwargs)
             if made is not None:
@@ -308,6 +312,17 @@ class Recorder(InPlace):
             return self.in_rows(func, op, made) if self.writing else made
         made = self._record(op, rows, frame)
         return self.watch_view(func, args, made) if self.writing else made
+
+    def _draw(self, kind: str, form: StubType, generator: int) -> Stub:
+        """A row of numbers that the request will draw."""
+        self._cut()
+        row = self.next_row
+        self.next_row = row + 1
+        self.draws.append(Draw(row, kind, form, generator))
+        made = Stub(row, form)
+        if self.tracked is not None:
+            self.tracked.append(made)
+        return made
 
     def _equal(self, a: Any, b: Any) -> bool:
         return a.shape == b.shape and bool((a == b).all())
