@@ -22,9 +22,10 @@ from cellc.survey import survey
 NAMES = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / "zoo")]))
 
 
-# Models with a cell for every length that occurs: how many there are says little.
+# Models with a cell for every length or place that occurs: how many there are says little.
 BY_LENGTH = {
     "arc_hybrid_parser",
+    "beam_search_gru",
     "iterative_refinement",
     "multi_head_attention_decoder",
     "rationale_selection",
@@ -35,7 +36,6 @@ BY_LENGTH = {
 RECURRENT = {
     "adaptive_computation_time": 4,
     "attention_pooling_classifier": 4,
-    "beam_search_gru": 13,
     "bilstm_crf_scores": 4,
     "cfc": 1,
     "char_rnn_generate": 4,
