@@ -366,13 +366,18 @@ class Compiled:
         for _, structure, call, _ in left:
             families.setdefault(structure.family, {})[structure.sizes] = (structure, call)
         made: dict[Any, Entry | Exception] = {}
+        keys = {structure.key: flat[i].key for i, structure, _, _ in left}  # type: ignore[union-attr]
         for members in families.values():
             for sizes in _extremes_first(list(members)):
                 structure, call = members[sizes]
                 made[structure.key] = self._entry(structure, call)
                 reads = isinstance(made[structure.key], (ValueReadError, GeneratorForward))
-                if reads and compiler.steer():
+                if reads and compiler.steer(keys[structure.key]):
                     return None
+                if reads:
+                    made[structure.key] = compiler.explained(
+                        made[structure.key], keys[structure.key]
+                    )
         for members in families.values():  # a later trace may have changed what earlier plans hold
             for structure, call in members.values():
                 if not isinstance(made[structure.key], Exception):

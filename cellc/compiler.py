@@ -38,7 +38,7 @@ from cellc.frontends.tracer import Trace, reading, trace
 from cellc.graph import Graph
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
-from cellc.legs import Branch, Entry, Leg, Result, Root, make_branch, make_leg
+from cellc.legs import Branch, Entry, Result, Root, make_branch, make_leg
 from cellc.marks import has_marks
 from cellc.modules import (
     evaluating,
@@ -233,14 +233,24 @@ class Compiler:
 
     # -- forwards that read values --
 
+    def explained(self, error: Any, key: Hashable) -> CellcError:
+        """Why a forward that reads values, or yields, could not be run."""
+        reason = self.unfolder.reason or self._not_unfolded.get(key)
+        if reason is None:
+            return error  # type: ignore[no-any-return]
+        place = str(error.origin or "").strip() or "a yield"
+        return self._reads_and(reason, place)
+
     def plan_anew(self) -> None:
         """Make plans again when next asked for, with all that is known of answers by now."""
         with self._lock:
             self._forget()
 
-    def steer(self) -> bool:
-        """A forward turned out to read values: from now on it is unfolded, if it can be."""
-        if self.unfolder.reason is not None or self.paths.on:
+    def steer(self, key: Hashable) -> bool:
+        """A forward turned out to read values: from now on it is unfolded, if it can be. False
+        where that was tried with this request.
+        """
+        if self.unfolder.reason is not None or key in self._not_unfolded:
             return False
         log.info("plan", "the forward reads values: requests run in legs")
         self.paths.on = True
@@ -280,7 +290,7 @@ class Compiler:
                 runs = self.unfolder.unfold(wanted, steering)
                 forest = self.unfolder.forest(runs)
         except (CannotUnfold, Steers) as error:
-            return dict.fromkeys(asks, self._reads_and(str(error), asks[0].leg))
+            return dict.fromkeys(asks, self._reads_and(str(error), asks[0].place))
         if self.unfolder.generation != before:
             self._forget()
         plans = make_plans(forest, self.tables)
@@ -288,7 +298,7 @@ class Compiler:
         for ask, run, want, plan in zip(asks, runs, wanted, plans, strict=True):
             if run.failed:
                 reason = run.reason or "recurses too deep"
-                found[ask] = run.error or self._reads_and(reason, ask.leg)
+                found[ask] = run.error or self._reads_and(reason, ask.place)
                 continue
             leg = make_leg(run, ask.leg.root, want.script, plan, self.unfolder.epoch)
             self.paths.learned += 1
@@ -310,9 +320,9 @@ class Compiler:
         request = self.arguments.flatten(args, kwargs)
         return Wanted(request, args, kwargs, script, guesses, start)
 
-    def _reads_and(self, reason: str, leg: Leg) -> CellcError:
+    @staticmethod
+    def _reads_and(reason: str, place: str) -> CellcError:
         """Why a forward that reads values cannot be run."""
-        place = leg.asked[-1].origin if leg.asked else "a yield"
         return UnsupportedError(
             what=f"a forward that reads a value ({place}) and where {reason}",
             remedy="move what is named into a method without reads, or return new values instead "
@@ -349,10 +359,11 @@ class Compiler:
         stats = self.unfolder.stats
         for run, wanted, plan in zip(runs, requests, plans, strict=True):
             if run.failed:
-                if run.reason is not None:
+                reason = run.reason or (f"it raises {run.error!r}" if self.paths.on else None)
+                if reason is not None:
                     if len(self._not_unfolded) >= MAX_FAILURES:
                         self._not_unfolded.clear()
-                    self._not_unfolded[run.request.key] = run.reason
+                    self._not_unfolded[run.request.key] = reason
                 continue
             if run.asked or run.generates or run.draws:
                 self.paths.on = True

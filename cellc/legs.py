@@ -307,16 +307,16 @@ def _outputs_there(places: Places, leg: Leg, needs: list[I64]) -> tuple[OutputRo
         return None
     outputs = []
     for output, rows in zip(leg.outputs, leg.output_rows, strict=True):
-        made = rows >= 0
-        at = np.where(made, rows, 0)
-        if at.max(initial=-1) >= len(places.slots) or (places.slots[at][made] < 0).any():
+        if not len(rows) or rows.min() < 0 or rows.max() >= len(places.slots):
+            return None  # nothing, or constants: there may be no place for them yet
+        if (places.slots[rows] < 0).any():
             return None
-        needs.append(places.calls[rows[made]])
+        needs.append(places.calls[rows])
         outputs.append(
             replace(
                 output,
-                slots=np.where(made, places.slots[at], output.slots).astype(np.int32),
-                owned=np.where(made, places.owned[at], output.owned).astype(np.int32),
+                slots=places.slots[rows].astype(np.int32),
+                owned=places.owned[rows].astype(np.int32),
                 contiguous=False,
             )
         )

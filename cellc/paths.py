@@ -31,6 +31,11 @@ class Ask(NamedTuple):
     answer: Answer
     again: bool = False
 
+    @property
+    def place(self) -> str:
+        """file:line of the question."""
+        return self.leg.asked[self.number].origin
+
 
 @dataclass
 class Site:

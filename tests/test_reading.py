@@ -1,0 +1,347 @@
+"""Forwards that read values: questions, guesses, paths, and what ends them."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import cellc
+from cellc import paths
+from cellc.errors import RequestTimeout, StepsError
+
+V, H, EOS = 12, 16, 3
+RUNS: list[int] = []  # of the forward's Python
+
+
+class Decoder(nn.Module):
+    """A GRU that reads tokens, and one that says some until it says EOS."""
+
+    def __init__(self, limit: int = 20) -> None:
+        super().__init__()
+        self.limit = limit
+        self.embedding = nn.Embedding(V, H)
+        self.encoder, self.decoder = nn.GRUCell(H, H), nn.GRUCell(H, H)
+        self.out = nn.Linear(H, V)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        RUNS.append(len(tokens))
+        h = torch.zeros(H)
+        for token in tokens:
+            h = self.encoder(self.embedding(token), h)
+        token, said = torch.tensor(0), []
+        for _ in range(self.limit):
+            h = self.decoder(self.embedding(token), h)
+            token = self.out(h).argmax(-1)
+            if token == EOS:
+                break
+            said.append(token)
+        return torch.stack(said) if said else torch.zeros(0, dtype=torch.int64)
+
+
+def make(kind: Callable[..., nn.Module] = Decoder, seed: int = 0, **options: Any) -> Any:
+    torch.manual_seed(seed)
+    model = kind(**options).eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.mul_(4)  # decisions that differ
+    return model
+
+
+def sentences(count: int, seed: int = 0) -> list[Tensor]:
+    draw = random.Random(seed)
+    return [
+        torch.tensor([draw.randrange(V) for _ in range(draw.randint(1, 9))]) for _ in range(count)
+    ]
+
+
+def same(got: Any, want: Any) -> None:
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_company_does_not_matter(backend: Any) -> None:
+    model, requests = make(), sentences(200)
+    want = [model(x) for x in requests]
+    assert len({len(x) for x in want}) > 2
+    with cellc.compile(model, backend=backend) as compiled:
+        same(compiled.map(requests), want)
+        same([compiled(x) for x in requests], want)
+        order = list(range(len(requests)))
+        random.Random(1).shuffle(order)
+        futures = {i: compiled.submit(requests[i]) for i in order}
+        same([futures[i].result(60) for i in range(len(requests))], want)
+
+
+def test_from_many_threads() -> None:
+    model, requests = make(), sentences(60)
+    want = [model(x) for x in requests]
+    results: dict[int, Tensor] = {}
+    with cellc.compile(model, backend="eager") as compiled:
+
+        def work(part: int) -> None:
+            for i in range(part, len(requests), 4):
+                results[i] = compiled(requests[i])
+
+        threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    same([results[i] for i in range(len(requests))], want)
+
+
+def test_paths_seen_run_no_python_of_the_user() -> None:
+    model, requests = make(), sentences(80)
+    with cellc.compile(model, backend="eager") as compiled:
+        want = compiled.map(requests)
+        compiled.map(requests)  # the engine may run ahead further than it did
+        before, learned = len(RUNS), compiled._compiler.paths.learned
+        same(compiled.map(requests), want)
+        assert len(RUNS) == before
+        assert compiled._compiler.paths.learned == learned
+
+
+def test_few_paths_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "MAX_BRANCHES", 4)
+    model, requests = make(), sentences(60)
+    want = [model(x) for x in requests]
+    with cellc.compile(model, backend="eager") as compiled:
+        for _ in range(2):
+            same(compiled.map(requests), want)
+        assert len(compiled._compiler.paths) <= 4
+
+
+class Dictionary(Decoder):
+    """A token is a dictionary key: as many outcomes as there are tokens."""
+
+    def forward(self, tokens: Tensor) -> list[int]:  # type: ignore[override]
+        names = {i: i * i for i in range(V)}
+        h, found = torch.zeros(H), []
+        for token in tokens:
+            h = self.encoder(self.embedding(token), h)
+            found.append(names[int(self.out(h).argmax())])
+        return found
+
+
+def test_many_outcomes_stay_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "MAX_OUTCOMES", 2)
+    model, requests = make(Dictionary), sentences(40)
+    with cellc.compile(model, backend="eager") as compiled:
+        for _ in range(2):
+            assert compiled.map(requests) == [model(x) for x in requests]
+
+
+def _numbers(x: Tensor) -> Any:
+    a, b = x[0].item(), x.abs().sum().item()
+    best = max(a, b) if a > 0 else min(a, -b)
+    return {"sum": a + b, "ratio": a / (b + 1), "less": a < b, "best": best, "text": f"{a:.2f}"}
+
+
+def _mask(x: Tensor) -> Tensor:
+    return x[x > 0] * 2
+
+
+def _bounds(x: Tensor) -> Tensor:
+    n = (x.abs().sum() % 3).long()
+    return x[: n + 1]
+
+
+def _whole(x: Tensor) -> Any:
+    n = int(x.abs().sum()) % 4
+    names = ["a", "b", "c", "d"]
+    return names[n], [i * 2 for i in range(n)], torch.zeros(n + 1) + x[0]
+
+
+def _nothing(x: Tensor) -> Tensor:
+    return x[x > 1e6]
+
+
+def _equal(x: Tensor) -> Tensor:
+    return x + 1 if torch.equal(x.sort().values, x) else x - 1
+
+
+def _tries(x: Tensor) -> Tensor:
+    try:
+        if x.sum() > 0:
+            raise ValueError("positive")
+        return x
+    except ValueError:
+        return x * 3
+
+
+def _buffer(x: Tensor) -> Tensor:
+    out = torch.zeros(4, 3)
+    for i in range(4):
+        if x.sum() * (i - 1) > 0:
+            out[i] = x * i
+        out[i] += 1
+    out[1].fill_(7)
+    return out
+
+
+def _loop(x: Tensor) -> tuple[Tensor, int]:
+    steps = 0
+    while x.norm() > 0.1 and steps < 30:
+        x = x * 0.5
+        steps += 1
+    return x, steps
+
+
+def alike(got: Any, want: Any) -> None:
+    assert type(got) is type(want)
+    if isinstance(want, dict):
+        alike(list(got.items()), list(want.items()))
+    elif isinstance(want, (tuple, list)):
+        assert len(got) == len(want)
+        for a, b in zip(got, want, strict=True):
+            alike(a, b)
+    elif isinstance(want, (Tensor, float)):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    else:
+        assert got == want
+
+
+IDIOMS = [_numbers, _mask, _bounds, _whole, _nothing, _equal, _tries, _loop]
+
+
+@pytest.mark.parametrize("function", IDIOMS)
+def test_idioms(function: Callable[[Tensor], Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    requests = [torch.randn(3, generator=generator) * 2 for _ in range(12)]
+    with cellc.compile(function, backend="eager") as compiled:
+        for _ in range(2):
+            for x, got in zip(requests, compiled.map(requests), strict=True):
+                alike(got, function(x))
+
+
+def test_writes_through_views_are_right_or_refused() -> None:
+    x = torch.randn(3)
+    with cellc.compile(_buffer, backend="eager") as compiled:
+        try:
+            got = compiled(x)
+        except cellc.CellcError as error:
+            assert "test_reading.py" in str(error)
+        else:
+            torch.testing.assert_close(got, _buffer(x))
+
+
+class Endless(Decoder):
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.zeros(H)
+        while (h < 2).all():  # a GRU's state is never outside [-1, 1]
+            h = self.encoder(self.embedding(tokens[0]), h)
+        return h
+
+
+@pytest.mark.parametrize(
+    ("options", "error"), [({"max_steps": 40}, StepsError), ({"timeout": 0.5}, RequestTimeout)]
+)
+def test_an_endless_forward_is_stopped(options: Any, error: type[Exception]) -> None:
+    with cellc.compile(make(Endless), backend="eager", options=options) as compiled:
+        with pytest.raises(error, match="options="):
+            compiled(torch.tensor([1]))
+        assert compiled.stats()["running"] == 0 and compiled._engine._arenas.idle()
+
+
+class Raises(Decoder):
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = torch.zeros(H)
+        for token in tokens:
+            h = self.encoder(self.embedding(token), h)
+            if h[0] > 0.9:
+                raise KeyError("too much")
+        return h
+
+
+def test_an_error_reaches_its_own_caller() -> None:
+    model, requests = make(Raises), sentences(40)
+    with cellc.compile(model, backend="eager") as compiled:
+        results = compiled.map(requests, return_exceptions=True)
+        failed = 0
+        for x, got in zip(requests, results, strict=True):
+            try:
+                want = model(x)
+            except KeyError:
+                failed += 1
+                assert isinstance(got, KeyError)
+                frames, tb = [], got.__traceback__
+                while tb is not None:
+                    frames.append(tb.tb_frame.f_code)
+                    tb = tb.tb_next
+                assert Raises.forward.__code__ in frames
+            else:
+                torch.testing.assert_close(got, want)
+        assert 0 < failed < len(requests)
+        assert compiled._engine._arenas.idle()
+
+
+class Sampler(Decoder):
+    def forward(self, token: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
+        h, said = torch.zeros(H), []
+        while len(said) < self.limit:
+            h = self.decoder(self.embedding(token), h)
+            scores = torch.softmax(self.out(h) / 4, -1)
+            token = torch.multinomial(scores, 1, generator=generator)[0]
+            if token.item() == EOS:
+                break
+            said.append(token)
+        return torch.stack(said) if said else torch.zeros(0, dtype=torch.int64)
+
+
+def test_sampling_depends_on_the_seed_alone() -> None:
+    model = make(Sampler)
+
+    def requests() -> list[tuple[Tensor, torch.Generator]]:
+        return [(torch.tensor(i % V), torch.Generator().manual_seed(i)) for i in range(40)]
+
+    first, others = requests(), requests()
+    want = [model(*request) for request in first]
+    with cellc.compile(model, backend="eager") as compiled:
+        same(compiled.map(others), want)
+        for (_, a), (_, b) in zip(first, others, strict=True):
+            assert torch.equal(a.get_state(), b.get_state())  # it goes on where eager's would
+        same([compiled(*request) for request in requests()[::-1]][::-1], want)
+
+
+class Machine(nn.Module):
+    """A little program: states by thresholds on a random recurrence."""
+
+    def __init__(self, bounds: list[float], most: int) -> None:
+        super().__init__()
+        self.cell, self.bounds, self.most = nn.GRUCell(2, 4), bounds, most
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[int]]:
+        h, trail = torch.zeros(4), []
+        for t in range(x.shape[0]):
+            h = self.cell(x[t], h)
+            for k, bound in enumerate(self.bounds):
+                if h[k % 4] > bound:
+                    h = h * 0.5 if k % 2 else h + x[t].sum()
+                    trail.append(k)
+                    if len(trail) >= self.most:
+                        return h, trail
+        return h, trail
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.floats(-0.8, 0.8), min_size=1, max_size=4), st.integers(1, 9), st.integers(0, 99)
+)
+def test_little_programs(bounds: list[float], most: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Machine(bounds, most).eval().requires_grad_(False)
+    requests = [torch.randn(n, 2) for n in (1, 4, 2, 6, 3, 4)]
+    with cellc.compile(model, backend="eager") as compiled:
+        for x, (h, trail) in zip(requests, compiled.map(requests), strict=True):
+            want, steps = model(x)
+            torch.testing.assert_close(h, want, rtol=1e-4, atol=1e-5)
+            assert trail == steps

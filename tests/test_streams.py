@@ -1,0 +1,147 @@
+"""Streams: forwards that are generators."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import cellc
+
+H = 4
+
+
+class Speaks(nn.Module):
+    """Yields a state at a time, until one is large or there are no more inputs."""
+
+    def __init__(self, bound: float = 0.6) -> None:
+        super().__init__()
+        self.cell, self.bound = nn.GRUCell(3, H), bound
+
+    def forward(self, x: Tensor) -> Iterator[Any]:
+        h = torch.zeros(H)
+        for t in range(x.shape[0]):
+            h = self.cell(x[t], h)
+            yield {"h": h * 2, "t": t}
+            if h.abs().max() > self.bound:
+                yield h.abs().max().item()
+                return
+
+
+class Fails(Speaks):
+    def forward(self, x: Tensor) -> Iterator[Any]:
+        yield x + 1
+        if x.sum() > 0:
+            raise KeyError("after a piece")
+        yield x + 2
+
+
+def make(kind: type[Speaks] = Speaks) -> Speaks:
+    torch.manual_seed(0)
+    return kind().eval().requires_grad_(False)
+
+
+def requests() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(n, 3) for n in (1, 5, 9, 3, 12, 7, 9, 2)]
+
+
+def test_pieces_equal_those_of_the_model() -> None:
+    model = make()
+    with cellc.compile(model, backend="eager") as compiled:
+        lengths = set()
+        for _ in range(2):
+            for x in requests():
+                got, want = list(compiled.stream(x)), list(model(x))
+                lengths.add(len(want))
+                torch.testing.assert_close(got, want)
+                torch.testing.assert_close(list(compiled(x)), want)
+        wanted = [list(model(x)) for x in requests()]
+        torch.testing.assert_close(compiled.map(requests()), wanted)
+        torch.testing.assert_close(compiled.submit(requests()[1]).result(30), wanted[1])
+        assert len(lengths) > 2
+
+
+def test_pieces_come_before_the_end() -> None:
+    x = torch.randn(9, 3) * 0.01
+    with cellc.compile(make(), backend="eager") as compiled:
+        list(compiled.stream(x))
+        compiled._engine._ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
+        stream = compiled.stream(x)
+        next(stream)
+        assert compiled.stats()["running"] == 1
+        assert len(list(stream)) == 8
+
+
+def idle(compiled: cellc.Compiled) -> bool:
+    stats = compiled.stats()
+    return (
+        stats["running"] == stats["waiting"] == 0
+        and compiled._engine._arenas.idle()
+        and compiled._engine._scheduler.num_requests == 0
+    )
+
+
+@pytest.mark.parametrize("how", ["close", "del", "with"])
+def test_closing_frees_the_rows(how: str) -> None:
+    x = torch.randn(9, 3) * 0.01
+    with cellc.compile(make(), backend="eager") as compiled:
+        stream = compiled.stream(x)
+        next(stream)
+        if how == "close":
+            stream.close()
+            stream.close()
+            with pytest.raises(StopIteration):
+                next(stream)
+        elif how == "del":
+            del stream
+        else:
+            with stream:
+                pass
+        assert idle(compiled)
+        assert len(list(compiled.stream(x))) == 9
+
+
+def test_an_error_comes_after_the_pieces_before_it() -> None:
+    with cellc.compile(make(Fails), backend="eager") as compiled:
+        stream = compiled.stream(torch.ones(3))
+        torch.testing.assert_close(next(stream), torch.full((3,), 2.0))
+        with pytest.raises(KeyError, match="after a piece"):
+            next(stream)
+        assert len(list(compiled.stream(-torch.ones(3)))) == 2
+        assert idle(compiled)
+
+
+def test_in_asyncio() -> None:
+    model = make()
+
+    async def pieces(compiled: cellc.Compiled, x: Tensor) -> list[Any]:
+        return [piece async for piece in compiled.astream(x)]
+
+    async def first(compiled: cellc.Compiled, x: Tensor) -> Any:
+        stream = compiled.astream(x)
+        async for piece in stream:
+            await stream.aclose()  # type: ignore[attr-defined]
+            return piece
+
+    async def all_at_once(compiled: cellc.Compiled) -> list[Any]:
+        return await asyncio.gather(*[pieces(compiled, x) for x in requests()])
+
+    with cellc.compile(model, backend="eager") as compiled:
+        torch.testing.assert_close(
+            asyncio.run(all_at_once(compiled)), [list(model(x)) for x in requests()]
+        )
+        x = torch.randn(9, 3) * 0.01
+        torch.testing.assert_close(asyncio.run(first(compiled, x)), next(iter(model(x))))
+        list(compiled.stream(x))
+        assert idle(compiled)
+
+
+def test_a_forward_that_returns_is_no_stream() -> None:
+    with cellc.compile(nn.Linear(3, 2).eval(), backend="eager") as compiled:
+        with pytest.raises(cellc.UnsupportedError, match="yield"):
+            compiled.stream(torch.randn(3))
