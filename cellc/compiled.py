@@ -42,6 +42,7 @@ from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.request import Request, Structure, as_call
 from cellc.sessions import Carry, Session
+from cellc.skeleton import Copier
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
@@ -179,6 +180,8 @@ class Compiled:
 
     def _owned(self, ticket: Ticket) -> Ticket:
         ticket.tensors = [t.detach().clone() for t in ticket.tensors]
+        if ticket.call is not None:
+            ticket.call = Copier(lambda leaf, _: leaf.detach().clone()).call(*ticket.call)
         return ticket
 
     async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
@@ -285,7 +288,7 @@ class Compiled:
             if isinstance(found, Exception):
                 raise found
             return found
-        return _new_ticket(entry, request)
+        return _new_ticket(entry, request, bound)
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -358,7 +361,7 @@ class Compiled:
             if isinstance(request, Exception):
                 out[i] = request
             elif (entry := leaders[i].entry) is not None:
-                out[i] = _new_ticket(entry, request)
+                out[i] = _new_ticket(entry, request, call)
             else:  # traced: Python numbers become part of it
                 exact = compiler.arguments.flatten(*call, exact=True)
                 left.append((i, exact.structure, call, exact))
@@ -407,7 +410,7 @@ class Compiled:
                 break
             if (entry := request.entry) is None:
                 continue
-            ticket = self._owned(_new_ticket(entry, request, trial=True))
+            ticket = self._owned(_new_ticket(entry, request, (args, kwargs), trial=True))
             self._engine.enqueue([ticket])
             self._run([ticket])
             if ticket.error is not None:
@@ -623,9 +626,11 @@ def _noted(error: BaseException, number: int, count: int) -> Any:
     return error
 
 
-def _new_ticket(entry: Entry, request: Request, *, trial: bool = False) -> Ticket:
+def _new_ticket(entry: Entry, request: Request, call: Any, *, trial: bool = False) -> Ticket:
     """A ticket; one on `trial` leaves the request's generators as they are."""
     ticket = Ticket(entry, request.tensors)
+    if request.nested and isinstance(entry, Leg):
+        ticket.call = call
     if request.generators:
         given = [g.clone_state() for g in request.generators] if trial else request.generators
         ticket.draws = Draws(given)

@@ -49,7 +49,7 @@ from cellc.modules import (
 )
 from cellc.ops import RowType
 from cellc.params import Params
-from cellc.paths import Ask, Paths
+from cellc.paths import Ask, Paths, Replan
 from cellc.plan import Plan, Tables, record_length
 from cellc.planner import make_plan, make_plans
 from cellc.printer import print_cell, print_graph
@@ -202,12 +202,10 @@ class Compiler:
                     )
                     forest = self.unfolder.forest(runs)
             except Steers as error:
-                log.info("plan", f"numbers at {error.place} decide: they are structure")
                 if error.place in steering:
                     self.distrust(f"numbers at {error.place} decide, and are data")
                     return False
-                places = steering.places | {error.place}
-                self.arguments.steering = replace(steering, places=places)
+                self._steered_by(steering, error.place)
                 return False
             except CannotUnfold as error:
                 self.distrust(str(error))
@@ -224,6 +222,25 @@ class Compiler:
             stats = self.unfolder.stats
             stats.seconds += time.perf_counter() - start
             return True
+
+    def _steered_by(self, steering: Steering, place: Hashable) -> None:
+        """Numbers at a place decide: from now on they are part of a request's structure."""
+        log.info("plan", f"numbers at {place} decide: they are structure")
+        self.arguments.steering = replace(steering, places=steering.places | {place})
+
+    def planned_anew(self, args: Any, kwargs: Any) -> tuple[Entry, Sequence[torch.Tensor]]:
+        """The entry and the tensors of a request in flight, now that its numbers decide."""
+        while True:
+            request = self.arguments.flatten(args, kwargs)
+            entry = self.cached(request.key)
+            if entry is None and self.unfold([Wanted(request, args, kwargs)]):
+                entry = request.entry
+                if entry is None:
+                    raise self._reads_and("a request cannot be unfolded", "its numbers decide")
+            if entry is not None:
+                return entry, request.tensors
+            if self.unfolder.reason is not None:
+                raise self._reads_and(self.unfolder.reason, "its numbers decide")
 
     def traced_instead(self, request: Request) -> None:
         """A request that could not be unfolded was traced: so are all, if none ever could be."""
@@ -289,7 +306,13 @@ class Compiler:
                 self.unfolder.recorder.habits = self.paths.habits
                 runs = self.unfolder.unfold(wanted, steering)
                 forest = self.unfolder.forest(runs)
-        except (CannotUnfold, Steers) as error:
+        except Steers as error:
+            if steering is None or error.place in steering:
+                return dict.fromkeys(asks, self._reads_and("numbers decide", asks[0].place))
+            self._steered_by(steering, error.place)
+            self._forget()
+            return dict.fromkeys(asks, Replan())
+        except CannotUnfold as error:
             return dict.fromkeys(asks, self._reads_and(str(error), asks[0].place))
         if self.unfolder.generation != before:
             self._forget()

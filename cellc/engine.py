@@ -25,10 +25,11 @@ import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
-from cellc.errors import ClosedError, Overloaded, RequestTimeout
+from cellc.errors import CellcError, ClosedError, Overloaded, RequestTimeout
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
+from cellc.paths import Replan
 from cellc.plan import DataRows, OutputRows, ragged_range
 from cellc.replay import Bound, Replays
 from cellc.scheduler import Batch, Policy, Scheduler
@@ -594,14 +595,27 @@ class Engine:
         else:
             going, failed = onward.settle()
         moved = [ticket for ticket, _ in [*going, *failed]]
-        self._fail(failed)
+        anew = [t for t, error in failed if isinstance(error, Replan) and t.call is not None]
+        self._fail([(t, error) for t, error in failed if not any(t is other for other in anew)])
+        self._plan_anew(anew)
         ending = [(t, b) for t, b in going if b.outputs is not None]
         self._deliver([t for t, _ in ending], [b for _, b in ending])
         self._begin_again([(t, b.leg) for t, b in going if b.again])
         self._move([(t, b) for t, b in going if b.outputs is None and not b.again])
         return moved
 
-    def _begin_again(self, going: Sequence[tuple[Ticket, Leg]]) -> None:
+    def _plan_anew(self, tickets: Sequence[Ticket]) -> None:
+        """Numbers of these requests are no data, after all: they begin again with other plans."""
+        for ticket in tickets:
+            try:
+                entry, tensors = self.compiler.planned_anew(*ticket.call)
+            except CellcError as error:
+                self._fail([(ticket, error)])
+                continue
+            self._begin_again([(ticket, entry)])
+            ticket.tensors = tensors
+
+    def _begin_again(self, going: Sequence[tuple[Ticket, Entry]]) -> None:
         """Run requests from their data again, along answers known by now."""
         tickets = [ticket for ticket, _ in going]
         self._scheduler.cancel([t.number for t in tickets])

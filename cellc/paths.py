@@ -37,6 +37,10 @@ class Ask(NamedTuple):
         return self.leg.asked[self.number].origin
 
 
+class Replan(Exception):
+    """Numbers of requests turned out to decide: they are no data, and requests are planned anew."""
+
+
 @dataclass
 class Site:
     """A place in the code where a value is read."""

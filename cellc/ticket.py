@@ -40,6 +40,7 @@ class Ticket:
     held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
     ask: Any = None  # what is asked for it
     branch: Branch | None = None  # where that leads
+    call: Any = None  # its arguments, where it may have to be planned anew
     draws: Draws | None = None  # random numbers of its generators
     streams: bool = False  # its forward yields
     unmade: Any = None  # calls to run until a piece is there, by number

@@ -143,6 +143,17 @@ def is_mask(x: Any) -> bool:
     return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) == 1
 
 
+def is_tensor(x: Any) -> bool:
+    return type(x) in (Stub, Stack) or isinstance(x, torch.Tensor)
+
+
+def is_number_tensor(x: Any) -> bool:
+    """A tensor of one integer without dimensions."""
+    if type(x) is not Stub or x.type.shape:
+        return False
+    return not x.dtype.is_floating_point and x.dtype is not torch.bool
+
+
 def has_bounds(index: Any) -> bool:
     """Are there tensors that say where a slice begins or ends?"""
     if type(index) is slice:
@@ -333,12 +344,34 @@ class Asker(Repeats):
         parts = (index.start, index.stop, index.step)
         return slice(*[int(self._number(y)) if type(y) in (Stub, Stack) else y for y in parts])
 
+    def selected(self, x: Any, index: Any) -> Any:
+        """`x[index]` where numbers in the index are tensors: PyTorch reads them; rows are selected
+        instead.
+        """
+        parts = list(index) if type(index) is tuple else [index]
+        tensors = {k: part for k, part in enumerate(parts) if is_number_tensor(part)}
+        if any(
+            part is Ellipsis or is_tensor(part) for k, part in enumerate(parts) if k not in tensors
+        ):
+            return None
+        dims = {k: sum(type(p) is not int for p in parts[:k]) for k in tensors}
+        for k in tensors:
+            parts[k] = slice(None)
+        if any(part != slice(None) for part in parts):
+            x = x[tuple(parts)]
+        for k in sorted(tensors, reverse=True):
+            place, dim = tensors[k], dims[k]
+            size = x.shape[dim]
+            place = torch.where(place < 0, place + size, place)
+            x = torch.index_select(x, dim, place.reshape(1)).squeeze(dim)
+        return x
+
     def chosen(self, x: Any, mask: Any = None) -> Any:
         """What a mask chooses: each of its values is asked for."""
         values = [bool(self._truth(y)) for y in (x if mask is None else mask)]
         places = [i for i, value in enumerate(values) if value]
         if mask is None:
-            return torch.tensor([[i] for i in places]).reshape(len(places), 1)
+            return torch.tensor(places, dtype=torch.int64).reshape(len(places), 1)
         if not places:
             return x[0:0] if type(x) is not Stack else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
         return torch.stack([x[i] for i in places])

@@ -30,7 +30,15 @@ from torch.utils import _pytree as pytree
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError
 from cellc.frontends import stub as stubs
-from cellc.frontends.asking import CHOOSING, READS, Asks, has_bounds, holds_read, is_mask
+from cellc.frontends.asking import (
+    CHOOSING,
+    READS,
+    Asks,
+    has_bounds,
+    holds_read,
+    is_mask,
+    is_number_tensor,
+)
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
 from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
@@ -263,6 +271,12 @@ class Recorder(InPlace):
         if func is torch.Tensor.__getitem__ and has_bounds(args[1]):
             args = (args[0], self.bounds(args[1]))
             return args[0][args[1]]
+        if func is torch.Tensor.__getitem__:
+            index = args[1] if type(args[1]) is tuple else (args[1],)
+            if any(map(is_number_tensor, index)):
+                made = self.selected(*args)
+                if made is not None:
+                    return made
         if (at := CHOOSING.get(func, 9)) < len(args) and is_mask(args[at]):
             return self.chosen(*args[: at + 1])
         if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
