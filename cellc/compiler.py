@@ -227,6 +227,7 @@ class Compiler:
         """Numbers at a place decide: from now on they are part of a request's structure."""
         log.info("plan", f"numbers at {place} decide: they are structure")
         self.arguments.steering = replace(steering, places=steering.places | {place})
+        self.unfolder.epoch += 1
 
     def planned_anew(self, args: Any, kwargs: Any) -> tuple[Entry, Sequence[torch.Tensor]]:
         """The entry and the tensors of a request in flight, now that its numbers decide."""
@@ -278,8 +279,11 @@ class Compiler:
         with self._lock:
             found: dict[Ask, Branch | Exception] = {}
             for ask in asks:
+                request = ask.leg.root.wanted.request
                 branch = self.paths.known(ask)
-                if branch is not None:
+                if request.nested and request.steering != self.arguments.steering:
+                    found[ask] = Replan()  # its numbers were data, and are not any more
+                elif branch is not None:
                     found[ask] = branch
             new = [ask for ask in dict.fromkeys(asks) if ask not in found]
             for ask in new:
