@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -475,3 +476,11 @@ def check(
             arena[at], run.arenas[kind][at], rtol=0, atol=0, equal_nan=True,
             msg=partial("{}: a row was overwritten: {}".format, kind),
         )  # fmt: skip
+
+
+def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
+    """A matrix product that adds in one order, however many rows there are; BLAS need not."""
+    out = np.zeros((*a.shape[:-1], b.shape[-1]), dtype or a.dtype)
+    for k in range(a.shape[-1]):
+        out += a[..., :, k, None] * b[..., None, k, :]
+    return out

@@ -7,10 +7,12 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cells import product_in_order
 from torch import Tensor, nn
 
 import cellc
@@ -79,6 +81,29 @@ def test_company_does_not_matter(backend: Any) -> None:
         random.Random(1).shuffle(order)
         futures = {i: compiled.submit(requests[i]) for i in order}
         same([futures[i].result(60) for i in range(len(requests))], want)
+
+
+class Scores(Decoder):
+    def forward(self, tokens: Tensor) -> tuple[Tensor, int]:  # type: ignore[override]
+        h, steps = torch.zeros(H), 0
+        for token in tokens:
+            h = self.encoder(self.embedding(token), h)
+        while h.max() > 0.2 and steps < 4:
+            h, steps = self.decoder(h, h) * 0.5, steps + 1
+        return self.out(h), steps
+
+
+def test_company_does_not_matter_bit_for_bit_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "matmul", product_in_order)  # BLAS, in the interpreter, need not
+    requests = sentences(12)
+    with cellc.compile(make(Scores), backend="triton") as compiled:
+        together = compiled.map(requests)
+        alone = [compiled(x) for x in requests]
+        order = random.Random(2).sample(range(12), 12)
+        shuffled = dict(zip(order, compiled.map([requests[i] for i in order]), strict=True))
+        for i, (scores, steps) in enumerate(together):
+            for other in (alone[i], shuffled[i]):
+                assert torch.equal(scores, other[0]) and steps == other[1]
 
 
 def test_from_many_threads() -> None:

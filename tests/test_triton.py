@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import kernel_cells as kc
 import numpy as np
@@ -82,18 +81,10 @@ def test_chain_of_three_steps_that_shrink(name: str) -> None:
     check(cell, kc.make_run(cell, 5, K=3, feed=feed, shrink=True))
 
 
-def _product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndarray:
-    """A matrix product that adds in one order, however many rows there are; BLAS need not."""
-    out = np.zeros((*a.shape[:-1], b.shape[-1]), dtype or a.dtype)
-    for k in range(a.shape[-1]):
-        out += a[..., :, k, None] * b[..., None, k, :]
-    return out
-
-
 @pytest.mark.parametrize("name", kc.CELLS)
 def test_row_is_bitwise_the_same_in_any_batch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the order in which this machine's BLAS, which the interpreter uses, adds."""
-    monkeypatch.setattr(np, "matmul", _product_in_order)
+    monkeypatch.setattr(np, "matmul", kc.product_in_order)
     cell = kc.CELLS[name]()
     kernel, made = TritonBackend("cpu").kernel(cell, kc.random_params(cell)), kc.make_run(cell, 20)
     together = made.copy()
