@@ -250,7 +250,9 @@ class Compiled:
                     tickets.append(session.begin(*as_call(given)))
                 except CellcError as error:
                     tickets.append(Ticket.failed(error))
-            return self._results(tickets, return_exceptions)
+            results = self._results(tickets, return_exceptions)
+            del tickets  # before the collector looks at what is left
+            return results
 
     def _results(self, tickets: Sequence[Ticket], return_exceptions: bool) -> list[Any]:
         """Run tickets; their results in order."""
