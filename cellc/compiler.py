@@ -17,6 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -442,11 +443,15 @@ class Compiler:
         return print_graph(graph) if graph is not None else ""
 
     def own_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the model itself gives, on a copy of the request."""
-        call = Copier(lambda leaf, _: leaf).call(args, kwargs)
-        with _TRACING, evaluating(self.model), torch.no_grad():
+        """What the model itself gives, on a copy of the request on the device."""
+        call = Copier(lambda leaf, _: leaf.to(self.device)).call(args, kwargs)
+        with _TRACING, evaluating(self.model), torch.no_grad(), self._placing():
             result = self.forward(*call[0], **call[1])
             return list(result) if inspect.isgenerator(result) else result
+
+    def _placing(self) -> AbstractContextManager[Any]:
+        """Inside, tensors made without a device are on the model's."""
+        return nullcontext() if self.device.type == "cpu" else self.device
 
     def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace:
         names = [f"x{i}" for i in range(len(tensors))]

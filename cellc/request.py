@@ -80,6 +80,8 @@ class Arguments:
             for k in kinds
         ) and bool(kinds)
         self._num = len(kinds)
+        given = self._signature.parameters.values() if self._signature else ()
+        self._required = sum(p.default is inspect.Parameter.empty for p in given)
         self.steering: Steering | None = None  # see `skeleton.flatten`
         self.names = list(self._signature.parameters) if self._signature else []
 
@@ -93,7 +95,7 @@ class Arguments:
         """Arguments as positional where the signature allows; raises RequestError where it does not
         fit.
         """
-        if not kwargs and self._plain and len(args) == self._num:
+        if not kwargs and self._plain and self._required <= len(args) <= self._num:
             return args, {}
         if self._signature is None:
             return args, dict(kwargs)

@@ -8,8 +8,9 @@ A call's successors are told at once when it is scheduled, before its kernel has
 runs launches first in, first out.
 
 Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready
-calls fill its largest batch first; else the deepest cell with ready calls, since it brings requests
-nearer to their end. `fifo`: the cell whose oldest ready call has waited longest.
+calls fill its largest batch first; else what such a launch left behind, so that requests that came
+together stay together; else the deepest cell with ready calls, since it brings requests nearer to
+their end. `fifo`: the cell whose oldest ready call has waited longest.
 """
 
 from __future__ import annotations
@@ -105,6 +106,7 @@ class Scheduler:
         self._requests: dict[int, tuple[Plan, int]] = {}  # plan, first call
         self._left = np.zeros(64, np.int64)
         self._tick = 0
+        self._rest = (-1, 0)  # the cell of a full launch, and how many ready calls it left behind
 
     @property
     def num_ready(self) -> int:
@@ -205,6 +207,7 @@ class Scheduler:
         if cell is None:
             return None
         self._tick += 1
+        self._note_rest(cell)
         heads = self._queues[cell].pop(self.max_batch)
         calls, steps, ends = self._expand(heads, max_steps)
         rows = self._table.data[calls]
@@ -239,7 +242,17 @@ class Scheduler:
             return min(ready, key=lambda item: (item[1].since[0], item[0]))[0]
         full = [c for c, q in ready if q.size >= self.max_batch]
         candidates = full or [c for c, _ in ready]
+        if not full and self._rest[1] and self._rest[0] in candidates:
+            return self._rest[0]
         return max(candidates, key=lambda c: (self.priority.get(c, 0), -c))
+
+    def _note_rest(self, cell: int) -> None:
+        """Before a launch of a cell: what it leaves behind, of calls that are ready now."""
+        left = self._queues[cell].size - self.max_batch
+        if left > 0:
+            self._rest = cell, left
+        elif cell == self._rest[0]:
+            self._rest = -1, 0
 
     def _expand(
         self, heads: npt.NDArray[np.int64], max_steps: int | None

@@ -8,6 +8,7 @@ torch, always right, only slower.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -298,6 +299,32 @@ def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
     return source.expand(target.shape) if source.shape != target.shape else source.clone()
 
 
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Of `scaled_dot_product_attention`, fused on CPUs: its result, and the logsumexp of scores."""
+    scores = torch.matmul(q * (q.shape[-1] ** -0.5 if scale is None else scale), k.mT)
+    if is_causal:
+        rows, columns = map(torch.arange, scores.shape[-2:])
+        attn_mask = rows[:, None] >= columns
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = torch.where(attn_mask, scores, -math.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    weights = torch.softmax(scores, -1)
+    if attn_mask is not None:  # a row that sees nothing gives zeros
+        nothing = (scores == -math.inf).all(-1, keepdim=True)
+        weights = torch.where(nothing, 0.0, weights)
+    return torch.matmul(weights, v), torch.logsumexp(scores, -1)
+
+
 _TABLE: dict[str, Callable[..., Any]] = {
     "native_layer_norm": _layer_norm,
     "native_group_norm": _group_norm,
@@ -333,6 +360,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "addmv": _addmv,
     "dot": lambda a, b: (a * b).sum(),
     "vdot": lambda a, b: (a * b).sum(),
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
     "native_dropout": lambda x, p, train: (x, torch.ones_like(x, dtype=torch.bool)),
     "constant_pad_nd": _pad,
     "roll": _roll,

@@ -27,7 +27,11 @@ class Form(NamedTuple):
 
 
 class Placeholder(torch.Tensor):
-    """A tensor of one trace: `tracked` is the tracer's, `constant` what it holds where known."""
+    """A tensor of one trace: `tracked` is the tracer's, `constant` what it holds where known.
+
+    To torch's own code it is on the CPU, whose composite operations are the plain ones (a GPU's
+    `gru_cell` is one fused kernel); the user's code sees the device of `form`.
+    """
 
     form: Form
     tracked: Any
@@ -46,11 +50,23 @@ class Placeholder(torch.Tensor):
             None,
             form.dtype,
             torch.strided,
-            form.device,
+            CPU,
             storage_size=_extent(form) * form.dtype.itemsize,
         )
         made.form, made.tracked, made.constant = form, None, None
         return made
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return self.form.device
+
+    @property
+    def is_cuda(self) -> bool:  # type: ignore[override]
+        return self.form.device.type == "cuda"
+
+    @property
+    def is_cpu(self) -> bool:  # type: ignore[override]
+        return self.form.device.type == "cpu"
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 

@@ -12,9 +12,10 @@ import hashlib
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import Any, overload
@@ -31,6 +32,7 @@ from cellc.kernels.tile_ir import Ref, TileProgram
 from cellc.kernels.triton_body import TYPES, identifier
 from cellc.kernels.triton_printer import Printed, print_program
 from cellc.kernels.triton_tiles import PrintedKernel
+from cellc.kernels.triton_tuned import tuned
 from cellc.launch import Index, Launch, Ragged
 from cellc.ops import RowType
 
@@ -143,7 +145,10 @@ class TritonKernel:
         params: Sequence[torch.Tensor],
         backend: TritonBackend,
     ) -> None:
-        self.program, self.source, self.kernels = program, printed.source, printed.kernels
+        self.program, self.source = program, printed.source
+        self.kernels = printed.kernels
+        if backend.device.type == "cuda" and not backend.interpreted:
+            self.kernels = tuned(printed, torch.cuda.get_device_name(backend.device))
         self.params, self.device, self.interpreted = params, backend.device, backend.interpreted
         module = load(program.cell.name, printed.source)
         self.functions: list[Any] = [getattr(module, k.name) for k in printed.kernels]
@@ -153,18 +158,31 @@ class TritonKernel:
         self.reports = any(k.reports for k in printed.kernels)
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
+        return self.bind(launch, arenas)()
+
+    def bind(
+        self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
+    ) -> Callable[[], Sequence[int]]:
+        """The launch as a call without arguments, good for as long as no arena grows."""
         if launch.num_rows == 0:
-            return []
-        self._grow(int(np.diff(launch.steps).max()))
+            return tuple
+        largest = int(np.diff(launch.steps).max())
         tables, bases = self._upload(launch)
         bad = torch.zeros(launch.num_rows if self.reports else 0, dtype=torch.int32)
         bad = bad.to(self.device)
-        calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
-        with np.errstate(all="ignore"), _current(self.device):  # the interpreter is numpy
-            for start, stop in zip(launch.steps[:-1], launch.steps[1:], strict=True):
-                if stop > start:
-                    self._step(calls, bases, int(start), int(stop - start), launch.num_rows)
-        return BadRows(bad) if self.reports else []
+        steps = [
+            (start, stop - start) for start, stop in pairwise(launch.steps.tolist()) if stop > start
+        ]
+
+        def run() -> Sequence[int]:
+            self._grow(largest)
+            calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
+            with np.errstate(all="ignore"), _current(self.device):  # the interpreter is numpy
+                for start, count in steps:
+                    self._step(calls, bases, start, count, launch.num_rows)
+            return BadRows(bad) if self.reports else ()
+
+        return run
 
     def _step(
         self,
@@ -178,7 +196,7 @@ class TritonKernel:
         for kernel, function, pointers in zip(self.kernels, self.functions, calls, strict=True):
             ragged = [base for ref in kernel.ragged for base in bases[ref]]
             scalars = [start, num_rows, num_total, *ragged]
-            options = {} if self.interpreted else {"num_warps": kernel.num_warps}
+            options = {} if self.interpreted else compile_options(kernel)
             grid = kernel.grid(num_rows)
             function[grid](*pointers, *scalars, **kernel.constants, **options)
 
@@ -226,6 +244,10 @@ class TritonKernel:
             kind = self.program.buffers[i].type
             shape = (num_rows, kind.numel)
             self.scratch[i] = torch.empty(shape, dtype=DTYPES[kind.dtype], device=self.device)
+
+
+def compile_options(kernel: PrintedKernel) -> dict[str, int]:
+    return {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellc.kernels.tile_ir import Index, Instr, Map, Product, Ref, Target
@@ -22,7 +22,13 @@ from cellc.kernels.triton_body import (
     coordinates,
     pointer_at,
 )
-from cellc.kernels.triton_tiles import Grid, PrintedKernel, pointwise_tile, product_tile
+from cellc.kernels.triton_tiles import (
+    Grid,
+    PrintedKernel,
+    Space,
+    pointwise_tile,
+    product_tile,
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,25 @@ def print_map(
     kernel.lines[:0] = _head(kernel, stage, mult, tile, size, inner)
     grid = Grid(mult, constants["BM"], -(-size // constants["BN"]))
     warps = 8 if len(accs) * constants["BM"] * constants["BN"] > 8192 else 4
-    return PrintedKernel("", grid, constants, warps)
+    space = _space(accs, products, size, constants) if products else None
+    return PrintedKernel("", grid, constants, warps, space=space)
+
+
+def _space(
+    accs: Sequence[Accumulator],
+    products: Sequence[Product],
+    size: int,
+    constants: Mapping[str, int],
+) -> Space:
+    depths = tuple(p.depth for p in products)
+    return Space(
+        size,
+        depths,
+        len(accs),
+        _item_bytes(products),
+        masks_columns=size % constants["BN"] != 0,
+        masks_depth=all(d % constants["BK"] != 0 for d in depths),
+    )
 
 
 def accumulators(stage: Map, products: Sequence[Product]) -> list[Accumulator]:
@@ -92,8 +116,12 @@ def _constants(
 ) -> dict[str, int]:
     if not products:
         return {**pointwise_tile(size), "BK": 1}
-    wide = any(p.dtype == "f32" for p in products)
-    return product_tile(size, len(accs), max(p.depth for p in products), 4 if wide else 2)
+    deepest = max(p.depth for p in products)
+    return product_tile(size, len(accs), deepest, _item_bytes(products))
+
+
+def _item_bytes(products: Sequence[Product]) -> int:
+    return 4 if any(p.dtype == "f32" for p in products) else 2
 
 
 def _loop(

@@ -18,7 +18,13 @@ from typing import Any
 from cellc.cells import Cell, CellInput, CellOp, Param
 from cellc.errors import BackendError, UsageError
 from cellc.kernels.tile_ir import TileProgram
-from cellc.kernels.triton_backend import TritonOptions, interpreting, load, print_cell
+from cellc.kernels.triton_backend import (
+    TritonOptions,
+    compile_options,
+    interpreting,
+    load,
+    print_cell,
+)
 from cellc.kernels.triton_tiles import PrintedKernel
 from cellc.ops import RowType
 
@@ -101,7 +107,7 @@ def _compile(program: TileProgram, kernel: PrintedKernel, function: Any, target:
         (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
     }
     source = ASTSource(function, signature, dict(kernel.constants), aligned)
-    options = {"num_warps": kernel.num_warps}
+    options = compile_options(kernel)
     try:
         built = triton.compile(source, target=GPUTarget(backend, arch, warp), options=options)
     except Exception as error:

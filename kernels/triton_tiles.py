@@ -6,8 +6,9 @@ Comes in: the stages of a `TileProgram`; goes out: `PrintedKernel`, without its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
 
 from cellc.kernels.tile_ir import Ref
 
@@ -29,6 +30,54 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """A choice for a kernel with products: a tile's rows, columns and depth, warps, and how many
+    tiles of the depth are loaded ahead.
+    """
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+@dataclass(frozen=True)
+class Space:
+    """What the tiles of a kernel with products may be: its columns, the depth of each product, its
+    accumulators, bytes of an element; where the text has masks, sizes need not divide.
+    """
+
+    columns: int
+    depths: tuple[int, ...]
+    accumulators: int
+    item_bytes: int
+    masks_columns: bool
+    masks_depth: bool
+
+    def choices(self, shared_bytes: int) -> Iterator[Tiles]:
+        """All choices that fit a program's shared memory and registers."""
+        for BM, BN, BK, warps, stages in product(
+            (16, 32, 64, 128), (16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (2, 3, 4)
+        ):
+            tile = self.accumulators * BM * BN  # f32 values kept by 32 * warps threads
+            loaded = (BM + self.accumulators * BN) * BK * self.item_bytes
+            if not 16 * 32 * warps <= tile <= 64 * 32 * warps or 4 * BN < BM or 4 * BM < BN:
+                continue
+            if BK * self.item_bytes < 64 and BK < max(self.depths):  # half a line of memory
+                continue
+            if stages * loaded > shared_bytes or BN > padded(self.columns, MIN_DOT):
+                continue
+            if self.columns % BN and not self.masks_columns:
+                continue
+            if any(d % BK for d in self.depths) and not self.masks_depth:
+                continue
+            if BK > padded(max(self.depths), MIN_DOT) or (stages > 2 and BK == max(self.depths)):
+                continue
+            yield Tiles(BM, BN, BK, warps, stages)
+
+
+@dataclass(frozen=True)
 class PrintedKernel:
     """How to launch one kernel: `tables`, pointers of `refs`, `bad_ptr` if it reports, scalars."""
 
@@ -36,10 +85,21 @@ class PrintedKernel:
     grid: Grid
     constants: Mapping[str, int]
     num_warps: int = 4
+    num_stages: int = 3
+    space: Space | None = None  # of kernels with products
     args: tuple[str, ...] = ()
     refs: tuple[Ref, ...] = ()
     ragged: tuple[Ref, ...] = ()
     reports: bool = False
+
+    def tiled(self, tiles: Tiles) -> PrintedKernel:
+        """The same text with other tiles."""
+        assert self.space is not None
+        grid = replace(self.grid, rows=tiles.BM, y=-(-self.space.columns // tiles.BN))
+        sizes = {"BM": tiles.BM, "BN": tiles.BN, "BK": tiles.BK}
+        return replace(
+            self, grid=grid, constants=sizes, num_warps=tiles.num_warps, num_stages=tiles.num_stages
+        )
 
 
 def padded(size: int, least: int = 1, most: int = 1 << 30) -> int:

@@ -294,6 +294,16 @@ def test_a_full_batch_goes_before_a_deeper_cell() -> None:
     assert picked == [a, b]
 
 
+def test_what_a_full_batch_left_goes_before_a_deeper_cell() -> None:
+    engine = Engine([two_layers(3), two_layers(3, both=False)], 4, "cellular")
+    a, b = (engine.tables.cell(cell) for cell in (A, B))
+    engine.add(0, 1)
+    engine.add(1, 1)
+    picked = [(batch.cell, len(batch.calls)) for batch in iter(engine.launch, None)]
+    assert picked == [(a, 4), (a, 2), (b, 3)]
+    engine.drain()
+
+
 def test_first_come_first_served() -> None:
     engine, a, b = started("fifo", 6)
     picked = [batch.cell for batch in iter(engine.launch, None)]

@@ -129,12 +129,13 @@ def test_coverage(surveys: dict[str, dict[str, Any]]) -> None:
     assert len(covered) >= COVERED
 
 
-def check(name: str, backend: Any, most: int | None = None) -> None:
+def check(name: str, backend: Any, most: int | None = None, device: str | None = None) -> None:
+    """Compare with eager on the CPU."""
     zoo = importlib.import_module(f"zoo.{name}")
     torch.manual_seed(0)
     model = zoo.make().eval()
     requests = zoo.requests()[:most]
-    with cellc.compile(model, backend=backend) as compiled:
+    with cellc.compile(model, backend=backend, device=device) as compiled:
         results = compiled.map(requests)
     for request, got in zip(requests, results, strict=True):
         args, kwargs = as_call(request)
@@ -145,6 +146,7 @@ def check(name: str, backend: Any, most: int | None = None) -> None:
         assert got_tree == want_tree
         for a, b in zip(got_leaves, want_leaves, strict=True):
             assert type(a) is type(b)
+            a = a.cpu() if isinstance(a, torch.Tensor) else a
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
