@@ -324,10 +324,12 @@ class Compiler:
                 forest = self.unfolder.forest(runs)
         except Steers as error:
             if steering is None or error.place in steering:
-                return dict.fromkeys(asks, self._reads_and("numbers decide", asks[0].place))
+                raise self._reads_and("numbers decide", asks[0].place) from error
             self._steered_by(steering, error.place)
             self._forget()
-            return dict.fromkeys(asks, Replan())
+            found.update({ask: Replan() for ask in asks if ask.leg.root.wanted.request.nested})
+            others = [ask for ask in asks if ask not in found]
+            return {**found, **self._learned_alone(others)} if others else found
         except CannotUnfold as error:
             raise self._reads_and(str(error), asks[0].place) from error
         if self.unfolder.generation != before:

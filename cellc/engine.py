@@ -180,10 +180,11 @@ class Engine:
                 self._tell()
 
     def _take_dropped(self) -> list[Ticket]:
-        taken = []
+        taken: dict[int, Ticket] = {}  # each once
         while self._dropped:
-            taken.append(self._dropped.popleft())
-        return taken
+            ticket = self._dropped.popleft()
+            taken[id(ticket)] = ticket
+        return list(taken.values())
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""

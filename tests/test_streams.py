@@ -172,6 +172,7 @@ def test_a_stream_that_was_closed_gives_nothing_more() -> None:
         next(stream)
         compiled._engine._loop.acquire()  # somebody runs the loop
         stream.close()
+        stream.close()
         compiled._engine._loop.release()
         assert next(stream, None) is None
         compiled(torch.randn(1, 3)).close()
