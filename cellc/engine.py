@@ -68,6 +68,7 @@ class Engine:
         self._live_bytes = 0  # of regions given out
         self._inbox: deque[Ticket] = deque()
         self._live: dict[int, Ticket] = {}
+        self._leaving: Sequence[Ticket] = ()  # that were live until now
         self._numbers: list[int] = []
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
@@ -164,6 +165,7 @@ class Engine:
             if ticket.started and not ticket.done:
                 self._futures -= 1
             ticket.abandon()
+        self._leaving = ()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request now, or, where another thread runs the loop, at its next turn."""
@@ -364,6 +366,29 @@ class Engine:
             self._host_seconds += (min(host, ALONE) - self._host_seconds) / 16
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
+        except BaseException:  # this thread is interrupted
+            self._restart()
+            raise
+        finally:
+            self._leaving = ()
+
+    def _restart(self) -> None:
+        """A turn was left midway: requests in flight begin again, from their data."""
+        with self._turn:
+            waiting = set(map(id, self._inbox))
+            flying = {id(t): t for t in [*self._live.values(), *self._leaving]}
+            again = [t for t in flying.values() if not t.done and id(t) not in waiting]
+            for known in (self._live, self._onward, self._scheduler, self._arenas):
+                known.clear()
+            self._live_bytes = 0
+            self._numbers, self._next_number = [], 0
+            for ticket in again:
+                ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
+                ticket.held = ticket.branch = ticket.failure = None
+            self._inbox.extendleft(reversed(again))
+        for ticket in self._leaving:
+            if ticket.done:
+                self._answer(ticket)
 
     def _expire(self, now: float) -> None:
         """End requests that have taken too long."""
@@ -659,7 +684,7 @@ class Engine:
         self._scheduler.cancel([t.number for t in tickets])
         self._retire(tickets)
         for ticket, leg in going:
-            ticket.entry, ticket.number = leg, -1
+            ticket.entry, ticket.first, ticket.number = leg, None, -1
         with self._turn:
             self._inbox.extendleft(reversed(tickets))
 
@@ -695,6 +720,7 @@ class Engine:
         self._scheduler.cancel([t.number for t in tickets])
         self._free(tickets)
         for (ticket, branch), base in zip(moving, bases, strict=True):
+            ticket.first = ticket.first or ticket.entry
             ticket.entry, ticket.bases = branch.leg, base
         errors = self._copy_in(tickets, bases)
         self._fail([(tickets[i], error) for i, error in errors.items()])
@@ -777,6 +803,7 @@ class Engine:
 
     def _retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
+        self._leaving = tickets
         for ticket in tickets:
             del self._live[ticket.number]
             self._onward.release(ticket)
@@ -803,8 +830,9 @@ class Engine:
         ticket.result, ticket.error = result, error
         if ticket.before_end is not None:
             ticket.before_end(ticket)
-            result, error = ticket.result, ticket.error
-        ticket.tensors, ticket.done = (), True
+            error = ticket.error
+        ticket.done = True
+        ticket.tensors = ()
         if ticket.told is not None:
             ticket.told(ticket)
         if not ticket.trial:
@@ -814,10 +842,17 @@ class Engine:
             counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
         if ticket.future is not None:
             self._futures -= ticket.started
-            try:
-                if error is None:
-                    ticket.future.set_result(result)
-                else:
-                    ticket.future.set_exception(error)
-            except InvalidStateError:  # cancelled while it ran
-                pass
+            self._answer(ticket)
+
+    @staticmethod
+    def _answer(ticket: Ticket) -> None:
+        """Tell the future of a request that has ended."""
+        if ticket.future is None:
+            return
+        try:
+            if ticket.error is None:
+                ticket.future.set_result(ticket.result)
+            else:
+                ticket.future.set_exception(ticket.error)
+        except InvalidStateError:  # it is told, or was cancelled
+            pass

@@ -102,6 +102,11 @@ class Onward:
         self._streaming.discard(ticket.number)
         ticket.held = ticket.branch = ticket.failure = None
 
+    def clear(self) -> None:
+        """All requests are forgotten."""
+        self.held.clear()
+        self._streaming.clear()
+
     def _find(self) -> None:
         """Find where held requests go."""
         asks: dict[int, Ask] = {}

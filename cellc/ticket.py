@@ -33,6 +33,7 @@ class Ticket:
     done: bool = False
     result: Any = None
     error: BaseException | None = None
+    first: Entry | None = None  # where it begins from its data, once it is in another leg
     number: int = -1
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions

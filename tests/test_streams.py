@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -252,6 +254,49 @@ def test_cancelled_tasks_free_their_rows(after: float) -> None:
         asyncio.run(some(compiled))
         list(compiled.stream(torch.randn(2, 3)))
         assert idle(compiled)
+
+
+def interrupting(
+    function: Callable[..., Any], after: int, patched: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """A function that interrupts the main thread once, after some calls."""
+    left = [after]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0 and threading.current_thread() is threading.main_thread():
+            patched.undo()
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["kernel", "_complete", "_deliver", "_move", "_free", "_finish"])
+def test_an_interrupted_turn_leaves_others_right(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    with cellc.compile(model, backend="eager") as compiled:
+        engine = compiled._engine
+        engine._ahead = lambda seconds: 2  # type: ignore[method-assign,assignment]
+        x = torch.randn(9, 3) * 0.01
+        compiled.map([x, *requests()])
+        for after in (0, 1, 2, 4, 8):
+            engine._loop.acquire()
+            streams = [compiled.stream(y) for y in requests()]
+            futures = [compiled.submit(y) for y in requests()]
+            engine._loop.release()
+            owner: Any = engine.compiler if name == "kernel" else engine
+            monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), after, monkeypatch))
+            with contextlib.suppress(KeyboardInterrupt):
+                compiled.map([x] * 3)
+            monkeypatch.undo()
+            for y, stream, future in zip(requests(), streams, futures, strict=True):
+                want = list(model(y))
+                torch.testing.assert_close(list(stream), want)
+                torch.testing.assert_close(future.result(30), want)
+            assert idle(compiled) and engine._live_bytes == engine._futures == 0
 
 
 def test_a_forward_that_returns_is_no_stream() -> None:
