@@ -25,7 +25,7 @@ import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
-from cellc.errors import ClosedError, Overloaded, RequestTimeout, distinct, twin
+from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, distinct, twin
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
@@ -75,6 +75,7 @@ class Engine:
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
         self._loop = threading.Lock()  # held by whoever runs the loop
+        self._stepping = 0  # the thread that is in a turn of it
         self._turn = (
             threading.Condition()
         )  # guards the inbox; told when the loop is free or results are there
@@ -120,6 +121,7 @@ class Engine:
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
         while not done():
+            self._check_outside()
             if self._loop.acquire(blocking=False):
                 try:
                     if drive is not None:
@@ -138,6 +140,14 @@ class Engine:
                     finally:
                         self._waiting -= 1
 
+    def _check_outside(self) -> None:
+        """Raises where a turn of the loop called back, and would wait for itself."""
+        if self._stepping == threading.get_ident():
+            raise UnsupportedError(
+                what="waiting for a request, or close(), in a callback of a future",
+                remedy="use submit() there, or another thread",
+            )
+
     def _drive(self, tickets: Sequence[Ticket]) -> None:
         if len(tickets) == 1 and not self._live and self._alone(tickets[0]):
             return
@@ -151,6 +161,9 @@ class Engine:
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
+        if self._stepping == threading.get_ident():
+            self._dropped.extend(tickets)  # in a callback: at the next turn
+            return
         with self._loop:
             self._forget(tickets)
 
@@ -197,6 +210,7 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was queued, then leave nothing behind."""
+        self._check_outside()
         with self._turn:
             self._closing = True
             self._turn.notify_all()
@@ -210,6 +224,7 @@ class Engine:
 
     def refresh(self) -> None:
         """The weights changed: requests in flight end with the old ones, later ones see the new."""
+        self._check_outside()
         with self._loop:
             while self._inbox or self._live:
                 self.step()
@@ -345,6 +360,7 @@ class Engine:
     def step(self) -> None:
         """One turn of the loop; the caller holds the loop."""
         start, kernels = time.perf_counter(), self.counters.seconds
+        self._stepping = threading.get_ident()
         try:
             if self._dropped:
                 self._forget(self._take_dropped())
@@ -370,7 +386,7 @@ class Engine:
             self._restart()
             raise
         finally:
-            self._leaving = ()
+            self._leaving, self._stepping = (), 0
 
     def _restart(self) -> None:
         """A turn was left midway: requests in flight begin again, from their data."""
