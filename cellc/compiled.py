@@ -32,6 +32,7 @@ from cellc.errors import (
     RequestError,
     UnsupportedError,
     ValueReadError,
+    distinct,
 )
 from cellc.forests import Wanted
 from cellc.frontends.drawing import Draws
@@ -124,7 +125,7 @@ class Compiled:
         if _generates(ticket):
             return Stream(self._engine, ticket)
         self._engine.enqueue([ticket])
-        self._engine.run([ticket])
+        self._run([ticket])
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
@@ -228,7 +229,7 @@ class Compiled:
         now = time.monotonic()
         if now - self._looked > EXPIRY:
             self._looked = now
-            for old in [s for s in self._sessions if s.expired(now)]:
+            for old in list(self._sessions):
                 old.expire()
         session = Session(
             _Steps(self), self._carry, initial, lifetime, lambda s: self._sessions.pop(s, None)
@@ -245,14 +246,17 @@ class Compiled:
         """
         with without_collecting():
             tickets: list[Ticket] = []
-            for session, given in steps:
-                try:
-                    tickets.append(session.begin(*as_call(given)))
-                except CellcError as error:
-                    tickets.append(Ticket.failed(error))
-            results = self._results(tickets, return_exceptions)
-            del tickets  # before the collector looks at what is left
-            return results
+            try:
+                for session, given in steps:
+                    try:
+                        tickets.append(session.begin(*as_call(given)))
+                    except Exception as error:
+                        tickets.append(Ticket.failed(error))
+                return self._results(tickets, return_exceptions)
+            finally:
+                for ticket in tickets:
+                    ticket.abandon()  # those that never ran
+                del tickets  # before the collector looks at what is left
 
     def _results(self, tickets: Sequence[Ticket], return_exceptions: bool) -> list[Any]:
         """Run tickets; their results in order."""
@@ -262,6 +266,9 @@ class Compiled:
             part = queued[start : start + portion]
             self._engine.enqueue(part)
             self._run(part)
+        failed = [t for t in tickets if t.error is not None]
+        for ticket, error in zip(failed, distinct([t.error for t in failed]), strict=True):  # type: ignore[misc]
+            ticket.error = error
         for i, ticket in enumerate(tickets):
             if ticket.error is not None and not return_exceptions:
                 raise _noted(ticket.error, i, len(tickets))
@@ -630,7 +637,7 @@ def _noted(error: BaseException, number: int, count: int) -> Any:
 
 def _new_ticket(entry: Entry, request: Request, call: Any, *, trial: bool = False) -> Ticket:
     """A ticket; one on `trial` leaves the request's generators as they are."""
-    ticket = Ticket(entry, request.tensors)
+    ticket = Ticket(entry, request.tensors, trial=trial)
     if request.nested and isinstance(entry, Leg):
         ticket.call = call
     if request.generators:

@@ -290,8 +290,20 @@ class Compiler:
             for ask in new:
                 self.paths.answered(ask)
             if new:
-                found.update(self._learned(new))
+                found.update(self._learned_alone(new))
             return found
+
+    def _learned_alone(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
+        """`_learned`, where what goes wrong with one is that one's error."""
+        try:
+            return self._learned(asks)
+        except Exception as error:
+            if len(asks) == 1:
+                return {asks[0]: error}
+        found: dict[Ask, Branch | Exception] = {}
+        for ask in asks:
+            found.update(self._learned_alone([ask]))
+        return found
 
     def _learned(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
         """Run the forward on along answers never seen."""
@@ -313,18 +325,20 @@ class Compiler:
                 forest = self.unfolder.forest(runs)
         except Steers as error:
             if steering is None or error.place in steering:
-                return dict.fromkeys(asks, self._reads_and("numbers decide", asks[0].place))
+                raise self._reads_and("numbers decide", asks[0].place) from error
             self._steered_by(steering, error.place)
             self._forget()
-            return dict.fromkeys(asks, Replan())
+            found.update({ask: Replan() for ask in asks if ask.leg.root.wanted.request.nested})
+            others = [ask for ask in asks if ask not in found]
+            return {**found, **self._learned_alone(others)} if others else found
         except CannotUnfold as error:
-            return dict.fromkeys(asks, self._reads_and(str(error), asks[0].place))
+            raise self._reads_and(str(error), asks[0].place) from error
         if self.unfolder.generation != before:
             self._forget()
         plans = make_plans(forest, self.tables)
         self._number_cells(forest.graph)
         for ask, run, want, plan in zip(asks, runs, wanted, plans, strict=True):
-            if run.failed:
+            if run.failed and not run.raises:
                 reason = run.reason or "recurses too deep"
                 found[ask] = run.error or self._reads_and(reason, ask.place)
                 continue
@@ -335,7 +349,8 @@ class Compiler:
                 lost.append(ask)
                 continue
             found[ask] = branch
-            self.paths.keep(ask, branch)
+            if leg.error is None:
+                self.paths.keep(ask, branch)
             self._use(plan)
         if lost:
             again = self.onward([ask._replace(again=True) for ask in lost])
@@ -386,7 +401,7 @@ class Compiler:
         self._last = requests[-1].args, requests[-1].kwargs
         stats = self.unfolder.stats
         for run, wanted, plan in zip(runs, requests, plans, strict=True):
-            if run.failed:
+            if run.failed and not run.raises:
                 reason = run.reason or (f"it raises {run.error!r}" if self.paths.on else None)
                 if reason is not None:
                     if len(self._not_unfolded) >= MAX_FAILURES:
@@ -400,7 +415,9 @@ class Compiler:
             else:
                 assert run.returned is not None
                 entry = Entry(plan, Result.of(run.returned), (), self._roles.version)
-            self._plans[run.request.key] = run.request.entry = entry
+            run.request.entry = entry
+            if run.error is None:
+                self._plans[run.request.key] = entry
             stats.requests += 1
             stats.cells += plan.num_calls
         while len(self._plans) > MAX_PLANS:
@@ -444,7 +461,7 @@ class Compiler:
 
     def own_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model itself gives, on a copy of the request on the device."""
-        call = Copier(lambda leaf, _: leaf.to(self.device)).call(args, kwargs)
+        call = Copier(lambda leaf, _: leaf.to(self.device, copy=True)).call(args, kwargs)
         with _TRACING, evaluating(self.model), torch.no_grad(), self._placing():
             result = self.forward(*call[0], **call[1])
             return list(result) if inspect.isgenerator(result) else result

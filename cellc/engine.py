@@ -25,7 +25,7 @@ import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
-from cellc.errors import CellcError, ClosedError, Overloaded, RequestTimeout
+from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, distinct, twin
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
@@ -68,12 +68,14 @@ class Engine:
         self._live_bytes = 0  # of regions given out
         self._inbox: deque[Ticket] = deque()
         self._live: dict[int, Ticket] = {}
+        self._leaving: Sequence[Ticket] = ()  # that were live until now
         self._numbers: list[int] = []
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
         self._loop = threading.Lock()  # held by whoever runs the loop
+        self._stepping = 0  # the thread that is in a turn of it
         self._turn = (
             threading.Condition()
         )  # guards the inbox; told when the loop is free or results are there
@@ -92,11 +94,25 @@ class Engine:
         with self._turn:
             if self._closing:
                 raise ClosedError(what="this compiled model")
-            if self._max_queue is not None and len(self._inbox) + len(tickets) > self._max_queue:
-                raise Overloaded(waiting=len(self._inbox), limit=self._max_queue)
+            limit, asked = self._max_queue, sum(not t.trial for t in tickets)
+            if limit is not None and asked and len(self._inbox) + asked > limit:
+                self._forget_cancelled()
+            if limit is not None and asked and len(self._inbox) + asked > limit:
+                raise Overloaded(waiting=len(self._inbox), limit=limit)
             for ticket in tickets:
                 ticket.arrived = now
             self._inbox.extend(tickets)
+
+    def _forget_cancelled(self) -> None:
+        """Requests whose futures were cancelled wait no more; the caller holds the inbox."""
+        gone = [t for t in self._inbox if t.future is not None and t.future.cancelled()]
+        if gone:
+            ids = set(map(id, gone))
+            self._inbox = deque(t for t in self._inbox if id(t) not in ids)
+        for ticket in gone:
+            assert ticket.future is not None
+            ticket.future.set_running_or_notify_cancel()
+            ticket.abandon()
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Block until these queued requests are done, running the loop here if nobody does."""
@@ -105,6 +121,7 @@ class Engine:
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
         while not done():
+            self._check_outside()
             if self._loop.acquire(blocking=False):
                 try:
                     if drive is not None:
@@ -123,6 +140,14 @@ class Engine:
                     finally:
                         self._waiting -= 1
 
+    def _check_outside(self) -> None:
+        """Raises where a turn of the loop called back, and would wait for itself."""
+        if self._stepping == threading.get_ident():
+            raise UnsupportedError(
+                what="waiting for a request, or close(), in a callback of a future",
+                remedy="use submit() there, or another thread",
+            )
+
     def _drive(self, tickets: Sequence[Ticket]) -> None:
         if len(tickets) == 1 and not self._live and self._alone(tickets[0]):
             return
@@ -136,6 +161,9 @@ class Engine:
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
+        if self._stepping == threading.get_ident():
+            self._dropped.extend(tickets)  # in a callback: at the next turn
+            return
         with self._loop:
             self._forget(tickets)
 
@@ -147,19 +175,31 @@ class Engine:
         self._scheduler.cancel([t.number for t in running])
         self._retire(running)
         for ticket in tickets:
-            ticket.done = True
+            if ticket.started and not ticket.done:
+                self._futures -= 1
+            ticket.abandon()
+        self._leaving = ()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request now, or, where another thread runs the loop, at its next turn."""
-        ticket.dropped = True
-        if self._loop.acquire(blocking=False):
+        self._dropped.append(ticket)
+        self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        """Cancel what was dropped, unless a thread runs the loop: it does that."""
+        while self._dropped and self._loop.acquire(blocking=False):
             try:
-                self._forget([ticket])
+                self._forget(self._take_dropped())
             finally:
                 self._loop.release()
-                self._hand_over()
-        else:
-            self._dropped.append(ticket)
+                self._tell()
+
+    def _take_dropped(self) -> list[Ticket]:
+        taken: dict[int, Ticket] = {}  # each once
+        while self._dropped:
+            ticket = self._dropped.popleft()
+            taken[id(ticket)] = ticket
+        return list(taken.values())
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""
@@ -170,6 +210,7 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was queued, then leave nothing behind."""
+        self._check_outside()
         with self._turn:
             self._closing = True
             self._turn.notify_all()
@@ -183,6 +224,7 @@ class Engine:
 
     def refresh(self) -> None:
         """The weights changed: requests in flight end with the old ones, later ones see the new."""
+        self._check_outside()
         with self._loop:
             while self._inbox or self._live:
                 self.step()
@@ -229,6 +271,10 @@ class Engine:
 
     def _hand_over(self) -> None:
         """The loop is free: wake whoever waits for it or for results."""
+        self._tell()
+        self._forget_dropped()
+
+    def _tell(self) -> None:
         if self._waiting or self._background is not None:
             with self._turn:
                 self._turn.notify_all()
@@ -314,9 +360,10 @@ class Engine:
     def step(self) -> None:
         """One turn of the loop; the caller holds the loop."""
         start, kernels = time.perf_counter(), self.counters.seconds
+        self._stepping = threading.get_ident()
         try:
-            while self._dropped:
-                self._forget([self._dropped.popleft()])
+            if self._dropped:
+                self._forget(self._take_dropped())
             self._admit()
             if self._timeout is not None and start - self._looked > 0.01:
                 self._expire(start)
@@ -335,6 +382,29 @@ class Engine:
             self._host_seconds += (min(host, ALONE) - self._host_seconds) / 16
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
+        except BaseException:  # this thread is interrupted
+            self._restart()
+            raise
+        finally:
+            self._leaving, self._stepping = (), 0
+
+    def _restart(self) -> None:
+        """A turn was left midway: requests in flight begin again, from their data."""
+        with self._turn:
+            waiting = set(map(id, self._inbox))
+            flying = {id(t): t for t in [*self._live.values(), *self._leaving]}
+            again = [t for t in flying.values() if not t.done and id(t) not in waiting]
+            for known in (self._live, self._onward, self._scheduler, self._arenas):
+                known.clear()
+            self._live_bytes = 0
+            self._numbers, self._next_number = [], 0
+            for ticket in again:
+                ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
+                ticket.held = ticket.branch = ticket.failure = None
+            self._inbox.extendleft(reversed(again))
+        for ticket in self._leaving:
+            if ticket.done:
+                self._answer(ticket)
 
     def _expire(self, now: float) -> None:
         """End requests that have taken too long."""
@@ -345,8 +415,7 @@ class Engine:
         with self._turn:
             late = [t for t in self._inbox if t.arrived < since]
             self._inbox = deque(t for t in self._inbox if t.arrived >= since)
-        for ticket in late:
-            self._finish(ticket, error=error)
+        self._finish_failed([(ticket, twin(error)) for ticket in late])
 
     def _fail_all(self, error: Exception) -> None:
         self._fail([(ticket, error) for ticket in self._live.values()])
@@ -356,7 +425,11 @@ class Engine:
         tickets = [ticket for ticket, _ in failed]
         self._scheduler.cancel([t.number for t in tickets])
         self._retire(tickets)
-        for ticket, error in failed:
+        self._finish_failed(failed)
+
+    def _finish_failed(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
+        errors = distinct([error for _, error in failed])
+        for (ticket, _), error in zip(failed, errors, strict=True):
             self._finish(ticket, error=error)
 
     def _admit(self) -> None:
@@ -385,28 +458,34 @@ class Engine:
                 if ticket.future is not None and not ticket.started:
                     ticket.started = True
                     if not ticket.future.set_running_or_notify_cancel():
-                        ticket.done = True
+                        ticket.started = False
+                        ticket.abandon()
                         continue
                     self._futures += 1
                 self._live_bytes += needed
                 tickets.append(ticket)
-        self._futures += sum(ticket.future is not None for ticket, _ in broken)
-        for ticket, reason in broken:
-            self._finish(ticket, error=reason)
+        self._finish_failed(broken)
         try:
             if tickets:
                 self._begin(tickets)
-        except Exception as error:  # ours: nobody waits for ever
-            for ticket in tickets:
-                if ticket.number not in self._live and not ticket.done:
-                    self._live_bytes -= ticket.nbytes
-                    self._finish(ticket, error=error)
+        except BaseException as error:  # nobody waits for ever
+            lost = [t for t in tickets if t.number not in self._live and not t.done]
+            self._live_bytes -= sum(t.nbytes for t in lost)
+            if isinstance(error, Exception):  # ours
+                self._finish_failed([(ticket, twin(error)) for ticket in lost])
+            else:  # this thread is interrupted, others go on
+                with self._turn:
+                    self._inbox.extendleft(reversed(lost))
             raise
 
     def _begin(self, tickets: list[Ticket]) -> None:
         plans = [t.entry.plan for t in tickets]
         bases = self._arenas.allocate(plans)
-        errors = self._copy_in(tickets, bases)
+        try:
+            errors = self._copy_in(tickets, bases)
+        except BaseException:
+            self._arenas.free(plans, bases)
+            raise
         if errors:
             wrong = sorted(errors)
             self._live_bytes -= sum(tickets[i].nbytes for i in wrong)
@@ -609,7 +688,7 @@ class Engine:
         for ticket in tickets:
             try:
                 entry, tensors = self.compiler.planned_anew(*ticket.call)
-            except CellcError as error:
+            except Exception as error:
                 self._fail([(ticket, error)])
                 continue
             self._begin_again([(ticket, entry)])
@@ -621,7 +700,7 @@ class Engine:
         self._scheduler.cancel([t.number for t in tickets])
         self._retire(tickets)
         for ticket, leg in going:
-            ticket.entry, ticket.number = leg, -1
+            ticket.entry, ticket.first, ticket.number = leg, None, -1
         with self._turn:
             self._inbox.extendleft(reversed(tickets))
 
@@ -631,12 +710,17 @@ class Engine:
         stuck: list[Ticket] = []
         for ticket, branch in going:
             plan = branch.leg.plan
-            fits = self._arenas.prepare(plan)
+            try:
+                fits = self._arenas.prepare(plan)
+            except Exception as error:
+                self._fail([(ticket, error)])
+                continue
             more = self._arenas.bytes_of(plan) - ticket.nbytes if fits else 0
             if not fits or (self._live_bytes + more > self._memory_limit and len(self._live) > 1):
                 stuck.append(ticket)
                 continue
             self._live_bytes += more
+            ticket.nbytes += more
             moving.append((ticket, branch))
         if stuck:
             ways = zip(stuck, self._onward.again(stuck), strict=True)
@@ -651,9 +735,9 @@ class Engine:
         self._carry(moving, bases)
         self._scheduler.cancel([t.number for t in tickets])
         self._free(tickets)
-        for (ticket, branch), base, plan in zip(moving, bases, plans, strict=True):
+        for (ticket, branch), base in zip(moving, bases, strict=True):
+            ticket.first = ticket.first or ticket.entry
             ticket.entry, ticket.bases = branch.leg, base
-            ticket.nbytes = self._arenas.bytes_of(plan)
         errors = self._copy_in(tickets, bases)
         self._fail([(tickets[i], error) for i, error in errors.items()])
         self._add([t for i, t in enumerate(tickets) if i not in errors])
@@ -683,8 +767,8 @@ class Engine:
             return
         entries: list[Entry] = [t.entry for t in tickets] if ends is None else [b.leg for b in ends]
         outputs = [e.outputs for e in entries] if ends is None else [b.outputs or () for b in ends]
-        for ticket in tickets:
-            if ticket.streams:
+        if ends is None:  # else what was yielded is handed on, and what follows was run in vain
+            for ticket in tickets:
                 self._onward.finish(ticket)
         made = self._read(tickets, outputs)
         numbers = [t.number for t in tickets]
@@ -695,12 +779,26 @@ class Engine:
         self._retire(tickets)
         now = time.perf_counter()
         for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
-            if ticket.draws is not None and isinstance(entry, Leg):
-                ticket.draws.end(entry.draws)
-            self._finish(ticket, entry.result.rebuild(tensors), now=now)
+            result, error = self._end(ticket, entry, tensors)
+            self._finish(ticket, result, error, now)
         if self._waiting:
             with self._turn:
                 self._turn.notify_all()
+
+    @staticmethod
+    def _end(
+        ticket: Ticket, entry: Entry, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Any, BaseException | None]:
+        """What a request that ran to its end gives: a result, or the error that it raises."""
+        try:
+            if isinstance(entry, Leg):
+                if ticket.draws is not None:
+                    ticket.draws.end(entry.draws)
+                if entry.error is not None:
+                    return None, twin(entry.error)
+            return entry.result.rebuild(tensors), None
+        except Exception as error:
+            return None, error
 
     def _read(
         self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
@@ -721,6 +819,7 @@ class Engine:
 
     def _retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
+        self._leaving = tickets
         for ticket in tickets:
             del self._live[ticket.number]
             self._onward.release(ticket)
@@ -742,25 +841,34 @@ class Engine:
         error: BaseException | None = None,
         now: float | None = None,
     ) -> None:
-        if ticket.streams and ticket.collects:
+        if ticket.streams and ticket.collects and error is None:
             result = list(ticket.pieces)
         ticket.result, ticket.error = result, error
         if ticket.before_end is not None:
             ticket.before_end(ticket)
-            result, error = ticket.result, ticket.error
-        ticket.tensors, ticket.done = (), True
+            error = ticket.error
+        ticket.done = True
+        ticket.tensors = ()
         if ticket.told is not None:
             ticket.told(ticket)
-        counters = self.counters
-        counters.requests += 1
-        counters.failed += error is not None
-        counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
+        if not ticket.trial:
+            counters = self.counters
+            counters.requests += 1
+            counters.failed += error is not None
+            counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
         if ticket.future is not None:
-            self._futures -= 1
-            try:
-                if error is None:
-                    ticket.future.set_result(result)
-                else:
-                    ticket.future.set_exception(error)
-            except InvalidStateError:  # cancelled while it ran
-                pass
+            self._futures -= ticket.started
+            self._answer(ticket)
+
+    @staticmethod
+    def _answer(ticket: Ticket) -> None:
+        """Tell the future of a request that has ended."""
+        if ticket.future is None:
+            return
+        try:
+            if ticket.error is None:
+                ticket.future.set_result(ticket.result)
+            else:
+                ticket.future.set_exception(ticket.error)
+        except InvalidStateError:  # it is told, or was cancelled
+            pass

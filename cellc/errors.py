@@ -7,6 +7,10 @@ mean theirs.
 
 from __future__ import annotations
 
+import builtins
+from collections.abc import Sequence
+from typing import Any
+
 
 class CellcError(Exception):
     """Root of every error that cellc raises on purpose."""
@@ -114,3 +118,32 @@ class VerifyError(CellcError):
 
 class UsageError(CellcError):
     """Wrong use of the command line or of an option (exit code 2)."""
+
+
+def twin(error: BaseException) -> BaseException:
+    """An exception like another, for one more caller: what either adds to it stays its own."""
+    kind = type(error)
+    try:
+        base: Any = next(b for b in kind.__mro__ if b.__module__ == builtins.__name__)
+        _, args, *state = base.__reduce__(error)
+        made = kind.__new__(kind, *args)
+        base.__init__(made, *args)
+        if state:
+            made.__setstate__(*state)
+        if "__notes__" in made.__dict__:
+            made.__dict__["__notes__"] = list(made.__dict__["__notes__"])
+    except Exception:  # it cannot be made so
+        return error
+    made.__cause__, made.__context__ = error.__cause__, error.__context__
+    made.__suppress_context__ = error.__suppress_context__
+    return made.with_traceback(error.__traceback__)
+
+
+def distinct(errors: Sequence[BaseException]) -> list[BaseException]:
+    """Errors of several callers: each its own, where some are the same object."""
+    seen: set[int] = set()
+    made = []
+    for error in errors:
+        made.append(twin(error) if id(error) in seen else error)
+        seen.add(id(error))
+    return made

@@ -16,7 +16,7 @@ import numpy as np
 
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES
-from cellc.frontends.asking import Asked
+from cellc.frontends.asking import OPEN, Asked
 from cellc.frontends.drawing import Draw
 from cellc.frontends.segments import OutType, Segment
 from cellc.frontends.stub import StubType
@@ -54,7 +54,7 @@ class Unfolded:
     shells: list[tuple[Any, list[Any]]] = field(default_factory=list)
     rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float and tensor row, and the end
     base: int = 0  # first row that its forward makes
-    returned: Returned | None = None  # None: it failed
+    returned: Returned | None = None  # None: it failed, or asked what nobody knows
     reason: str | None = None  # why it cannot be unfolded, where that is why
     start: int = 0  # questions that were answered before what is wanted of it
     asked: list[Asked] = field(default_factory=list)
@@ -80,12 +80,23 @@ class Unfolded:
     @property
     def cut(self) -> int:
         """First row of what is wanted: what was made before is carried."""
-        return self.asked[self.start - 1].until if self.start else self.base
+        wanted = self.start and (self.raises or not self.failed)
+        return self.asked[self.start - 1].until if wanted else self.base
 
     @property
     def failed(self) -> bool:
         """It ended in an error, or cannot be unfolded."""
         return self.error is not None or self.reason is not None or self.over_deep
+
+    @property
+    def raises(self) -> bool:
+        """A generator raised, after what was wanted began: what it yielded until then counts."""
+        return self.error is not None and self.generates and len(self.asked) >= self.start
+
+    @property
+    def open(self) -> bool:
+        """It ended in a question that nobody has answered."""
+        return bool(self.asked) and self.asked[-1].answer is OPEN
 
     @property
     def given(self) -> list[Returned]:
@@ -96,13 +107,17 @@ class Unfolded:
     @property
     def wanted(self) -> list[Returned]:
         """What it yielded after the cut, and returned."""
+        if self.failed and not self.raises:
+            return []
         out = [piece for before, piece in self.yields if before >= self.start]
         return out if self.returned is None else [*out, self.returned]
 
     @property
     def end(self) -> int | None:
-        """First row after an open question."""
-        return self.asked[-1].until if self.asked and self.returned is None else None
+        """First row after an open question; where nothing is wanted, the first row."""
+        if self.failed and not self.raises:
+            return self.base
+        return self.asked[-1].until if self.open else None
 
 
 @dataclass
@@ -255,7 +270,7 @@ class _Window:
             needed.update(mine[(mine >= run.base) & (mine < run.cut)].tolist())
         for piece in run.wanted:
             needed.update(r for rows, _ in piece.tensors for r in rows)
-        if run.returned is None:
+        if run.open:
             needed |= run.asked[run.start - 1].live
         groups: dict[StubType, list[int]] = {}
         drawn = {draw.row: draw.form for draw in run.draws}

@@ -142,6 +142,7 @@ class Leg(Entry):
     yields: dict[int, Yield] = field(kw_only=True)  # by number
     final: int = field(kw_only=True)  # outputs of yields; what is returned follows
     open: bool = field(kw_only=True)  # it ends in a question, not in the forward's end
+    error: Exception | None = field(kw_only=True)  # that a generator raises at its end
     carried: tuple[I64, ...] = field(kw_only=True)  # rows to copy from the leg before, by type
     output_rows: tuple[I64, ...] = field(kw_only=True)  # of what is returned; -1 for constants
     generates: bool = field(kw_only=True)  # its forward is a generator
@@ -195,6 +196,17 @@ class Leg(Entry):
             asking = self.asking[: number - self.first]
             known = self._earlier[number] = self.waits_for(number, asking)
         return known
+
+    def before(self, number: int) -> I64:
+        """Calls to run, besides the one that answers a question, until all that the forward asked
+        and yielded before that answer is there.
+        """
+        return self.waits_for(number, np.concatenate(self.needs_of(number)))
+
+    def needs_of(self, number: int) -> list[I64]:
+        """Calls that answer questions before one, or make what is yielded before it."""
+        made = [np.array(y.makers, np.int64) for y in self.yields.values() if y.before <= number]
+        return [self.asking[: number - self.first], *made]
 
     def script_to(self, number: int, answer: Answer) -> tuple[Answer, ...]:
         """Answers up to that of a question."""
@@ -258,7 +270,8 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         first=first,
         yields=yields,
         final=final,
-        open=run.returned is None,
+        open=run.open,
+        error=run.error,
         carried=tuple(run.carried),
         output_rows=tuple(output_rows),
         generates=run.generates,
@@ -281,8 +294,7 @@ def make_branch(source: Leg, number: int, leg: Leg, *, again: bool) -> Branch | 
     needed that it does not keep. `again`: to a leg that starts from the request's data.
     """
     places = source.places
-    needs = [source.asking[: number - source.first]]
-    needs += [np.array(y.makers, np.int64) for y in source.yields.values() if y.before <= number]
+    needs = source.needs_of(number)
     if again:
         return Branch(leg, again=True, needs=source.waits_for(number, np.concatenate(needs)))
     if source.epoch != leg.epoch:

@@ -58,7 +58,8 @@ class Onward:
             if ticket is None:
                 continue
             if ticket.held is None or question < ticket.held[0]:
-                ticket.held, ticket.branch = (question, value), None
+                ticket.held = (question, value)
+                ticket.branch = ticket.failure = None
                 self.held[number] = ticket
         for number, piece in events.yielded:
             if number in live:
@@ -69,18 +70,28 @@ class Onward:
         return self.settle() if self.held else ([], [])
 
     def settle(self) -> tuple[Going, Failed]:
-        """Held requests that can go on now, and those that failed."""
-        failed = self._find()
-        going = [
-            (ticket, ticket.branch)
-            for number, ticket in self.held.items()
-            if ticket.branch is not None and self._ran(number, ticket.branch.needs)
-        ]
+        """Held requests that can go on now, and those that failed: what they yielded before that is
+        handed on first.
+        """
+        self._find()
+        going: Going = []
+        failed: Failed = []
+        for number, ticket in self.held.items():
+            if ticket.branch is not None:
+                if self._ran(number, ticket.branch.needs):
+                    going.append((ticket, ticket.branch))
+            elif ticket.failure is not None and self._ran(number, self._before(ticket)):
+                failed.append((ticket, ticket.failure))
         for ticket, _ in [*going, *failed]:
             if ticket.streams:
                 self._flush(ticket)
             self.release(ticket)
         return going, failed
+
+    @staticmethod
+    def _before(ticket: Ticket) -> I64:
+        assert ticket.held is not None and isinstance(ticket.entry, Leg)
+        return ticket.entry.before(ticket.held[0])
 
     def _ran(self, number: int, calls: I64) -> bool:
         return not len(calls) or self._scheduler.ran(number, calls)
@@ -89,21 +100,27 @@ class Onward:
         """It goes on, or ended."""
         self.held.pop(ticket.number, None)
         self._streaming.discard(ticket.number)
-        ticket.held = ticket.branch = None
+        ticket.held = ticket.branch = ticket.failure = None
 
-    def _find(self) -> Failed:
+    def clear(self) -> None:
+        """All requests are forgotten."""
+        self.held.clear()
+        self._streaming.clear()
+
+    def _find(self) -> None:
         """Find where held requests go."""
         asks: dict[int, Ask] = {}
-        failed: Failed = []
         for number, ticket in self.held.items():
             leg = ticket.entry
             assert ticket.held is not None and isinstance(leg, Leg)
             question, value = ticket.held
-            if ticket.branch is not None or not self._ran(number, leg.earlier(question)):
+            if ticket.branch is not None or ticket.failure is not None:
+                continue
+            if not self._ran(number, leg.earlier(question)):
                 continue
             asked = leg.asked[question]
             if self._max_steps is not None and question + 1 > self._max_steps:
-                failed.append((ticket, StepsError(limit=self._max_steps, origin=asked.origin)))
+                ticket.failure = StepsError(limit=self._max_steps, origin=asked.origin)
                 continue
             ticket.ask = asks[number] = Ask(leg, question, asked.answer_of(value))
         found = self._compiler.onward(list(asks.values())) if asks else {}
@@ -112,8 +129,7 @@ class Onward:
             if isinstance(branch, Branch):
                 self.held[number].branch = branch
             else:
-                failed.append((self.held[number], branch))
-        return failed
+                self.held[number].failure = branch
 
     def again(self, tickets: Iterable[Ticket]) -> list[Branch | Exception]:
         """For tickets that have no room for another leg beside theirs: legs from their data."""

@@ -60,6 +60,7 @@ class Paths:
         self.longest = 0  # questions that a request had
         self.learned = 0  # legs made by running the forward
         self._branches: OrderedDict[Ask, Branch] = OrderedDict()
+        self._onward: dict[Leg, set[Ask]] = {}  # branches kept, by the leg that they leave
         self._sites: dict[Hashable, Site] = {}
 
     def __len__(self) -> int:
@@ -72,17 +73,36 @@ class Paths:
         return branch
 
     def keep(self, ask: Ask, branch: Branch) -> None:
-        """Unless the question has had too many answers: then what follows is never seen again."""
-        outcomes = ask.leg.outcomes
-        outcomes[ask.number] = outcomes.get(ask.number, 0) + 1
-        if outcomes[ask.number] > MAX_OUTCOMES:
+        """Unless it is never come to again: its leg is not kept itself, or the question has had too
+        many answers.
+        """
+        leg, outcomes = ask.leg, ask.leg.outcomes
+        if leg.script and leg not in self._onward:
             return
+        if ask in self._branches or outcomes.get(ask.number, 0) >= MAX_OUTCOMES:
+            return
+        outcomes[ask.number] = outcomes.get(ask.number, 0) + 1
         self._branches[ask] = branch
-        if len(self._branches) > MAX_BRANCHES:
-            self._branches.popitem(last=False)
+        self._onward.setdefault(leg, set()).add(ask)
+        self._onward[branch.leg] = set()
+        while len(self._branches) > MAX_BRANCHES:
+            self._drop(next(iter(self._branches)))
+
+    def _drop(self, ask: Ask) -> None:
+        """Forget a branch, and what is come to by it alone."""
+        kept = self._onward[ask.leg]
+        kept.remove(ask)
+        if not kept and not ask.leg.script:
+            del self._onward[ask.leg]
+        gone = [ask]
+        while gone:
+            ask = gone.pop()
+            ask.leg.outcomes[ask.number] -= 1
+            gone += self._onward.pop(self._branches.pop(ask).leg)
 
     def forget(self) -> None:
         self._branches.clear()
+        self._onward.clear()
 
     def answered(self, ask: Ask) -> None:
         """Learn from the answers that led to a branch never seen."""

@@ -61,8 +61,9 @@ class Regions:
             ends = np.cumsum(rooms) + self._next
             starts, self._next = ends - rooms, int(ends[-1])
         if self._next > self.capacity:
-            self.capacity = max(2 * self.capacity, self._next)
-            self._grow(self.capacity)
+            capacity = max(2 * self.capacity, self._next)
+            self._grow(capacity)
+            self.capacity = capacity
         return starts
 
     def _take(self, room: int) -> int:
@@ -82,12 +83,16 @@ class Regions:
         """The same, of sizes that are size classes."""
         self.live -= int(np.count_nonzero(rooms))
         if self.live == 0:
-            self._next = self.reserved
-            self._free.clear()
+            self.clear()
             return
         for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
             if room:
                 self._free[room].append(start)
+
+    def clear(self) -> None:
+        """Take all pieces back."""
+        self.live, self._next = 0, self.reserved
+        self._free.clear()
 
     def reserve(self, count: int) -> bool:
         """Keep the first `count` places from now on; False while pieces that lie there are live."""
@@ -119,3 +124,6 @@ class Flat:
 
     def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
         self._regions.free(starts, sizes)
+
+    def clear(self) -> None:
+        self._regions.clear()

@@ -199,6 +199,12 @@ class Scheduler:
         ended = [self._requests.pop(request) for request in requests]
         self._table.free([first for _, first in ended], [plan.num_rows for plan, _ in ended])
 
+    def clear(self) -> None:
+        """Forget all requests."""
+        self._requests.clear()
+        self._queues.clear()
+        self._table.clear()
+
     # -- launches --
 
     def next(self, max_steps: int | None = None) -> Batch | None:

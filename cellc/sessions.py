@@ -19,6 +19,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
+from cellc.skeleton import Copier
 from cellc.ticket import Ticket
 
 _MISSING: Any = object()
@@ -82,7 +83,12 @@ def _owned(state: Any) -> Any:
 
 
 def _own(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state with tensors of its own, objects that hold tensors included."""
+    return Copier(lambda leaf, _: _own(leaf)).call((), state)[1]
 
 
 def _at(result: Any, path: Sequence[tuple[str, int | None]], name: str) -> Any:
@@ -138,10 +144,11 @@ class Session:
                 expected=f"values of what is carried: {', '.join(carry.paths)}",
             )
         self._steps, self._carry, self._lifetime, self._ended = steps, carry, lifetime, ended
-        self._initial = {name: pytree.tree_map(_own, x) for name, x in (initial or {}).items()}
+        self._initial = _copied(initial or {})
         self._state = self._initial
-        self._lock = threading.Lock()
-        self._busy = False
+        self._lock = threading.RLock()
+        self._running: Ticket | None = None  # the step that runs
+        self._beginning = False
         self._closed: str | None = None
         self.used = time.monotonic()
 
@@ -150,19 +157,26 @@ class Session:
         SessionClosed after `close` or expiry.
         """
         ticket = self.begin(args, kwargs)
-        self._steps.run([ticket])
+        try:
+            self._steps.run([ticket])
+        finally:
+            ticket.abandon()  # if it never ran
         if ticket.error is not None:
             raise ticket.error
         return ticket.result
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        """One step without waiting; the next may begin once its future is done."""
+        """One step without waiting; the next may begin once its future is done. Cancelling the
+        future before the step runs leaves the state as it was.
+        """
         ticket = self.begin(args, kwargs)
         try:
-            return self._steps.send(ticket)
+            future = self._steps.send(ticket)
         except BaseException:
-            self._busy = False
+            ticket.abandon()
             raise
+        future.add_done_callback(lambda done: self._release(ticket) if done.cancelled() else None)
+        return future
 
     async def step_async(self, *args: Any, **kwargs: Any) -> Any:
         """One step in asyncio."""
@@ -175,35 +189,51 @@ class Session:
                 self.check()
             if self._busy:
                 raise SessionBusy()
-            self._busy = True
+            self._beginning, state = True, self._state
         try:
-            ticket = self._steps.ticket(*self._carry.call(args, kwargs, self._state))
-        except BaseException:
-            self._busy = False
-            raise
-        ticket.before_end = self._end
+            ticket = self._steps.ticket(*self._carry.call(args, kwargs, state))
+            ticket.before_end = self._end
+            self._running = ticket
+        finally:
+            self._beginning = False
         return ticket
+
+    @property
+    def _busy(self) -> bool:
+        return self._beginning or self._running is not None
 
     def _end(self, ticket: Ticket) -> None:
         """A step is through: take its state. After an error the state is as before."""
-        if ticket.error is None and self._closed is None:
-            try:
-                self._state = self._carry.of(ticket.result)
-            except Exception as error:
-                ticket.error = error
-        self._busy = False
-        if self._lifetime is not None:
-            self.used = time.monotonic()
+        with self._lock:
+            if self._running is not ticket:
+                return  # it was cancelled
+            if ticket.error is None and not ticket.dropped and self._closed is None:
+                try:
+                    self._state = self._carry.of(ticket.result)
+                except Exception as error:
+                    ticket.error = error
+            self._release(ticket)
+
+    def _release(self, ticket: Ticket) -> None:
+        """A step does not run any more."""
+        with self._lock:
+            if self._running is ticket:
+                self._running = None
+                if self._lifetime is not None:
+                    self.used = time.monotonic()
 
     def check(self) -> None:
         """Raises SessionClosed where it cannot be used any more."""
-        if self._closed is None and self.expired(time.monotonic()):
-            self._close("it was idle for longer than its lifetime")
+        self.expire()
         if self._closed is not None:
             raise SessionClosed(why=self._closed)
 
-    def expired(self, now: float) -> bool:
-        return self._lifetime is not None and not self._busy and now - self.used > self._lifetime
+    def expire(self) -> None:
+        """Close it if it was idle for longer than its lifetime."""
+        with self._lock:
+            late = self._lifetime is not None and time.monotonic() - self.used > self._lifetime
+            if late and not self._busy:
+                self._close("it was idle for longer than its lifetime")
 
     def reset(self) -> None:
         """Begin anew, with the initial state."""
@@ -215,9 +245,9 @@ class Session:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What is carried into the next step, by argument."""
+        """What is carried into the next step, by argument: copies."""
         self.check()
-        return dict(self._state)
+        return _copied(self._state)
 
     @property
     def closed(self) -> bool:
@@ -227,14 +257,13 @@ class Session:
         """Free the state. Calling it again does nothing."""
         self._close("close() was called")
 
-    def expire(self) -> None:
-        self._close("it was idle for longer than its lifetime")
-
     def _close(self, why: str) -> None:
-        if self._closed is None:
+        with self._lock:
+            if self._closed is not None:
+                return
             self._closed = why
             self._state = self._initial = {}
-            self._ended(self)
+        self._ended(self)
 
     def __enter__(self) -> Session:
         return self

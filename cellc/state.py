@@ -104,8 +104,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             new[: len(old)] = old
         self._tensors[type] = new
         self.generation += 1
+        self._view(number)
+
+    def _view(self, number: int) -> None:
+        type = self._types[number]
         plain = self._device.type == "cpu" and type.dtype != "bf16"
-        self._views[number] = new.numpy() if plain else None
+        self._views[number] = self._tensors[type].numpy() if plain else None
 
     def _constant(self, type: RowType, key: Any) -> torch.Tensor | bool | int | float:
         return constant_row(self._params, self._device, type, key)
@@ -148,6 +152,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         for number, regions in enumerate(self._regions[: bases.shape[1]]):
             if wanted[number]:
                 regions.free_rooms(bases[:, number], rooms[:, number])
+
+    def clear(self) -> None:
+        """Free all regions."""
+        for number, regions in enumerate(self._regions):
+            regions.clear()
+            self._view(number)
 
     # -- copies --
 

@@ -8,6 +8,7 @@ background thread. Closing either cancels the request, and frees its rows at onc
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from types import TracebackType
 from typing import Any
@@ -26,12 +27,14 @@ class Stream(Iterator[Any]):
 
     def __next__(self) -> Any:
         ticket = self._ticket
-        if not ticket.pieces:
+        if not (ticket.pieces or ticket.dropped):
             try:
                 self._engine.run_until(lambda: bool(ticket.pieces) or ticket.done)
             except BaseException:
                 self.close()
                 raise
+        if ticket.dropped:
+            raise StopIteration
         if ticket.pieces:
             return ticket.pieces.popleft()
         if ticket.error is not None:
@@ -41,10 +44,11 @@ class Stream(Iterator[Any]):
 
     def close(self) -> None:
         """Cancel what is left of the request. Calling it again does nothing."""
-        if self._ticket.pieces:
-            self._ticket.pieces.clear()
-        if not self._ticket.done:
-            self._engine.drop(self._ticket)
+        ticket, self._ticket.dropped = self._ticket, True
+        if ticket.pieces:
+            ticket.pieces.clear()
+        if not ticket.done:
+            self._engine.drop(ticket)
 
     def __enter__(self) -> Stream:
         return self
@@ -67,7 +71,7 @@ async def pieces_of(engine: Engine, ticket: Ticket) -> AsyncIterator[Any]:
     loop, news = asyncio.get_running_loop(), asyncio.Event()
 
     def tell(_: Ticket) -> None:
-        if not loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(news.set)
 
     ticket.told, ticket.collects = tell, False

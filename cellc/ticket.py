@@ -33,6 +33,7 @@ class Ticket:
     done: bool = False
     result: Any = None
     error: BaseException | None = None
+    first: Entry | None = None  # where it begins from its data, once it is in another leg
     number: int = -1
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions
@@ -40,6 +41,7 @@ class Ticket:
     held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
     ask: Any = None  # what is asked for it
     branch: Branch | None = None  # where that leads
+    failure: Exception | None = None  # why it leads nowhere
     call: Any = None  # its arguments, where it may have to be planned anew
     draws: Draws | None = None  # random numbers of its generators
     streams: bool = False  # its forward yields
@@ -49,7 +51,17 @@ class Ticket:
     collects: bool = True  # the pieces are the result, as a list
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
     dropped: bool = False  # nobody wants it any more
+    trial: bool = False  # a comparison with the model, which nobody asked for
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
+
+    def abandon(self) -> None:
+        """End it, without a result: nobody wants it any more."""
+        if self.done:
+            return
+        self.dropped = self.done = True
+        self.tensors = ()
+        if self.before_end is not None:
+            self.before_end(self)
 
     def tensor(self, leaf: int) -> torch.Tensor:
         """A tensor of its data, or random numbers that it draws."""

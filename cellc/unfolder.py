@@ -168,9 +168,11 @@ class Unfolder:
         finally:
             out.asked, out.yields = recorder.asked, recorder.yields
             out.generates, out.draws = recorder.generates, recorder.draws
-            if out.returned is None:
+            if out.open:
                 out.yields = [y for y in out.yields if y[0] < len(out.asked)]
             recorder.holdings.check()
+        if len(out.asked) < len(wanted.script):
+            raise CannotUnfold("it asks other questions when it runs again")
         if recorder.repeating and not all(holds(*shell) for shell in out.shells):
             recorder.repeating, recorder.relearn = False, True
             recorder.memos.clear()

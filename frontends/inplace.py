@@ -78,7 +78,8 @@ class InPlace(Asker):
             raise CannotUnfold(
                 "a tensor is written through a view of it; write t[i, j] = v", line_of(frame)
             )
-        held = any(sys.getrefcount(view) > 3 for view in self._views.get(x.id, ()))
+        ours = 3 + (self.tracked is not None)  # references to a view that the forward does not hold
+        held = any(sys.getrefcount(view) > ours for view in self._views.get(x.id, ()))
         if held and type(x) is Stub:
             raise CannotUnfold("a tensor is written while views of it are held", line_of(frame))
         if type(x) is Stack:

@@ -982,3 +982,23 @@ def test_no_warnings_on_the_way() -> None:
         warnings.simplefilter("error")
         with cellc.compile(Words().eval(), backend="eager") as compiled:
             compiled.map([words(n) for n in range(1, 12)])
+
+
+def test_callbacks_of_futures() -> None:
+    model, results = nn.Linear(3, 2).eval(), []
+    x = torch.randn(3)
+    with cellc.compile(model, backend="eager") as compiled:
+        ended = threading.Event()
+
+        def call_back(_: Any) -> None:
+            for use in (lambda: compiled(x), compiled.close, compiled.refresh):
+                with pytest.raises(cellc.UnsupportedError, match="callback"):
+                    use()
+            compiled.submit(x).add_done_callback(lambda f: (results.append(f), ended.set()))
+
+        compiled(x)
+        compiled.submit(x).add_done_callback(call_back)
+        assert ended.wait(30)
+        torch.testing.assert_close(results[0].result(), model(x))
+        torch.testing.assert_close(compiled(x), model(x))
+    assert compiled.stats()["running"] == compiled.stats()["waiting"] == 0

@@ -309,6 +309,146 @@ def test_an_error_reaches_its_own_caller() -> None:
         assert compiled._engine._arenas.idle()
 
 
+class Odd(Exception):
+    """Cannot be made of its arguments."""
+
+    def __init__(self, step: int, *, why: str) -> None:
+        super().__init__(f"{step}: {why}")
+        self.step = step
+
+
+class RaisesAlike(Decoder):
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.embedding(tokens[0]).sum() > 0:
+            raise Odd(3, why="too much")
+        return tokens
+
+
+def test_each_request_has_an_error_of_its_own() -> None:
+    model = make(RaisesAlike)
+    requests = [torch.tensor([i % V]) for i in range(3 * V)]
+    with cellc.compile(model, backend="eager") as compiled:
+        for _ in range(2):
+            results = compiled.map(requests, return_exceptions=True)
+            errors = [x for x in results if isinstance(x, Exception)]
+            assert len(set(map(id, errors))) == len(errors) > 3
+            assert {(type(x), str(x), x.step) for x in errors} == {(Odd, "3: too much", 3)}  # type: ignore[attr-defined]
+            with pytest.raises(Odd, match="too much"):
+                compiled.map(requests)
+        futures = [compiled.submit(x) for x in requests]
+        errors = [f.exception(30) for f in futures if f.exception(30) is not None]  # type: ignore[misc]
+        assert len(set(map(id, errors))) == len(errors) > 3
+        assert not any(getattr(x, "__notes__", []) for x in errors)
+
+
+def test_trials_are_not_counted() -> None:
+    with cellc.compile(make(RaisesAlike), backend="eager") as compiled:
+        requests = [torch.tensor([i % V]) for i in range(V)]
+        results = compiled.map(requests, return_exceptions=True)
+        stats = compiled.stats()
+        assert stats["requests"] == V
+        assert stats["failed"] == sum(isinstance(x, Exception) for x in results)
+
+
+class Moody(Decoder):
+    """What it does depends on more than its request."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moods: Any = iter(())
+
+    def forward(self, tokens: Tensor) -> Any:
+        mood = next(self.moods, "")
+        if mood == "raises":
+            raise KeyError("moody")
+        if mood == "returns":
+            return tokens
+        h = self.embedding(tokens[0])
+        for k in range(4):
+            if h[k] > 0:
+                h = h * 2
+        return h
+
+
+@pytest.mark.parametrize("mood", ["raises", "returns"])
+def test_a_forward_that_runs_otherwise_the_next_time(mood: str) -> None:
+    model, error = make(Moody), {"raises": KeyError, "returns": cellc.UnsupportedError}[mood]
+    requests = [torch.tensor([i]) for i in range(V)]
+    with cellc.compile(model, backend="eager") as compiled:
+        compiled(requests[0])
+        compiled(requests[0])
+        futures = []
+        model.moods = iter([mood] * 1000)
+        for x in requests:
+            futures.append(compiled.submit(x))
+        errors = [f.exception(30) for f in futures]
+        assert any(type(e) is error for e in errors)
+        assert all(e is None or type(e) is error for e in errors)
+        model.moods = iter(())
+        for x in requests:
+            torch.testing.assert_close(compiled(x), model(x))
+        assert compiled._engine._arenas.idle()
+
+
+def test_a_request_is_not_changed_by_the_comparison() -> None:
+    def add(x: Tensor) -> Tensor:
+        positive = bool(x.sum() > 0)
+        x += 1
+        return x * 2 if positive else x
+
+    with cellc.compile(add, backend="eager") as compiled:
+        for value in (1.0, -5.0, 2.0):
+            given = torch.full((3,), value)
+            got = compiled(given)
+            torch.testing.assert_close(got, add(torch.full((3,), value)))
+            assert given[0] == value
+
+
+def _in_slots(x: Tensor) -> Tensor:
+    """Writes in place, with views that are dropped, before and after it reads."""
+    out = x * 1.0
+    for i in range(3):
+        out[i] = out[i] * 2 + out[:2].sum()
+        if out[i] > 1:
+            out[0:1] -= out[2:3] * 0.5
+        out += out[i : i + 1].sum()
+    return out
+
+
+def test_writes_after_reads() -> None:
+    generator = torch.Generator().manual_seed(3)
+    requests = [torch.randn(3, generator=generator) for _ in range(20)]
+    with cellc.compile(_in_slots, backend="eager") as compiled:
+        for _ in range(2):
+            for x, got in zip(requests, compiled.map(requests), strict=True):
+                torch.testing.assert_close(got, _in_slots(x.clone()), rtol=1e-4, atol=1e-5)
+
+
+def test_random_paths_take_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "MAX_BRANCHES", 40)
+    monkeypatch.setattr(paths, "MAX_OUTCOMES", 3)
+    torch.manual_seed(0)
+    model = Machine([-0.3, 0.0, 0.1, 0.2], 9).eval().requires_grad_(False)
+
+    def numbers(x: Tensor) -> tuple[int, ...]:
+        return tuple([int(y * 3) for y in x])
+
+    for forward, size in ((model, (4, 2)), (numbers, (4,))):
+        with cellc.compile(forward, backend="eager") as compiled:
+            known = compiled._compiler.paths
+            for _ in range(30):
+                requests = [torch.randn(size) for _ in range(10)]
+                for x, got in zip(requests, compiled.map(requests), strict=True):
+                    alike(got, forward(x))
+                reached = {ask.leg for ask in known._branches if not ask.leg.script}
+                reached |= {branch.leg for branch in known._branches.values()}
+                assert all(ask.leg in reached for ask in known._branches)
+                assert len(known) <= 40
+                assert len(known._onward) <= 2 * len(known)
+            known.forget()
+            assert not len(known) and not known._onward
+
+
 class Sampler(Decoder):
     def forward(self, token: Tensor, generator: torch.Generator) -> Tensor:  # type: ignore[override]
         h, said = torch.zeros(H), []

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +17,14 @@ from torch import Tensor, nn
 
 import cellc
 from cellc import sessions
-from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
+from cellc.errors import (
+    ClosedError,
+    Overloaded,
+    RequestError,
+    SessionBusy,
+    SessionClosed,
+    UnsupportedError,
+)
 
 H = 4
 
@@ -175,3 +186,199 @@ def test_steps_share_launches() -> None:
         after = compiled.stats()
         assert after["rows"] - before["rows"] >= 50
         assert after["launches"] - before["launches"] < 10
+
+
+def goes_on(session: Any, model: Steps, state: Tensor) -> None:
+    """A session steps on from a state."""
+    x = torch.randn(3)
+    got, want = session.step(x), model(x, state)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(session.state["state"], want[1])
+
+
+def test_steps_that_never_run_leave_the_session_as_it_was() -> None:
+    model = make()
+    with cellc.compile(model, carry={"state": "1"}, backend="eager", max_queue=2) as compiled:
+        engine = compiled._engine
+        opened = [compiled.session({"state": torch.full((H,), float(i))}) for i in range(4)]
+        compiled.warmup(torch.randn(3), torch.zeros(H))
+        engine._loop.acquire()  # nobody runs the loop
+        try:
+            futures = [s.submit(torch.randn(3)) for s in opened[:2]]
+            with pytest.raises(Overloaded):
+                opened[2].submit(torch.randn(3))
+            with pytest.raises(Overloaded):
+                opened[2].step(torch.randn(3))
+            with pytest.raises(Overloaded):
+                compiled.step_all([(s, (torch.randn(3),)) for s in opened[2:]])
+            with pytest.raises(SessionBusy):
+                opened[0].step(torch.randn(3))
+            assert all(f.cancel() for f in futures)
+            assert not any(s._busy for s in opened)
+        finally:
+            engine._loop.release()
+            engine._hand_over()
+        for i, session in enumerate(opened):
+            goes_on(session, model, torch.full((H,), float(i)))
+        assert compiled.stats()["running"] == 0 and engine._arenas.idle()
+        assert engine._futures == 0
+
+
+def test_an_iterable_that_raises_midway() -> None:
+    model = make()
+    with cellc.compile(model, carry={"state": "1"}, backend="eager") as compiled:
+        opened = [compiled.session({"state": torch.full((H,), float(i))}) for i in range(3)]
+
+        def steps(error: BaseException) -> Iterator[Any]:
+            for session in opened[:2]:
+                yield session, (torch.randn(3),)
+            raise error
+
+        for error in (KeyError("midway"), KeyboardInterrupt()):
+            with pytest.raises(type(error)):
+                compiled.step_all(steps(error))
+        results = compiled.step_all(
+            [(opened[0], (torch.randn(3),)), (opened[2], {"y": 1}), (opened[0], (torch.randn(3),))],
+            return_exceptions=True,
+        )
+        assert [type(x) for x in results] == [tuple, RequestError, SessionBusy]
+        opened[0].reset()
+        for i, session in enumerate(opened):
+            goes_on(session, model, torch.full((H,), float(i)))
+
+
+def test_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    with cellc.compile(model, carry={"state": "1"}, backend="eager") as compiled:
+        session, other = compiled.session(), compiled.session()
+        compiled.step_all([(session, (torch.randn(3),)), (other, (torch.randn(3),))])
+        states = [s.state["state"] for s in (session, other)]
+
+        def interrupted(*_: Any) -> Any:
+            raise KeyboardInterrupt
+
+        for name in ("_launch", "_schedule", "_admit", "_copy_in", "_add"):
+            with monkeypatch.context() as patched:
+                patched.setattr(compiled._engine, name, interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    compiled.step_all([(s, (torch.randn(3),)) for s in (session, other)])
+            assert compiled.stats()["running"] == compiled.stats()["waiting"] == 0
+            assert compiled._engine._live_bytes == 0, name
+        for s, state in zip((session, other), states, strict=True):
+            goes_on(s, model, state)
+        assert compiled._engine._scheduler.num_requests == 0
+
+
+@dataclass
+class Held:
+    h: Tensor
+
+
+class OfObjects(Steps):
+    def forward(self, x: Tensor, state: Any = None) -> Any:
+        h = self.cell(x, state.h)
+        return h * 2, h
+
+
+def test_a_state_is_its_own() -> None:
+    model, start = make(), torch.ones(H)
+    with cellc.compile(model, carry={"state": "1"}, backend="eager") as compiled:
+        session = compiled.session({"state": start})
+        start.zero_()
+        session.state["state"].zero_()
+        goes_on(session, model, torch.ones(H))
+        state = session.state["state"].clone()
+        session.state["state"].zero_()
+        goes_on(session, model, state)
+        session.reset()
+        session.state["state"].zero_()
+        session.reset()
+        goes_on(session, model, torch.ones(H))
+    held = Held(torch.ones(H))
+    with cellc.compile(OfObjects().eval(), carry={"state": "1"}, backend="eager") as compiled:
+        session = compiled.session({"state": held})
+        held.h.zero_()
+        assert session.state["state"].h.sum() == H
+
+
+def test_closing_while_a_step_runs() -> None:
+    with cellc.compile(make(), carry={"state": "1"}, backend="eager") as compiled:
+        session, x = compiled.session(lifetime=100.0), torch.randn(3)
+        session.step(x)
+        compiled._engine._loop.acquire()
+        future = session.submit(x)
+        with pytest.raises(SessionBusy):
+            session.reset()
+        session.close()
+        compiled._engine._loop.release()
+        compiled._engine._hand_over()
+        assert future.result(30)[0].shape == (H,)
+        with pytest.raises(SessionClosed):
+            session.step(x)
+        assert session._state == {}
+
+
+def test_closing_the_model_while_steps_wait() -> None:
+    compiled = cellc.compile(make(), carry={"state": "1"}, backend="eager")
+    opened, x = [compiled.session() for _ in range(20)], torch.randn(3)
+    compiled.warmup(x, torch.zeros(H))
+    compiled._engine._loop.acquire()
+    futures = [s.submit(x) for s in opened]
+    closing = threading.Thread(target=compiled.close)
+    closing.start()
+    compiled._engine._loop.release()
+    compiled._engine._hand_over()
+    closing.join(30)
+    assert not closing.is_alive()
+    assert all(f.result(0)[0].shape == (H,) for f in futures)
+    for session in opened:
+        with pytest.raises(ClosedError):
+            session.step(x)
+
+
+def test_threads_that_step_one_session() -> None:
+    with cellc.compile(make(), carry={"state": "1"}, backend="eager") as compiled:
+        session, taken = compiled.session({"state": torch.zeros(H)}), []
+        compiled.warmup(torch.randn(3), torch.zeros(H))
+
+        def work() -> None:
+            for k in range(40):
+                x = torch.randn(3)
+                try:
+                    if k % 2:
+                        taken.append((x, session.step(x)))
+                    else:
+                        future: Future[Any] = session.submit(x)
+                        if k % 4 == 0 and future.cancel():
+                            continue
+                        taken.append((x, future.result(30)))
+                except SessionBusy:
+                    pass
+
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        assert not any(thread.is_alive() for thread in threads)
+        assert not session._busy and compiled._engine._futures == 0
+        assert taken
+
+
+def test_cancelled_tasks_leave_their_sessions_usable() -> None:
+    async def some(opened: list[Any]) -> None:
+        tasks = [asyncio.create_task(s.step_async(torch.randn(3))) for s in opened]
+        await asyncio.sleep(0)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    with cellc.compile(make(), carry={"state": "1"}, backend="eager") as compiled:
+        opened = [compiled.session() for _ in range(10)]
+        for _ in range(5):
+            asyncio.run(some(opened))
+            compiled(torch.randn(3))
+        compiled._engine.run_until(lambda: not any(s._busy for s in opened))
+        for session in opened:
+            session.step(torch.randn(3))
+        assert compiled._engine._arenas.idle()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -38,6 +40,40 @@ class Fails(Speaks):
         if x.sum() > 0:
             raise KeyError("after a piece")
         yield x + 2
+
+
+class Stops(Speaks):
+    """Yields states, and returns at one that is large."""
+
+    def forward(self, x: Tensor) -> Iterator[Any]:
+        h = torch.zeros(H)
+        for t in range(x.shape[0]):
+            h = self.cell(x[t], h)
+            if h.abs().max() > self.bound:
+                return
+            yield h
+
+
+class Raises(Speaks):
+    """Yields states, and raises after one that is large."""
+
+    def forward(self, x: Tensor) -> Iterator[Any]:
+        h = torch.zeros(H)
+        for t in range(x.shape[0]):
+            h = self.cell(x[t], h)
+            yield h
+            if h.abs().max() > self.bound:
+                yield h * 2
+                raise KeyError(t)
+
+
+class Breaks(Speaks):
+    """Raises whatever it is given, after a piece."""
+
+    def forward(self, x: Tensor) -> Iterator[Any]:
+        yield x + 1
+        yield x.sum()
+        raise LookupError("always")
 
 
 def make(kind: type[Speaks] = Speaks) -> Speaks:
@@ -84,6 +120,65 @@ def idle(compiled: cellc.Compiled) -> bool:
         and compiled._engine._arenas.idle()
         and compiled._engine._scheduler.num_requests == 0
     )
+
+
+@pytest.mark.parametrize("steps", [1, 4, 32])
+@pytest.mark.parametrize("kind", [Speaks, Stops])
+def test_what_is_run_ahead_is_not_yielded(kind: type[Speaks], steps: int) -> None:
+    model = make(kind)
+    with cellc.compile(model, backend="eager") as compiled:
+        compiled._engine._ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
+        for _ in range(3):
+            list(compiled.stream(torch.randn(12, 3) * 0.01))  # guesses that go far
+            for x in requests():
+                torch.testing.assert_close(list(compiled.stream(x)), list(model(x)))
+        torch.testing.assert_close(compiled.map(requests()), [list(model(x)) for x in requests()])
+        assert idle(compiled)
+
+
+def taken(pieces: Iterator[Any]) -> tuple[list[Any], str]:
+    """What an iterator gives until it raises, and what it raises."""
+    given = []
+    try:
+        for piece in pieces:
+            given.append(piece)
+    except Exception as error:
+        return given, repr(error)
+    return given, ""
+
+
+@pytest.mark.parametrize("steps", [1, 32])
+@pytest.mark.parametrize("kind", [Raises, Breaks, Fails])
+def test_pieces_before_an_error_are_given(kind: type[Speaks], steps: int) -> None:
+    model = make(kind)
+    with cellc.compile(model, backend="eager") as compiled:
+        compiled._engine._ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
+        for _ in range(3):
+            for x in [torch.randn(12, 3) * 0.01, *requests()]:
+                (got, error), (want, reason) = taken(compiled.stream(x)), taken(model(x))
+                torch.testing.assert_close(got, want)
+                assert error == reason
+        results = compiled.map(requests(), return_exceptions=True)
+        for x, got in zip(requests(), results, strict=True):
+            pieces, error = taken(model(x))
+            assert repr(got) == error if error else len(got) == len(pieces)
+        errors = [id(x) for x in results if isinstance(x, Exception)]
+        assert len(set(errors)) == len(errors)
+        assert idle(compiled)
+
+
+def test_a_stream_that_was_closed_gives_nothing_more() -> None:
+    with cellc.compile(make(), backend="eager") as compiled:
+        x = torch.randn(9, 3) * 0.01
+        stream = compiled.stream(x)
+        next(stream)
+        compiled._engine._loop.acquire()  # somebody runs the loop
+        stream.close()
+        stream.close()
+        compiled._engine._loop.release()
+        assert next(stream, None) is None
+        compiled(torch.randn(1, 3)).close()
+        assert idle(compiled)
 
 
 @pytest.mark.parametrize("how", ["close", "del", "with"])
@@ -139,6 +234,69 @@ def test_in_asyncio() -> None:
         torch.testing.assert_close(asyncio.run(first(compiled, x)), next(iter(model(x))))
         list(compiled.stream(x))
         assert idle(compiled)
+
+
+@pytest.mark.parametrize("after", [0.0, 0.002, 0.02])
+def test_cancelled_tasks_free_their_rows(after: float) -> None:
+    async def some(compiled: cellc.Compiled) -> None:
+        async def pieces(x: Tensor) -> None:
+            async for _ in compiled.astream(x):
+                await asyncio.sleep(0)
+
+        tasks = [asyncio.create_task(pieces(torch.randn(40, 3) * 0.01)) for _ in range(5)]
+        await asyncio.sleep(after)
+        for task in tasks[::2]:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    with cellc.compile(make(), backend="eager") as compiled:
+        compiled._engine._ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
+        asyncio.run(some(compiled))
+        list(compiled.stream(torch.randn(2, 3)))
+        assert idle(compiled)
+
+
+def interrupting(
+    function: Callable[..., Any], after: int, patched: pytest.MonkeyPatch
+) -> Callable[..., Any]:
+    """A function that interrupts the main thread once, after some calls."""
+    left = [after]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0 and threading.current_thread() is threading.main_thread():
+            patched.undo()
+            raise KeyboardInterrupt
+        return function(*args, **kwargs)
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["kernel", "_complete", "_deliver", "_move", "_free", "_finish"])
+def test_an_interrupted_turn_leaves_others_right(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    with cellc.compile(model, backend="eager") as compiled:
+        engine = compiled._engine
+        engine._ahead = lambda seconds: 2  # type: ignore[method-assign,assignment]
+        x = torch.randn(9, 3) * 0.01
+        compiled.map([x, *requests()])
+        for after in (0, 1, 2, 4, 8):
+            engine._loop.acquire()
+            streams = [compiled.stream(y) for y in requests()]
+            futures = [compiled.submit(y) for y in requests()]
+            engine._loop.release()
+            owner: Any = engine.compiler if name == "kernel" else engine
+            monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), after, monkeypatch))
+            with contextlib.suppress(KeyboardInterrupt):
+                compiled.map([x] * 3)
+            monkeypatch.undo()
+            for y, stream, future in zip(requests(), streams, futures, strict=True):
+                want = list(model(y))
+                torch.testing.assert_close(list(stream), want)
+                torch.testing.assert_close(future.result(30), want)
+            assert idle(compiled) and engine._live_bytes == engine._futures == 0
 
 
 def test_a_forward_that_returns_is_no_stream() -> None:
