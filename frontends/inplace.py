@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from cellc.frontends.asking import Asker, Asks, holds_read, is_tensor
+from cellc.frontends.asking import Asker, Asks, holds_read, is_number_tensor, is_tensor
 from cellc.frontends.memory import (
     FRESH,
     OUTSIDE,
@@ -273,6 +273,8 @@ class InPlace(Asker):
             raise Asks
         if holds_read((args, kwargs)):
             args, kwargs = self.without_reads(getattr(torch.Tensor, name), args, kwargs)
+        if name == "__setitem__":
+            args = (_by_tensors(args[0]), *args[1:])
         if type(x) is Stack:
             self._write_rows(name, x, args, kwargs, frame)
             return x
@@ -480,6 +482,15 @@ class InPlace(Asker):
 
 
 _MIXED = "a tensor is written with what shares memory with it; write a clone() of that"
+
+
+def _by_tensors(index: Any) -> Any:
+    """An index with rows of one for numbers in tensors, which PyTorch would read."""
+    parts = index if type(index) is tuple else (index,)
+    if all(type(p) is int or is_number_tensor(p) for p in parts):
+        if any(map(is_number_tensor, parts)):
+            return tuple([p if type(p) is int else p.reshape(1) for p in parts])
+    return index
 
 
 def _whole(x: Any) -> Any:

@@ -221,7 +221,7 @@ def _forwarding(name: str) -> Callable[..., Any]:
 
 for _name in (
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul "
-    "neg abs invert and or xor rand ror rxor eq ne lt le gt ge getitem"
+    "neg pos abs invert and or xor rand ror rxor eq ne lt le gt ge getitem"
 ).split():
     if hasattr(torch.Tensor, f"__{_name}__"):
         setattr(Stub, f"__{_name}__", _forwarding(f"__{_name}__"))

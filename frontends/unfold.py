@@ -61,6 +61,7 @@ from cellc.frontends.signature import (
     tensor_of,
 )
 from cellc.frontends.stub import CannotUnfold, NumberSteers, Stack, Stub, StubType
+from cellc.frontends.tracer import was_written
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -428,7 +429,10 @@ class Recorder(InPlace):
 
         def alone(*tensors: Any) -> Any:
             args, kwargs = fill(template, tensors)
-            return run(*args, **kwargs)
+            result = run(*args, **kwargs)
+            if any(map(was_written, pytree.tree_leaves((args, kwargs)))):
+                raise CannotUnfold("an argument is written in place")
+            return result
 
         self.on, target = False, stubs.current.target
         stubs.current.target, stubs.current.learning = None, True
