@@ -296,6 +296,7 @@ class Asker(Repeats):
 
     def _number(self, x: Stub) -> Read:
         x = self._scalar(x)
+        x = self.snapshot(x)
         if x.dtype is torch.bool:
             return ReadBool(x)
         if x.dtype.is_floating_point:
@@ -403,6 +404,13 @@ class Asker(Repeats):
             return x
 
         return tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()}
+
+    def snapshot(self, x: Stub) -> Stub:
+        """Another stub of the row that a stub is now."""
+        made = Stub(x.id, x.type)
+        if self.tracked is not None:
+            self.tracked.append(made)
+        return made
 
     def user_frame(self) -> Any:
         """The innermost frame of the user's code."""

@@ -429,6 +429,8 @@ def inverse_view(
         name = "view(dtype)"
     if name in ("view", "_unsafe_view", "unsqueeze", "squeeze", "reshape", "_reshape_alias"):
         return aten.view.default, (list(shape),), False
+    if name == "t" and len(shape) < 2:
+        return aten.view.default, (list(shape),), False
     if name in ("transpose", "t"):
         dims = args[:2] if name == "transpose" else (0, 1)
         return aten.transpose.int, tuple(dims), False

@@ -1,34 +1,54 @@
 """In place: writes into tensors while a forward runs on stubs.
 
 Duty: `x[i] = v`, `x += v` and methods such as `masked_fill_` make a new row, which the stub is from
-then on; whoever holds the stub sees it, as with tensors. A view is a stub of its own, so writing
-through one, or to a tensor of which somebody holds a view, is refused. Stands between
+then on; whoever holds the stub sees it, as with tensors. Other stubs that show the same memory
+(`frontends.memory`) are rows made anew from what it holds then. What PyTorch would change outside
+of the forward (an argument, a weight), and what cannot be told, is refused. Stands between
 `frontends.asking` and `frontends.unfold`.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import sys
-import types
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from cellc.frontends.asking import Asker
+from cellc.frontends.asking import Asker, Asks, holds_read, is_number_tensor, is_tensor
+from cellc.frontends.memory import (
+    FRESH,
+    OUTSIDE,
+    Here,
+    Memory,
+    Place,
+    Shown,
+    fits,
+    overlap,
+    put,
+    repeats,
+    shown_by,
+    strides_of,
+    taken,
+)
 from cellc.frontends.segments import Op
 from cellc.frontends.signature import line_of, name_of
 from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
 
-_VIEWS = frozenset(
-    "__getitem__ view reshape transpose t permute squeeze unsqueeze expand expand_as view_as "
-    "reshape_as select narrow unbind chunk split diagonal flatten unflatten movedim swapaxes "
-    "T mT tensor_split".split()
-)
 _ROWS = frozenset("zeros ones full empty zeros_like ones_like full_like empty_like".split())
 MOST_ROWS = 4096  # of a made tensor that is taken apart, for its rows to be written one by one
+_NO_WRITES = frozenset(["requires_grad_", "detach_", "retain_grad_"])
+_TURNS = frozenset(  # change how a tensor shows its memory
+    "t_ transpose_ squeeze_ unsqueeze_ swapaxes_ swapdims_ as_strided_ resize_ resize_as_ set_ "
+    "rename_".split()
+)
+_OF_ITSELF = frozenset(  # may read what they write, element by element
+    "__setitem__ __iadd__ __isub__ __imul__ __itruediv__ add_ sub_ mul_ div_ copy_".split()
+)
+_GIVEN = "an argument of the request is written in place; write to a copy of it: x = x.clone()"
+_MODEL = "a tensor of the model is written; write to a copy of it: x = x.clone()"
+_UNCLEAR = "a tensor is written that shares memory in a way not followed; write to a clone() of it"
 
 
 @functools.cache
@@ -50,9 +70,7 @@ class InPlace(Asker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.writing = False  # was a write ever seen: then views are looked after
-        self._roots: dict[int, int] = {}  # by row of a view: that of the tensor
-        self._views: dict[int, list[Stub]] = {}  # by row of the tensor
+        self._apart = False  # is what is recorded now not the forward's
 
     def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
         """Record an operation."""
@@ -60,61 +78,395 @@ class InPlace(Asker):
 
     def begin(self, script: Any, guesses: int, look_at: int) -> None:
         super().begin(script, guesses, look_at)
-        self._roots, self._views = {}, {}
+        self._apart = False
         if self.writing:
             self.repeating = False
 
+    # -- places --
+
+    def place_of(self, x: Stub) -> Place:
+        """How a stub shows memory; one that nothing is known of is alone in its own."""
+        found: Place | None = getattr(x, "place", None)
+        if found is None:
+            given = self.data[0] <= x.id < self.data[3]
+            memory = Memory(self.snapshot(x), strides_of(x.type.shape), _GIVEN if given else "")
+            found = self._show(x, Place((memory,), memory.strides))
+        return found
+
+    def _show(self, x: Stub, place: Place) -> Place:
+        x.place = place
+        for memory in place.memories:
+            memory.views.append(weakref.ref(x))
+        return place
+
+    def fresh(self, x: Stub) -> Stub:
+        """A tensor of the same values in memory of its own."""
+        made = self.snapshot(x)
+        if self.data[0] <= x.id < self.data[3]:
+            memory = Memory(self.snapshot(x), strides_of(x.type.shape))
+            self._show(made, Place((memory,), memory.strides))
+        return made
+
+    def copied(self, made: Any) -> Any:
+        """A stack in memory of its own, where it matters."""
+        if self.writing and type(made) is Stack:
+            return Stack([self.fresh(x) for x in made.items])
+        return made
+
+    def _place_of_stack(self, x: Stack) -> Place:
+        places = [self.place_of(item) for item in x.items]
+        first = places[0]
+        inner = strides_of(x.inner.shape)
+        if all(len(p.memories) == 1 and self._is_whole(i, p) and p.memories[0].strides == inner
+               for i, p in zip(x.items, places, strict=True)):  # fmt: skip
+            memories = tuple([p.memories[0] for p in places])
+            if len({id(m) for m in memories}) == len(memories):
+                return Place(memories, strides_of(x.type.shape))
+        if first.strides is not None and all(
+            p.memories == first.memories and p.strides == first.strides for p in places
+        ):
+            step = places[1].offset - first.offset if len(places) > 1 else 1
+            if all(p.offset == first.offset + k * step for k, p in enumerate(places)) and step >= 0:
+                return Place(first.memories, (step, *first.strides), first.offset)
+        return Place(tuple({id(m): m for p in places for m in p.memories}.values()), None)
+
+    @staticmethod
+    def _is_whole(x: Stub, place: Place) -> bool:
+        """Is a stub all of its memory, as it lies there?"""
+        if len(place.memories) != 1:
+            return False
+        (memory,) = place.memories
+        return x.type is memory.value.type and place.strides == memory.strides and not place.offset
+
+    def watch(self, op: Op, args: Any, kwargs: Any, made: Any) -> Any:
+        """Note what the results of an operation show."""
+        if self._apart:
+            return made
+        tensors = list(_tensors((args, kwargs)))
+        known = [self._known(x) for x in tensors]
+        plain = not any(known)
+        key: Any = () if plain else tuple([p and (p.strides, p.offset) for p in known])
+        if key not in op.shown:
+            op.shown[key] = self._learn_shown(op, args, kwargs, tensors, known)
+        shown = op.shown[key]
+        if shown is None:
+            return made
+        results = list(_tensors(made))
+        groups = [s.group for s in shown if s.source == FRESH]
+        for k, x in enumerate(results):
+            if not shown or len(shown) != len(results):  # nobody knows
+                self._unclear(x, tensors)
+            elif shown[k].source == OUTSIDE:
+                self._spread(x, Place((Memory(self._start_of(x), (), _MODEL),), None))
+            elif shown[k].source == FRESH:
+                self._place_fresh(x, shown[k], groups.count(shown[k].group) > 1)
+            else:
+                self._place_view(x, tensors[shown[k].source], shown[k])
+        return made
+
+    def _known(self, x: Stub) -> Place | None:
+        if type(x) is Stack:
+            if x._items is None or not any(hasattr(item, "place") for item in x.items):
+                return None
+            return self._place_of_stack(x)
+        found: Place | None = getattr(x, "place", None)
+        return found
+
+    def _learn_shown(
+        self, op: Op, args: Any, kwargs: Any, tensors: list[Stub], known: list[Place | None]
+    ) -> tuple[Shown, ...] | None:
+        """None where all results have memory of their own, () where nobody knows."""
+        forms = []
+        for x, place in zip(tensors, known, strict=True):
+            strides = strides_of(x.type.shape) if place is None else place.strides
+            if strides is None:  # as a view of something, any
+                strides = strides_of(x.type.shape)
+            kind = (x.type.dtype, x.type.device)
+            forms.append((x.type.shape, kind, strides, place.offset if place else 0))
+        count = iter(range(len(tensors)))
+        with self.aside():
+            shown = shown_by(op.run, _numbered((args, kwargs), count), forms)
+        outputs = op.study.outputs
+        if shown is None or len(shown) != len(outputs):
+            return ()
+        fresh = [s.source == FRESH and not s.offset for s in shown]
+        alone = len({s.group for s in shown}) == len(shown)
+        laid = [s.strides == strides_of(o.type.shape) for s, o in zip(shown, outputs, strict=True)]
+        return None if all(fresh) and alone and all(laid) else shown
+
+    def _spread(self, x: Stub, place: Place) -> None:
+        """Place a result; the rows of a stack each."""
+        if type(x) is not Stack:
+            self._show(x, place)
+            return
+        for k, item in enumerate(x.items):
+            if place.strides is None:
+                self._show(item, place)
+            else:
+                offset = place.offset + k * place.strides[0]
+                self._show(item, Place(place.memories, place.strides[1:], offset))
+
+    def _place_fresh(self, x: Stub, shown: Shown, shared: bool) -> None:
+        shape = x.type.shape
+        if shared or repeats(shape, shown.strides) or type(x) is Stack:
+            if not shared and shown.strides == strides_of(shape):
+                return
+            self._spread(x, Place((Memory(self._start_of(x), (), _UNCLEAR),), None))
+        elif shown.strides != strides_of(shape) or shown.offset:
+            memory = Memory(self.snapshot(x), shown.strides)
+            self._show(x, Place((memory,), shown.strides))
+
+    def _place_view(self, x: Stub, source: Stub, shown: Shown) -> None:
+        place = self._place_of_stack(source) if type(source) is Stack else self.place_of(source)
+        if place.strides is None:
+            self._spread(x, Place(place.memories, None))
+            return
+        offset = place.offset + shown.offset
+        base, laid = self._laid(place)
+        if offset < 0 or not fits(base, laid, x.type.shape, shown.strides, offset):
+            self._spread(x, Place(place.memories, None))
+        else:
+            self._spread(x, Place(place.memories, shown.strides, offset))
+
+    def _unclear(self, x: Stub, tensors: list[Stub]) -> None:
+        memories: dict[int, Memory] = {}
+        for source in tensors:
+            for y in source.items if type(source) is Stack else [source]:
+                memories.update((id(m), m) for m in self.place_of(y).memories)
+        self._spread(x, Place((*memories.values(), Memory(self._start_of(x), (), _UNCLEAR)), None))
+
+    def _start_of(self, x: Stub) -> Stub:
+        return self.snapshot(x.items[0] if type(x) is Stack else x)
+
+    def selected_view(self, made: Stub, x: Stub, index: Any) -> Stub:
+        """What numbers in tensors select of `x`: a view, whose place they say."""
+        if self._apart:
+            return made
+        parts = index if type(index) is tuple else (index,)
+        kept = tuple([self.snapshot(p) if type(p) is Stub else p for p in parts])
+        of = self._place_of_stack(x) if type(x) is Stack else self.place_of(x)
+        self._spread(made, Place(of.memories, None, 0, (x, kept)))
+        return made
+
+    def _selected_again(self, x: Stub, index: Any) -> int:
+        before, self._apart = self._apart, True
+        try:
+            made = self.selected(x, index)
+        finally:
+            self._apart = before
+        row: int = made.id
+        return row
+
+    # -- writes --
+
     def write(self, name: str, x: Stub, args: Any, kwargs: Any, frame: Any) -> Stub:
-        """Write into a tensor of the request, or one that the forward made."""
+        """Write into a tensor that the forward made."""
         if not self.on:
             raise CannotUnfold("a value of the request is used from outside")
-        if not self.writing:  # what ran before did not look after views
+        if name in _NO_WRITES:
+            return x
+        if name in _TURNS:
+            raise CannotUnfold(f"{name} changes a tensor's form in place", line_of(frame))
+        if not self.writing:  # what ran before did not look after memory: run again
             self.writing, self.relearn = True, True
             self.memos.clear()
-        if name.startswith("__i") and x.id in self._roots and _is_stored_back(frame):
-            plain: Stub = self.function(_functional(name), (x, *args), kwargs, frame)
-            return plain  # `x[i] += v`: what follows is `x[i] = it`
-        if x.id in self._roots and type(x) is Stub:
-            raise CannotUnfold(
-                "a tensor is written through a view of it; write t[i, j] = v", line_of(frame)
-            )
-        ours = 3 + (self.tracked is not None)  # references to a view that the forward does not hold
-        held = any(sys.getrefcount(view) > ours for view in self._views.get(x.id, ()))
-        if held and type(x) is Stub:
-            raise CannotUnfold("a tensor is written while views of it are held", line_of(frame))
+            raise Asks
+        if holds_read((args, kwargs)):
+            args, kwargs = self.without_reads(getattr(torch.Tensor, name), args, kwargs)
+        if name == "__setitem__":
+            args = (_by_tensors(args[0]), *args[1:])
         if type(x) is Stack:
             self._write_rows(name, x, args, kwargs, frame)
-        else:
-            made = self.function(_functional(name), (x, *args), kwargs, frame)
-            if made.type is not x.type:
-                raise CannotUnfold(f"{name} changes a tensor's form", line_of(frame))
-            x.id = made.id
+            return x
+        place = self.place_of(x)
+        if place.again is not None:
+            made = self._record_apart(_functional(name), (x, *args), kwargs, frame)
+            self.write("__setitem__", place.again[0], (place.again[1], made), {}, frame)
+            return x
+        self._may_write(x, place, frame)
+        if self._writes_itself(name, x, place, args, kwargs, frame):
+            return x
+        made = self._record_apart(_functional(name), (x, *args), kwargs, frame)
+        if type(made) is Stack:
+            made = self._record_apart(_whole, (made,), {}, frame)
+        if made.type is not x.type:
+            raise CannotUnfold(f"{name} changes a tensor's form", line_of(frame))
+        self._store(x, place, made, frame)
         return x
 
     def _write_rows(self, name: str, x: Stack, args: Any, kwargs: Any, frame: Any) -> None:
         items = x.items
-        if name == "__setitem__" and type(args[0]) is int and args[0] < len(items):
+        if name == "__setitem__" and type(args[0]) is int:
             item, value = items[args[0]], args[1]
             if type(value) is Stub and value.type is item.type:
-                item.id = value.id
+                place = self.place_of(item)
+                self._may_write(item, place, frame)
+                if not self._writes_itself(name, item, place, (..., value), {}, frame):
+                    self._store(item, place, value, frame)
             else:
                 self.write(name, item, (..., value), {}, frame)
             return
-        made = self.function(_functional(name), (x, *args), kwargs, frame)
-        rows = made.items if type(made) is Stack else [made[i] for i in range(len(items))]
-        for item, row in zip(items, rows, strict=True):
-            item.id = row.id
+        places = [self.place_of(item) for item in items]
+        for item, place in zip(items, places, strict=True):
+            self._may_write(item, place, frame)
+        if self._writes_itself(name, x, self._place_of_stack(x), args, kwargs, frame):
+            return
+        made = self._record_apart(_functional(name), (x, *args), kwargs, frame)
+        if made.type is not x.type:
+            raise CannotUnfold(f"{name} changes a tensor's form", line_of(frame))
+        for item, place, row in zip(items, places, self._rows(made, frame), strict=True):
+            self._store(item, place, row, frame)
 
-    def watch_view(self, func: Any, args: Any, result: Any) -> Any:
-        """Remember views of a tensor; what is stacked is copied."""
-        if not args or type(args[0]) is not Stub or name_of(func) not in _VIEWS:
-            return result
-        root = self._roots.get(args[0].id, args[0].id)
-        for view in result if isinstance(result, (tuple, list)) else [result]:
-            if type(view) is Stub and view.id != args[0].id:
-                self._roots[view.id] = root
-                self._views.setdefault(root, []).append(view)
-        return result
+    def _rows(self, x: Stub, frame: Any) -> list[Stub]:
+        if type(x) is Stack:
+            return x.items
+        return list(self._record_apart(torch.Tensor.unbind, (x,), {}, frame))
+
+    def _may_write(self, x: Stub, place: Place, frame: Any) -> None:
+        reason = next((m.refusal for m in place.memories if m.refusal), "")
+        if not reason and place.strides is None:
+            reason = _UNCLEAR
+        if not reason and repeats(x.type.shape, place.strides or ()):
+            reason = "a tensor is written that shows an element twice; write to a clone() of it"
+        if reason:
+            raise CannotUnfold(reason, line_of(frame))
+
+    def _writes_itself(
+        self, name: str, x: Stub, place: Place, args: Any, kwargs: Any, frame: Any
+    ) -> bool:
+        """Is what is written what stands there already? What is read must be all of what is
+        written, or none.
+        """
+        ours = {id(m) for m in place.memories}
+        for y in _tensors((args, kwargs)):
+            other = self._known(y)
+            if other is None or ours.isdisjoint(map(id, other.memories)):
+                continue
+            region = place, x.type.shape
+            if name == "__setitem__":
+                region = self._region(x, place, args[0]) if y is args[1] else (Place((), None), ())
+            target, shape = region
+            if None in (target.strides, other.strides) or target.memories != other.memories:
+                raise CannotUnfold(_MIXED, line_of(frame))
+            if (shape, *target[1:3]) == (y.type.shape, *other[1:3]):
+                if name == "__setitem__":
+                    return True
+                if name in _OF_ITSELF:
+                    continue
+                raise CannotUnfold(_MIXED, line_of(frame))
+            assert target.strides is not None and other.strides is not None
+            if overlap(
+                (shape, target.strides, target.offset), (y.type.shape, other.strides, other.offset)
+            ):
+                raise CannotUnfold(_MIXED, line_of(frame))
+        return False
+
+    def _region(self, x: Stub, place: Place, index: Any) -> tuple[Place, tuple[int, ...]]:
+        """What of a tensor an index chooses."""
+        nothing: tuple[Place, tuple[int, ...]] = Place((), None), ()
+        parts = index if type(index) is tuple else (index,)
+        if place.strides is None or any(is_tensor(p) or type(p) is list for p in parts):
+            return nothing
+        form = (x.type.shape, (torch.bool, x.type.device), place.strides, place.offset)
+        shape: list[tuple[int, ...]] = []
+
+        def chosen(tensor: Any) -> Any:
+            made = tensor[index]
+            shape.append(tuple(made.shape))
+            return made
+
+        with self.aside():
+            shown = shown_by(chosen, ((Here(0),), {}), [form])
+        if not shown or shown[0].source != 0:
+            return nothing
+        return Place(place.memories, shown[0].strides, place.offset + shown[0].offset), shape[-1]
+
+    def _store(self, x: Stub, place: Place, made: Stub, frame: Any) -> None:
+        """A stub becomes another row; its memory and all that show it follow."""
+        row = made.id
+        if self._is_whole(x, place):
+            place.memories[0].value.id = row
+        else:
+            base, laid = self._base(place)
+            written = (base, self.snapshot(made), laid, place.strides, place.offset)
+            whole = self._record_apart(put, written, {}, frame)
+            if type(base) is Stack:
+                for memory, part in zip(place.memories, self._rows(whole, frame), strict=True):
+                    memory.value.id = part.id
+            else:
+                if type(whole) is Stack:
+                    whole = self._record_apart(_whole, (whole,), {}, frame)
+                place.memories[0].value.id = whole.id
+        x.id = row
+        self._refresh(x, place, frame)
+
+    def _refresh(self, x: Stub, place: Place, frame: Any) -> None:
+        """Views of what was written show it."""
+        seen = {id(x)}
+        chosen = []
+        for memory in place.memories:
+            for view in memory.live():
+                if id(view) in seen:
+                    continue
+                seen.add(id(view))
+                other: Place = view.place
+                if other.again is not None:
+                    chosen.append(view)
+                elif other.strides is None:
+                    raise CannotUnfold(
+                        "a tensor is written while another is held that may share its memory; "
+                        "hold a clone() of it",
+                        line_of(frame),
+                    )
+                elif self._is_whole(view, other):
+                    view.id = memory.value.id
+                elif other.memories != place.memories or self._touch(x, place, view, other):
+                    view.id = self._taken(view, other, frame)
+        for view in chosen:  # from what is up to date now
+            view.id = self._selected_again(*view.place.again)
+
+    @staticmethod
+    def _touch(x: Stub, place: Place, y: Stub, other: Place) -> bool:
+        assert place.strides is not None and other.strides is not None
+        return overlap(
+            (x.type.shape, place.strides, place.offset),
+            (y.type.shape, other.strides, other.offset),
+        )
+
+    def _laid(self, place: Place) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of what a place's memories are together."""
+        first = place.memories[0]
+        shape, laid = first.value.type.shape, first.strides
+        if len(place.memories) > 1:
+            shape = (len(place.memories), *shape)
+            laid = strides_of(shape)
+        return shape, laid
+
+    def _base(self, place: Place) -> tuple[Stub, tuple[int, ...]]:
+        memories = place.memories
+        base = memories[0].value if len(memories) == 1 else Stack([m.value for m in memories])
+        return base, self._laid(place)[1]
+
+    def _taken(self, x: Stub, place: Place, frame: Any) -> int:
+        base, laid = self._base(place)
+        args = (base, laid, x.type.shape, place.strides, place.offset)
+        made = self._record_apart(taken, args, {}, frame)
+        if type(made) is Stack:
+            made = self._record_apart(_whole, (made,), {}, frame)
+        row: int = made.id
+        return row
+
+    def _record_apart(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        """Record what the forward does not say itself."""
+        before, self._apart = self._apart, True
+        try:
+            return self.function(func, args, kwargs, frame)
+        finally:
+            self._apart = before
+
+    def aside(self) -> Any:
+        """Inside, what runs is not part of the forward."""
+        raise NotImplementedError
 
     def in_rows(self, func: Any, op: Op, made: Any) -> Any:
         """A tensor made of one number, as a list of rows."""
@@ -122,27 +474,54 @@ class InPlace(Asker):
         if name_of(func) not in _ROWS or type(made) is not Stub or len(form.shape) < 2:
             return made
         key: Any = self.constants[made.id]
-        if key[0] != "full" or not 0 < form.shape[0] <= MOST_ROWS:
+        if key[0] != "full" or not 0 < form.shape[0] <= MOST_ROWS or hasattr(made, "place"):
             return made
         inner = StubType.of(form.shape[1:], form.dtype, form.device)
         row = self._constant_row(("full", tuple(form.shape[1:]), *key[2:]), inner)
         return Stack([Stub(row, inner) for _ in range(form.shape[0])])
 
 
-def _is_stored_back(frame: Any) -> bool:
-    """Is the operator at a frame's instruction part of `x[i] op= v`?"""
-    return frame.f_lasti in _stored_back(frame.f_code)
+_MIXED = "a tensor is written with what shares memory with it; write a clone() of that"
 
 
-@functools.lru_cache(maxsize=4096)
-def _stored_back(code: types.CodeType) -> frozenset[int]:
-    found = set()
-    steps = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG")]
-    for at, step in enumerate(steps):
-        if step.opname == "BINARY_OP" or step.opname.startswith("INPLACE_"):
-            for following in steps[at + 1 : at + 5]:
-                if following.opname == "STORE_SUBSCR":
-                    found.add(step.offset)
-                if following.opname not in ("SWAP", "ROT_THREE", "ROT_TWO"):
-                    break
-    return frozenset(found)
+def _by_tensors(index: Any) -> Any:
+    """An index with rows of one for numbers in tensors, which PyTorch would read."""
+    parts = index if type(index) is tuple else (index,)
+    if all(type(p) is int or is_number_tensor(p) for p in parts):
+        if any(map(is_number_tensor, parts)):
+            return tuple([p if type(p) is int else p.reshape(1) for p in parts])
+    return index
+
+
+def _whole(x: Any) -> Any:
+    """A stack as one row."""
+    return x.clone()
+
+
+def _tensors(x: Any) -> Iterator[Stub]:
+    """Stubs in arguments or results, in order of signature."""
+    kind = type(x)
+    if kind is Stub or kind is Stack:
+        yield x
+    elif kind is dict:
+        for name in sorted(x) if all(type(k) is str for k in x) else x:
+            yield from _tensors(x[name])
+    elif kind is list or isinstance(x, tuple):
+        for y in x:
+            yield from _tensors(y)
+
+
+def _numbered(x: Any, count: Iterator[int]) -> Any:
+    """A call with a number for each stub, in the order of `_tensors`."""
+    kind = type(x)
+    if kind is Stub or kind is Stack:
+        return Here(next(count))
+    if kind is dict:
+        names = sorted(x) if all(type(k) is str for k in x) else list(x)
+        return {name: _numbered(x[name], count) for name in names}
+    if kind is list:
+        return [_numbered(y, count) for y in x]
+    if isinstance(x, tuple) and kind is not torch.Size:
+        made = [_numbered(y, count) for y in x]
+        return tuple(made) if kind is tuple else kind(*made)
+    return x

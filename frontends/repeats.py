@@ -41,6 +41,7 @@ class Repeats(Writer):
     def __init__(self) -> None:
         super().__init__()
         self.on = False
+        self.writing = False  # was a write in place ever seen: then memory is looked after
         self.relearn = False  # something was learned that earlier runs did not know
         self.parts: dict[int, Part] = {}  # what the request is made of, by id
         self.data: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float, tensor row; end
@@ -154,7 +155,7 @@ class Repeats(Writer):
 
     def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any:
         """[states of the results] of `cellc.Dag.fold`; None where its calls have to be run."""
-        if not self.on or self._thread != threading.get_ident():
+        if not self.on or self.writing or self._thread != threading.get_ident():
             return None
         states = folds.fold(self, self.sites, structure, node, leaf, nodes, leaves)
         return None if states is None else [states]

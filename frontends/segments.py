@@ -72,6 +72,7 @@ class Op:
         self.is_cell = is_cell  # a call of the user's own code: one cell, where it feeds itself
         self.component = 0  # of the graph of operations: 0 is none that feeds itself
         self.num_rows = sum(max(1, o.rows) for o in study.outputs)
+        self.shown: dict[Any, Any] = {}  # what its results show, by the places of its inputs
         self.alone: Segment | None = None  # one of this operation only, all it reads distinct
         self.single: StubType | None = None  # its result, where that is one row
         self.build: Callable[[int], Any] = self._rebuild

@@ -47,6 +47,10 @@ class StubType:
 class Target(Protocol):
     """Who is told what happens to stubs."""
 
+    writing: bool  # are tensors written in place
+
+    def copied(self, made: Any) -> Any: ...
+
     def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
 
     def read(self, name: str, x: Any, frame: Any) -> Any: ...
@@ -100,9 +104,12 @@ def _outside() -> BaseException:
 
 
 class Stub:
-    """One row of a request in flight: a whole tensor of known shape."""
+    """One row of a request in flight: a whole tensor of known shape. `place`, where it is set, is
+    how it shows memory (`frontends.memory`).
+    """
 
-    __slots__ = ("id", "type")
+    __slots__ = ("__weakref__", "id", "place", "type")
+    place: Any
 
     def __init__(self, id: int, type: StubType) -> None:
         self.id, self.type = id, type
@@ -159,8 +166,19 @@ class Stub:
     def detach(self) -> Stub:
         return self
 
-    def contiguous(self, *_: Any, **__: Any) -> Stub:
+    def contiguous(self, *args: Any, **kwargs: Any) -> Any:
+        if current.target is None or not current.target.writing:
+            return self
+        return _tell(torch.Tensor.contiguous, (self, *args), kwargs)
+
+    def _same(self) -> Stub:
         return self
+
+    def _no_data(self, _: Any) -> None:
+        raise CannotUnfold("assigning to .data; use copy_", _origin(sys._getframe(1)))
+
+    data = property(_same, _no_data)
+    __copy__ = _same
 
     def __len__(self) -> int:
         if not self.type.shape:
@@ -203,7 +221,7 @@ def _forwarding(name: str) -> Callable[..., Any]:
 
 for _name in (
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod pow rpow matmul rmatmul "
-    "neg abs invert and or xor rand ror rxor eq ne lt le gt ge getitem"
+    "neg pos abs invert and or xor rand ror rxor eq ne lt le gt ge getitem"
 ).split():
     if hasattr(torch.Tensor, f"__{_name}__"):
         setattr(Stub, f"__{_name}__", _forwarding(f"__{_name}__"))
@@ -237,7 +255,9 @@ def _writing(name: str) -> Callable[..., Any]:
     return write
 
 
-for _name in "setitem iadd isub imul itruediv iand ior ixor".split():
+for _name in (
+    "setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift"
+).split():
     setattr(Stub, f"__{_name}__", _writing(f"__{_name}__"))
 
 
@@ -268,12 +288,6 @@ class Stack(Stub):
             self._items = [Stub(row, self.inner) for row in rows]
         return self._items
 
-    def copied(self) -> Stack:
-        """The same rows, whatever is written into them elsewhere."""
-        if self._items is not None:
-            self._items = [Stub(x.id, x.type) for x in self._items]
-        return self
-
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items)
 
@@ -294,8 +308,9 @@ class Stack(Stub):
         return _tell(torch.Tensor.unbind, (self, dim), {})
 
     def flip(self, *dims: Any) -> Any:
-        if dims in ((0,), ((0,),), ([0],)):
-            return Stack(self.items[::-1])
+        target = current.target
+        if dims in ((0,), ((0,),), ([0],)) and target is not None:
+            return target.copied(Stack(self.items[::-1]))
         return _tell(torch.Tensor.flip, (self, *dims), {})
 
 

@@ -86,10 +86,13 @@ _Step = tuple[Any, tuple[Any, ...], int, tuple[int, ...]]
 
 @dataclass
 class _Storage:
-    """A buffer that may be written in place: its current value, and how often it was written."""
+    """A buffer that may be written in place: its current value, how often it was written, and the
+    outermost call that took it apart as if its parts were copies, which may write them.
+    """
 
     base: Ref
     version: int = 0
+    apart_in: int | None = None
 
 
 @dataclass
@@ -103,6 +106,7 @@ class _Tracked:
     chain: tuple[_Step, ...] = ()
     version: int = 0
     owner: object = None  # the trace that it belongs to
+    is_view: bool = False  # of a tensor whose storage is not known, too
 
 
 class _Functions(TorchFunctionMode):
@@ -116,6 +120,7 @@ class _Functions(TorchFunctionMode):
         tracer = self.tracer
         if tracer.depth == 0:
             tracer.ordinal = 0
+            tracer.calls += 1
         name = getattr(func, "__name__", "")
         if name in READING_METHODS and isinstance(args[0], Placeholder):
             if name == "tolist" and tracer.values:
@@ -149,7 +154,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self.captured: dict[str, torch.Tensor] = {}
         self.reads_weights = False
-        self.ordinal = self.depth = 0
+        self.ordinal = self.depth = self.calls = 0
         self.root: FrameType | None = None
         self.mark = object()
         self._params = {id(p): name for name, p in params.items()}
@@ -308,13 +313,43 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         replacement = decompose.find(func)
         if replacement is not None:
             with self:
-                return replacement(*args, **kwargs)
+                made = replacement(*args, **kwargs)
+                shared = isinstance(made, Placeholder) and self._shares(made, args)
+                return made.clone() if shared else made
+        if func is aten.as_strided.default:
+            self._check_strided(args[0])
+        if func is aten.view.dtype:
+            raise UnsupportedError(
+                what="viewing a tensor as another dtype",
+                remedy="compute it outside the model and pass it as an argument",
+                origin=self.origin(),
+            )
         if func._schema.is_mutable:
             return self._write(func, args, kwargs)
         if _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
         return self._record(func, args, kwargs, self._infer(func, args, kwargs))
+
+    def _shares(self, made: Placeholder, args: Any) -> bool:
+        """Does a result that torch makes anew show what an argument shows?"""
+        storage = made.tracked.storage
+        for x in pytree.tree_leaves(args):
+            if isinstance(x, torch.Tensor):
+                if x is made or (storage is not None and self._of(x).storage is storage):
+                    return True
+        return storage is None
+
+    def _check_strided(self, x: torch.Tensor) -> None:
+        """Strides count in the memory of a tensor that is all of it."""
+        tracked, form = self._of(x), form_of(x)
+        whole = form == row_major(form.shape, form.dtype, form.device)
+        if not whole or tracked.is_view or tracked.storage is None:
+            raise UnsupportedError(
+                what="as_strided of a view, an argument or a weight",
+                remedy="give it a clone()",
+                origin=self.origin(),
+            )
 
     def _infer(self, func: Any, args: Any, kwargs: Any) -> Result:
         """Forms of an operation's results."""
@@ -353,6 +388,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> None:
         """Note how `out` views its storage, so that a write through either is seen by both."""
         tracked: _Tracked = out.tracked
+        tracked.is_view = view
         unsafe = func._schema.name.startswith("aten::unsafe_")  # as good as copies
         if view and not unsafe:
             assert source is not None
@@ -363,6 +399,11 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 tracked.chain = (*parent.chain, step)
         elif not view or id(source) not in self._params:
             tracked.storage = _Storage(tracked.value)
+        if view and unsafe:
+            assert source is not None
+            for storage in (tracked.storage, self._of(source).storage):
+                if storage is not None:
+                    storage.apart_in = self.calls
 
     def _emit(
         self, func: Any, args: Any, kwargs: Any = None, forms: tuple[Form, ...] | None = None
@@ -407,7 +448,9 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         value, source = self.value(args[0]), self._of(args[0])
         (form,) = self._infer(func, args, kwargs).forms
         out = self.new(form, value)
-        out.tracked = _Tracked(value, source.storage, source.chain, source.version, self.mark)
+        out.tracked = _Tracked(
+            value, source.storage, source.chain, source.version, self.mark, source.is_view
+        )
         if func in FRESH and not isinstance(args[0], Placeholder):
             out.constant, out.tracked.storage = args[0], _Storage(value)
         return out
@@ -441,6 +484,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             not isinstance(target, torch.Tensor)
             or not base.endswith("_")
             or kwargs.get("out") is not None
+            or base in ("resize_", "resize_as_", "set_")
         ):
             raise UnsupportedError(
                 what=f"writing with torch.{base}.{overload}",
@@ -455,6 +499,14 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 remedy="write to a copy: x = x.clone()",
                 origin=self.origin(),
             )
+        if tracked.storage.apart_in not in (None, self.calls):
+            raise UnsupportedError(
+                what="writing a tensor that unsafe_split or unsafe_chunk took apart",
+                remedy="use split or chunk",
+                origin=self.origin(),
+            )
+        if len(args) > 1 or kwargs:
+            self._check_overlap(base, tracked, (args[1:], kwargs))
         with self:
             new = decompose.functional(base, overload)(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
@@ -478,6 +530,41 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             value = (self._emit(inverse, (*head, _Value(value), *inverse_args)), 0)
         storage.base, storage.version = value, storage.version + 1
         return target
+
+    def _check_overlap(self, name: str, target: _Tracked, given: Any) -> None:
+        """What is read must be all of what is written, or none."""
+        for x in pytree.tree_leaves(given):
+            if not isinstance(x, torch.Tensor):
+                continue
+            other = self._of(x)
+            if other.storage is not target.storage:
+                continue
+            if other.chain == target.chain and name in _OF_ITSELF:
+                continue
+            shape = next((step[3] for t in (other, target) for step in t.chain[:1]), None)
+            if shape is not None:
+                ours, theirs = (_elements(shape, t.chain) for t in (target, other))
+                if ours == theirs and name in _OF_ITSELF or set(ours).isdisjoint(theirs):
+                    continue
+            raise UnsupportedError(
+                what=f"writing a tensor with what shares memory with it (torch.{name})",
+                remedy="write a clone() of that",
+                origin=self.origin(),
+            )
+
+
+_OF_ITSELF = ("add_", "sub_", "mul_", "div_", "copy_")  # element by element
+
+
+def _elements(shape: tuple[int, ...], chain: tuple[_Step, ...]) -> list[int]:
+    """Which elements of a tensor of this shape a view shows."""
+    with modes_off():
+        x = torch.arange(torch.Size(shape).numel()).reshape(shape)
+        for func, args, port, _ in chain:
+            made = func(x, *args)
+            x = made[port] if isinstance(made, (list, tuple)) else made
+        found: list[int] = x.reshape(-1).tolist()
+    return found
 
 
 def _draws(func: Any, args: Any) -> bool:
@@ -617,6 +704,12 @@ def reading() -> Iterator[list[Any]]:
     values: list[Any] = []
     with _Reads(values), _Lists(values):
         yield values
+
+
+def was_written(x: Any) -> bool:
+    """Was a tensor of a trace written in place?"""
+    storage = x.tracked.storage if isinstance(x, Placeholder) else None
+    return storage is not None and storage.version > 0
 
 
 _tracing: list[Tracer] = []  # guarded by the compiler's lock on tracing

@@ -61,6 +61,7 @@ from cellc.frontends.signature import (
     tensor_of,
 )
 from cellc.frontends.stub import CannotUnfold, NumberSteers, Stack, Stub, StubType
+from cellc.frontends.tracer import was_written
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -230,8 +231,10 @@ class Recorder(InPlace):
         if op is _TRANSPARENT:
             return callee.run(*args, **kwargs)
         if op.study.constant is not None:
-            return self._constant(op)
-        return self._record(op, rows, frame)
+            made = self._constant(op)
+        else:
+            made = self._record(op, rows, frame)
+        return self.watch(op, args, kwargs, made) if self.writing else made
 
     def _weights_as_rows(self, callee: Callee, args: Any) -> Any:
         """A weight where other calls have a value of the request (a learned first state) is a row
@@ -252,7 +255,8 @@ class Recorder(InPlace):
         op = self.ops.get(key)
         if op is None:
             op = self._learn(_Given(tensor), ((), {}), key, "weight", None, None)
-        return self._constant(op) if op.study.constant is not None else self._record(op, [], None)
+        made = self._constant(op) if op.study.constant is not None else self._record(op, [], None)
+        return self.watch(op, (), {}, made) if self.writing else made
 
     def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
         """A torch function that met stubs or numbers, or makes a tensor."""
@@ -260,6 +264,10 @@ class Recorder(InPlace):
             raise CannotUnfold("a value of the request is used from outside")
         while not self._is_user(frame.f_code):
             frame = frame.f_back
+        if kwargs.get("out") is not None:
+            raise CannotUnfold("out= writes in place; assign the result", line_of(frame))
+        if name_of(func).startswith("as_strided"):
+            raise CannotUnfold("as_strided depends on a tensor's memory", line_of(frame))
         if func is torch.equal:
             return self._equal(*args, **kwargs)
         if type(kwargs.get("generator")) is GeneratorStub:
@@ -267,7 +275,7 @@ class Recorder(InPlace):
         if func in MAKERS or func is torch.Tensor.new_tensor:
             made = tensor_of(func, args, kwargs)
             if made is not None:
-                return made
+                return self.fresh(made) if self.writing and type(made) is Stub else made
         if func is torch.Tensor.__getitem__ and has_bounds(args[1]):
             args = (args[0], self.bounds(args[1]))
             return args[0][args[1]]
@@ -276,7 +284,7 @@ class Recorder(InPlace):
             if any(map(is_number_tensor, index)):
                 made = self.selected(*args)
                 if made is not None:
-                    return made
+                    return self.selected_view(made, *args) if self.writing else made
         if (at := CHOOSING.get(func, 9)) < len(args) and is_mask(args[at]):
             return self.chosen(*args[: at + 1])
         if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
@@ -285,7 +293,7 @@ class Recorder(InPlace):
         if special is not None:
             made = special(args, kwargs)
             if made is not None:
-                return made.copied() if self.writing and type(made) is Stack else made
+                return self.copied(made)
         site = (id(frame.f_code), frame.f_lasti, func)
         if name_of(func) in ARITHMETIC and not kwargs:
             args = self._scalars(site, args)
@@ -304,7 +312,7 @@ class Recorder(InPlace):
             raise CannotUnfold(f"{name_of(func)} of {error}", line_of(frame)) from None
         if not rows and tells_form(func):
             return func(*args, **kwargs)
-        writes = getattr(func, "__name__", "").endswith("_") and not func.__name__.endswith("__")
+        writes = _writes(name_of(func))
         if func is torch.Tensor.__setitem__:
             raise CannotUnfold("a tensor of the model is written", line_of(frame))
         if writes:
@@ -315,17 +323,29 @@ class Recorder(InPlace):
             ):
                 raise CannotUnfold(f"{func.__name__} writes in place", line_of(frame))
             return self.write(func.__name__, args[0], args[1:], kwargs, frame)
-        if kwargs.get("out") is not None:
-            raise CannotUnfold("out= writes in place", line_of(frame))
+        if kwargs.get("inplace") is True:
+            made = self.function(func, args, {**kwargs, "inplace": False}, frame)
+            return self.write("copy_", args[0], (self.snapshot(made),), {}, frame)
         key = tuple(form)
         op = self.ops.get(key)
         if op is None:
             op = self._learn(func, (args, kwargs), key, name_of(func), frame, None)
         if op.study.constant is not None:
             made = self._constant(op)
-            return self.in_rows(func, op, made) if self.writing else made
+            if not self.writing:
+                return made
+            return self.in_rows(func, op, self.watch(op, args, kwargs, made))
         made = self._record(op, rows, frame)
-        return self.watch_view(func, args, made) if self.writing else made
+        return self.watch(op, args, kwargs, made) if self.writing else made
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        target, learning = stubs.current.target, stubs.current.learning
+        self.on, stubs.current.target, stubs.current.learning = False, None, True
+        try:
+            yield
+        finally:
+            self.on, stubs.current.target, stubs.current.learning = True, target, learning
 
     def _draw(self, kind: str, form: StubType, generator: int) -> Stub:
         """A row of numbers that the request will draw."""
@@ -409,7 +429,10 @@ class Recorder(InPlace):
 
         def alone(*tensors: Any) -> Any:
             args, kwargs = fill(template, tensors)
-            return run(*args, **kwargs)
+            result = run(*args, **kwargs)
+            if any(map(was_written, pytree.tree_leaves((args, kwargs)))):
+                raise CannotUnfold("an argument is written in place")
+            return result
 
         self.on, target = False, stubs.current.target
         stubs.current.target, stubs.current.learning = None, True
@@ -473,6 +496,19 @@ class Recorder(InPlace):
         key = ("marked", id(function), id(owner))
         name = getattr(function, "__qualname__", "cell")
         return self.call(self._callees.of(key, name, run, True), args, kwargs, frame)
+
+
+def _writes(name: str) -> bool:
+    """Does a function of this name write its first argument?"""
+    if name.endswith("__"):
+        return name.startswith("__i") and name in _IN_PLACE
+    return name.endswith("_")
+
+
+_IN_PLACE = frozenset(name for name in vars(Stub) if name.startswith("__i")) & frozenset(
+    f"__i{name}__"
+    for name in "add sub mul truediv floordiv mod pow and or xor lshift rshift".split()
+)
 
 
 def _is_weight(x: Any) -> bool:
