@@ -31,8 +31,8 @@ from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedErro
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.forests import Unfolded, Wanted
-from cellc.frontends.asking import Answer
 from cellc.frontends.lower import lower
+from cellc.frontends.reads import Answer
 from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, reading, trace
 from cellc.graph import Graph

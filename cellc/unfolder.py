@@ -27,10 +27,11 @@ from cellc import log
 from cellc.calls import CallGraph, Forest
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.forests import Template, Unfolded, Wanted, make_forest
-from cellc.frontends.asking import OPEN, Asked
+from cellc.frontends.asking import Asked
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
 from cellc.frontends.effects import asks_for_types, holds, why_not
+from cellc.frontends.reads import OPEN
 from cellc.frontends.segments import LEAF, OutType, Segment, Study
 from cellc.frontends.stub import (
     CannotUnfold,

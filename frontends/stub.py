@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from cellc.errors import UnsupportedError
+from cellc.frontends.askers import asks_for_class
 
 _CPU = torch.device("cpu")
 
@@ -56,6 +57,20 @@ class Target(Protocol):
     def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any: ...
 
 
+class _State:
+    target: Target | None = None  # who runs a forward on stubs now
+    learning = False  # is an operation traced by itself now
+    marked_calls = 0  # of functions marked `@cellc.cell`, ever
+    ended: BaseException | None = None  # what ended the forward that runs, whoever catches it
+
+    def end(self, error: BaseException) -> None:
+        if self.target is not None and self.ended is None:
+            self.ended = error
+
+
+current = _State()
+
+
 class NumberSteers(BaseException):
     """Python code used the number of row `row` as a value: numbers at its place are structure.
 
@@ -65,6 +80,7 @@ class NumberSteers(BaseException):
     def __init__(self, row: int) -> None:
         super().__init__(row)
         self.row = row
+        current.end(self)
 
 
 class CannotUnfold(BaseException):
@@ -72,15 +88,7 @@ class CannotUnfold(BaseException):
 
     def __init__(self, reason: str, origin: str = "") -> None:
         super().__init__(f"{reason} ({origin})" if origin else reason)
-
-
-class _State:
-    target: Target | None = None  # who runs a forward on stubs now
-    learning = False  # is an operation traced by itself now
-    marked_calls = 0  # of functions marked `@cellc.cell`, ever
-
-
-current = _State()
+        current.end(self)
 
 
 def _tell(func: Any, args: Any, kwargs: Any) -> Any:
@@ -109,7 +117,12 @@ class Stub:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return torch.Tensor
+        asks = asks_for_class(sys._getframe(1))
+        if asks is None:
+            raise CannotUnfold(
+                "isinstance is called with an expression; give it a name", _origin(sys._getframe(1))
+            )
+        return torch.Tensor if asks else type(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -30,19 +30,12 @@ from torch.utils import _pytree as pytree
 from cellc.dtypes import DTYPE_NAMES
 from cellc.errors import CellcError
 from cellc.frontends import stub as stubs
-from cellc.frontends.asking import (
-    CHOOSING,
-    READS,
-    Asks,
-    has_bounds,
-    holds_read,
-    is_mask,
-    is_number_tensor,
-)
+from cellc.frontends.asking import CHOOSING, Asks, has_bounds, is_mask, is_number_tensor
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
 from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
 from cellc.frontends.inplace import InPlace
+from cellc.frontends.reads import OPEN, READS, holds_read
 from cellc.frontends.segments import LEAF, Op, OutType, Study, fill, input_rows, template_of
 from cellc.frontends.signature import (
     ARITHMETIC,
@@ -121,24 +114,37 @@ class Recorder(InPlace):
         """One request on stubs; the caller is inside `watching` and called `begin`. None where the
         forward asked what nobody knows.
         """
-        self.on, stubs.current.target = True, self
+        self.on, stubs.current.target, stubs.current.ended = True, self, None
         self.generates = False
         self.draws: list[Draw] = []
         self.yields: list[tuple[int, Returned]] = []  # (questions asked before, what was yielded)
+        returned = None
         try:
-            result = forward(*args, **kwargs)
-            if inspect.isgenerator(result):
-                self.generates = True
-                for piece in result:
-                    self.yields.append((len(self.asked), self._returned(piece)))
-                result = None
-            return self._returned(result)
-        except Asks:
-            return None
+            returned = self._forward(forward, args, kwargs)
+        except (Exception, Asks, CannotUnfold, NumberSteers):
+            if stubs.current.ended is None:
+                raise
         finally:
             self.on, stubs.current.target = False, None
             self._cut()
             self._frame = None
+        ended, stubs.current.ended = stubs.current.ended, None
+        if ended is None:
+            return returned
+        if isinstance(ended, Asks):
+            return None
+        raise ended
+
+    def _forward(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned | None:
+        result = forward(*args, **kwargs)
+        if not inspect.isgenerator(result):
+            return self._returned(result)
+        self.generates = True
+        for piece in result:
+            if stubs.current.ended is not None:
+                return None
+            self.yields.append((len(self.asked), self._returned(piece)))
+        return self._returned(None)
 
     def _returned(self, result: Any) -> Returned:
         if type(result) is Stub:
@@ -158,7 +164,7 @@ class Recorder(InPlace):
             elif kind in NUMBERS:
                 raise NumberSteers(leaf.row)
             elif kind in READS:
-                if leaf.stub.id < 0:
+                if leaf.stub.id < 0 or leaf.known is not OPEN:
                     kept.append(("v", leaf._value()))
                     continue
                 kept.append(("n", len(tensors)))
@@ -258,6 +264,8 @@ class Recorder(InPlace):
         """A torch function that met stubs or numbers, or makes a tensor."""
         if not self.on or self._thread != threading.get_ident():
             raise CannotUnfold("a value of the request is used from outside")
+        if stubs.current.ended is not None:  # and the forward went on all the same
+            raise stubs.current.ended
         while not self._is_user(frame.f_code):
             frame = frame.f_back
         if func is torch.equal:
