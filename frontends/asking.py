@@ -9,10 +9,11 @@ between `frontends.repeats` and `frontends.unfold`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,18 +68,14 @@ class Asked:
         return -float(value) if value == value else math.nan
 
 
-CHOOSING = {  # functions with as many results as a mask says, and where it is
-    torch.Tensor.__getitem__: 1,
-    torch.masked_select: 1,
-    torch.Tensor.masked_select: 1,
-    torch.nonzero: 0,
-    torch.Tensor.nonzero: 0,
-}
+MASKED = {torch.masked_select, torch.Tensor.masked_select}
+NONZERO = {torch.nonzero, torch.Tensor.nonzero, torch.where}
+CHOOSING = {torch.Tensor.__getitem__, *MASKED, *NONZERO}  # as many results as a mask says
 
 
 def is_mask(x: Any) -> bool:
-    """A tensor of bools in a row, whose values say how many are chosen."""
-    return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) == 1
+    """A tensor of bools, whose values say how many are chosen."""
+    return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) > 0
 
 
 def is_tensor(x: Any) -> bool:
@@ -259,15 +256,60 @@ class Asker(Repeats):
             x = torch.index_select(x, dim, place.reshape(1)).squeeze(dim)
         return x
 
-    def chosen(self, x: Any, mask: Any = None) -> Any:
-        """What a mask chooses: each of its values is asked for."""
-        values = [bool(self._truth(y)) for y in (x if mask is None else mask)]
-        places = [i for i, value in enumerate(values) if value]
-        if mask is None:
-            return torch.tensor(places, dtype=torch.int64).reshape(len(places), 1)
-        if not places:
+    def chosen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a mask chooses: each of its values is asked for. None where no mask does."""
+        if func in NONZERO:
+            return self._nonzero(func, args, kwargs)
+        x, mask = args[:2]
+        if kwargs or not is_mask(mask):
+            return None
+        dims = len(mask.type.shape)
+        if func not in MASKED:
+            if mask.shape != x.shape[:dims]:
+                return None
+        elif mask.shape != x.shape:
+            x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]
+            return self.chosen(func, (x, mask), {})
+        places = self._places(mask)
+        if dims != 1:
+            x = x.reshape(-1, *x.shape[dims:])
+        sizes = list(itertools.accumulate(reversed(mask.shape[1:]), operator.mul, initial=1))[::-1]
+        rows = [sum(map(operator.mul, place, sizes)) for place in places]
+        if not rows:
             return x[0:0] if type(x) is not Stack else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
-        return torch.stack([x[i] for i in places])
+        return torch.stack([x[i] for i in rows])
+
+    def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
+        apart = func is torch.where or kwargs.get("as_tuple", False)
+        if len(args) != 1 or set(kwargs) - {"as_tuple"} or not args[0].type.shape:
+            return None
+        dims, places = len(args[0].type.shape), self._places(args[0])
+        if not apart:
+            return self._indices([i for place in places for i in place], (len(places), dims))
+        return tuple([self._indices([p[d] for p in places], (len(places),)) for d in range(dims)])
+
+    def _indices(self, numbers: list[int], shape: tuple[int, ...]) -> Any:
+        frame = self.user_frame()
+        if not numbers:
+            return self.function(torch.zeros, (shape,), {"dtype": torch.int64}, frame)
+        form = StubType.of(shape, torch.int64, self.device)
+        return Stub(self._constant_row(("rows", shape, "i64", tuple(numbers)), form), form)
+
+    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        """Record an operation."""
+        raise NotImplementedError
+
+    def _places(self, mask: Any) -> list[tuple[int, ...]]:
+        """Where a tensor is not zero."""
+
+        def found(x: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+            if x.type.shape:
+                for i, y in enumerate(x):
+                    yield from found(y, (*place, i))
+            elif self._truth(x):
+                yield place
+
+        return list(found(mask, ()))
 
     def without_reads(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a torch function, with numbers taken out of tensors as tensors where that is
@@ -276,18 +318,23 @@ class Asker(Repeats):
         name = name_of(func)
         like: Any = None
         if name in ARITHMETIC or name.strip("_") in COMPARISONS:
-            like = next((x.dtype for x in args if type(x) in (Stub, Stack)), None)
+            like = next((x.dtype for x in args if is_tensor(x)), None)
 
         def plain(x: Any) -> Any:
             kind = type(x)
             if kind in READS:
                 if func is torch.Tensor.__getitem__ and kind is ReadInt:
                     return x.stub
-                if like is None:
+                if like is None or like.is_complex:
                     return x._value()
-                if like.is_floating_point or kind is not ReadFloat:
-                    return x.stub.to(like)
-                return x.stub.to(torch.get_default_dtype())
+                if kind is ReadFloat:
+                    floats = like if like.is_floating_point else torch.get_default_dtype()
+                    return x.stub.to(floats)
+                if like is torch.bool:
+                    return x.stub
+                if kind is ReadInt and not like.is_floating_point and like is not torch.int64:
+                    return x._value()  # it may be too large
+                return x.stub.to(like)
             if kind is slice:
                 parts = (x.start, x.stop, x.step)
                 return slice(*[y._value() if type(y) in READS else y for y in parts])
@@ -295,7 +342,32 @@ class Asker(Repeats):
                 return kind([plain(y) for y in x])
             return x
 
-        return tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()}
+        made = tuple(map(plain, args))
+        like = None
+        return made, {k: plain(v) for k, v in kwargs.items()}
+
+    def with_numbers(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Arguments with numbers for tensors without dimensions, which PyTorch reads where it wants
+        numbers: those with names, else those after the first; None where there are none.
+        """
+        asked = False
+
+        def told(x: Any) -> Any:
+            nonlocal asked
+            if type(x) in (tuple, list):
+                return type(x)(map(told, x))
+            if type(x) is not Stub or x.type.shape:
+                return x
+            asked = True
+            return self._number(x)._value()
+
+        named = {k: told(v) for k, v in kwargs.items()}
+        if asked:
+            return args, named
+        made = (*args[:1], *map(told, args[1:]))
+        if not asked:
+            made = tuple(map(told, args))
+        return (made, kwargs) if asked else None
 
     def user_frame(self) -> Any:
         """The innermost frame of the user's code."""

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cellc.frontends.asking import Asker
+from cellc.frontends.asking import Asker, is_number_tensor
 from cellc.frontends.segments import Op
 from cellc.frontends.signature import line_of, name_of
 from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
@@ -54,10 +54,6 @@ class InPlace(Asker):
         self._roots: dict[int, int] = {}  # by row of a view: that of the tensor
         self._views: dict[int, list[Stub]] = {}  # by row of the tensor
 
-    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
-        """Record an operation."""
-        raise NotImplementedError
-
     def begin(self, script: Any, guesses: int, look_at: int) -> None:
         super().begin(script, guesses, look_at)
         self._roots, self._views = {}, {}
@@ -71,6 +67,8 @@ class InPlace(Asker):
         if not self.writing:  # what ran before did not look after views
             self.writing, self.relearn = True, True
             self.memos.clear()
+        if name == "__setitem__" and type(args[0]) in (Stub, tuple):
+            args = (_by_rows(args[0]), *args[1:])
         if name.startswith("__i") and x.id in self._roots and _is_stored_back(frame):
             plain: Stub = self.function(_functional(name), (x, *args), kwargs, frame)
             return plain  # `x[i] += v`: what follows is `x[i] = it`
@@ -126,6 +124,17 @@ class InPlace(Asker):
         inner = StubType.of(form.shape[1:], form.dtype, form.device)
         row = self._constant_row(("full", tuple(form.shape[1:]), *key[2:]), inner)
         return Stack([Stub(row, inner) for _ in range(form.shape[0])])
+
+
+def _by_rows(index: Any) -> Any:
+    """An index that begins with a number in a tensor, for which PyTorch reads it, as one that
+    begins with a row of such.
+    """
+    parts = index if type(index) is tuple else (index,)
+    if not parts or not is_number_tensor(parts[0]):
+        return index
+    made = tuple([x.reshape(1) if is_number_tensor(x) else x for x in parts])
+    return made if type(index) is tuple else made[0]
 
 
 def _is_stored_back(frame: Any) -> bool:

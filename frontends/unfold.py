@@ -28,9 +28,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cellc.dtypes import DTYPE_NAMES
-from cellc.errors import CellcError
+from cellc.errors import CellcError, ValueReadError
 from cellc.frontends import stub as stubs
-from cellc.frontends.asking import CHOOSING, Asks, has_bounds, is_mask, is_number_tensor
+from cellc.frontends.asking import CHOOSING, Asks, has_bounds, is_number_tensor
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
 from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
@@ -149,7 +149,7 @@ class Recorder(InPlace):
     def _returned(self, result: Any) -> Returned:
         if type(result) is Stub:
             return Returned([([result.id], OutType(result.type, -1))], [("t", 0)], LEAF)
-        leaves, spec = pytree.tree_flatten(result)
+        leaves, spec = pytree.tree_flatten(_with_plain_keys(result))
         tensors: list[tuple[list[int], OutType]] = []
         kept: list[tuple[str, Any]] = []
         for leaf in leaves:
@@ -285,8 +285,10 @@ class Recorder(InPlace):
                 made = self.selected(*args)
                 if made is not None:
                     return made
-        if (at := CHOOSING.get(func, 9)) < len(args) and is_mask(args[at]):
-            return self.chosen(*args[: at + 1])
+        if func in CHOOSING and args and type(args[0]) in (Stub, Stack):
+            made = self.chosen(func, args, kwargs)
+            if made is not None:
+                return made
         if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
             self._notice(args)
         special = STACKS.get(func)
@@ -329,6 +331,11 @@ class Recorder(InPlace):
         op = self.ops.get(key)
         if op is None:
             op = self._learn(func, (args, kwargs), key, name_of(func), frame, None)
+        if type(op) is _Reads:
+            told = self.with_numbers(args, kwargs)
+            if told is None:
+                raise CannotUnfold(op.why, line_of(frame))
+            return self.function(func, *told, frame)
         if op.study.constant is not None:
             made = self._constant(op)
             return self.in_rows(func, op, made) if self.writing else made
@@ -430,6 +437,9 @@ class Recorder(InPlace):
                 if not holds_cells:  # it is a cell because the user says so, loops and all
                     study = self._study(alone, rows, False, lists)
         except (CannotUnfold, CellcError) as error:
+            if callee is None and isinstance(error, ValueReadError):
+                self.ops[key] = _Reads(f"{name} reads a value")
+                return self.ops[key]
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
             if callee.marked:
@@ -483,12 +493,27 @@ class Recorder(InPlace):
         return self.call(self._callees.of(key, name, run, True), args, kwargs, frame)
 
 
+def _with_plain_keys(x: Any) -> Any:
+    """A result whose dicts have no number read from a tensor for a key."""
+    kind = type(x)
+    if kind is dict:
+        return {k._value() if type(k) in READS else k: _with_plain_keys(v) for k, v in x.items()}
+    return kind([_with_plain_keys(y) for y in x]) if kind is list or kind is tuple else x
+
+
 def _is_weight(x: Any) -> bool:
     """A tensor of the model, or a tuple or list that holds one."""
     kind = type(x)
     if kind is tuple or kind is list:
         return any(map(_is_weight, x))
     return kind is not Stub and kind is not Stack and isinstance(x, torch.Tensor)
+
+
+@dataclass
+class _Reads:
+    """A torch function that reads a value of a tensor; `why` it cannot be an operation."""
+
+    why: str
 
 
 class _Given:
