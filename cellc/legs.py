@@ -131,6 +131,10 @@ class Root:
 
     wanted: Wanted
 
+    def plain(self) -> Root:
+        """With what is read asked for."""
+        return Root(self.wanted._replace(plain=True))
+
 
 @dataclass(frozen=True, eq=False)
 class Leg(Entry):

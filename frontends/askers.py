@@ -41,13 +41,27 @@ def _asks(frame: types.FrameType) -> bool | None:
         return False
     if not step.opname.startswith(_CALLS) or step.opname.startswith("CALL_INTRINSIC"):
         return True
-    loaded = _callee([s for s in steps[:at] if s.opname not in _SKIPPED], _arguments(step))
+    before = [s for s in steps[:at] if s.opname not in _SKIPPED]
+    loaded = _callee(before, _arguments(step)) or _beginning(before, step)
     if loaded is None:
         return None if "isinstance" in code.co_names else False
     if loaded.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_FAST", "LOAD_DEREF"):
         names = {**vars(builtins), **frame.f_globals, **frame.f_locals}
         return names.get(loaded.argval) is isinstance
     return bool(loaded.argval == "isinstance")
+
+
+def _beginning(before: list[dis.Instruction], call: dis.Instruction) -> Any:
+    """The name that a call begins with in the source, where Python (from 3.11 on) knows that."""
+    where = getattr(call, "positions", None)
+    if where is None or where.col_offset is None:
+        return None
+    for step in before:
+        place: Any = getattr(step, "positions", None)
+        begins = (place.lineno, place.col_offset) == (where.lineno, where.col_offset)
+        if begins and step.opname.startswith("LOAD_"):
+            return step
+    return None
 
 
 def _arguments(call: dis.Instruction) -> int:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from cellc.dtypes import DTYPE_NAMES
+from cellc.frontends.placeholder import SHORT
 from cellc.frontends.reads import (
     COMPARISONS,
     INT64,
@@ -110,6 +111,8 @@ class Asker(Repeats):
         self.asked: list[Asked] = []
         self.look_at = -1  # the question at which to see which rows are still held
         self.device: torch.device | None = None
+        self.plain = False  # what is read is asked for at once, and no stand-in
+        self.stands_in = False  # was a stand-in ever given
         self.small: set[int] = set()  # rows that count or index something
         self._answers: dict[int, Answer] = {}
 
@@ -155,7 +158,14 @@ class Asker(Repeats):
         truth: Any = x if x.dtype is torch.bool else torch.ne(x, 0)  # type: ignore[call-overload]
         return bool(self.ask(truth, bool))
 
-    def _number(self, x: Stub) -> Read:
+    def _number(self, x: Stub) -> Any:
+        read = self._read(x)
+        if self.plain:
+            return read._value()
+        self.stands_in = True
+        return read
+
+    def _read(self, x: Stub) -> Read:
         x = self._scalar(x)
         if x.dtype is torch.bool:
             return ReadBool(self._kept(x))
@@ -188,6 +198,19 @@ class Asker(Repeats):
                 return False
             self.small.add(x.id)
         return True
+
+    def text(self, x: Stub) -> str:
+        """How a tensor prints: of a large one, its form."""
+        if not self.on or x.type.size.numel() > SHORT:
+            return f"<a tensor of the request: {x.type}>"
+        whole: Any = x
+        parts = whole.reshape(-1) if x.type.shape else [x]
+        values = [self._read(y)._value() for y in parts]
+        self.on = False
+        try:
+            return repr(torch.tensor(values, dtype=x.dtype).reshape(x.type.shape))
+        finally:
+            self.on = True
 
     def _listed(self, x: Stub) -> Any:
         if not x.type.shape:
@@ -261,6 +284,8 @@ class Asker(Repeats):
         if func in NONZERO:
             return self._nonzero(func, args, kwargs)
         x, mask = args[:2]
+        if type(mask) is tuple and any(map(is_mask, mask)):
+            return x[self._without_masks(mask)]
         if kwargs or not is_mask(mask):
             return None
         dims = len(mask.type.shape)
@@ -278,6 +303,13 @@ class Asker(Repeats):
         if not rows:
             return x[0:0] if type(x) is not Stack else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
         return torch.stack([x[i] for i in rows])
+
+    def _without_masks(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An index with the places that masks choose."""
+        parts: list[Any] = []
+        for part in index:
+            parts += self._nonzero(torch.where, (part,), {}) if is_mask(part) else [part]
+        return tuple(parts)
 
     def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
         apart = func is torch.where or kwargs.get("as_tuple", False)
@@ -359,7 +391,7 @@ class Asker(Repeats):
             if type(x) is not Stub or x.type.shape:
                 return x
             asked = True
-            return self._number(x)._value()
+            return self._read(x)._value()
 
         named = {k: told(v) for k, v in kwargs.items()}
         if asked:

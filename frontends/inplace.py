@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cellc.frontends.asking import Asker, is_number_tensor
+from cellc.frontends.asking import Asker, has_bounds, is_number_tensor
 from cellc.frontends.segments import Op
 from cellc.frontends.signature import line_of, name_of
 from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
@@ -69,6 +69,8 @@ class InPlace(Asker):
             self.memos.clear()
         if name == "__setitem__" and type(args[0]) in (Stub, tuple):
             args = (_by_rows(args[0]), *args[1:])
+        if name == "__setitem__" and has_bounds(args[0]):
+            args = (self.bounds(args[0]), *args[1:])
         if name.startswith("__i") and x.id in self._roots and _is_stored_back(frame):
             plain: Stub = self.function(_functional(name), (x, *args), kwargs, frame)
             return plain  # `x[i] += v`: what follows is `x[i] = it`

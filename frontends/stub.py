@@ -52,6 +52,8 @@ class Target(Protocol):
 
     def read(self, name: str, x: Any, frame: Any) -> Any: ...
 
+    def text(self, x: Any) -> str: ...
+
     def write(self, name: str, x: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
 
     def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any: ...
@@ -202,7 +204,13 @@ class Stub:
         return method
 
     def __repr__(self) -> str:
-        return f"<a tensor of the request: {self.type}>"
+        target = current.target
+        if target is None or current.ended is not None:
+            return f"<a tensor of the request: {self.type}>"
+        return target.text(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self) if self.type.shape else self.item(), spec)
 
 
 def _forwarding(name: str) -> Callable[..., Any]:

@@ -73,6 +73,7 @@ IDENTITY = {
 FRESH = {aten.lift_fresh.default, aten.lift.default}  # a tensor made of Python numbers
 READING_METHODS = (
     "numpy", "__array__", "tolist", "__dlpack__", "data_ptr", "apply_", "map_", "map2_",
+    "__repr__", "__format__",
 )  # fmt: skip
 _RESULTS = Results()
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}

@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cellc.dtypes import DTYPE_NAMES
-from cellc.errors import CellcError, ValueReadError
+from cellc.errors import CellcError, ForwardError, ValueReadError
 from cellc.frontends import stub as stubs
 from cellc.frontends.asking import CHOOSING, Asks, has_bounds, is_number_tensor
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
@@ -440,6 +440,8 @@ class Recorder(InPlace):
             if callee is None and isinstance(error, ValueReadError):
                 self.ops[key] = _Reads(f"{name} reads a value")
                 return self.ops[key]
+            if callee is None and isinstance(error, ForwardError) and error.__cause__ is not None:
+                raise error.__cause__ from None  # as PyTorch raises it
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
             if callee.marked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -312,3 +313,142 @@ def test_no_handler_hides_what_is_refused() -> None:
     with cellc.compile(draws_in_try, backend="eager") as compiled:
         with pytest.raises(cellc.UnsupportedError, match=r"test_reading_numbers\.py"):
             compiled(torch.randn(3))
+
+
+# -- tensors that PyTorch reads --
+
+
+def scalars(x: Tensor) -> Any:
+    made = torch.remainder(x.sum(), 3), torch.remainder(10, x.abs() + 1), torch.where(x > 0, x, 1)
+    clamped = torch.clamp(x, min=x.sum()), torch.maximum(x, x[0]), torch.pow(2, x.abs() % 5)
+    return made, clamped, torch.full((2,), x.sum()), torch.add(x, x, alpha=x[0])
+
+
+def numbers_in_calls(x: Tensor) -> Any:
+    n, k = x[0].item(), x.abs().argmax().item()
+    sizes = torch.zeros(k + 1), torch.full((k + 1,), n), torch.eye(k + 1), x.new_zeros(k + 1, 2)
+    moved = x.roll(k), x.repeat(k + 1), x.narrow(0, k, 1), x[k:], x.topk(1 + k % 2).values
+    mixed = (
+        (x > 0) * n,
+        x * n,
+        n - x,
+        x == n,
+        (x > n).sum(),
+        x.clamp(min=n),
+        torch.add(x, x, alpha=n),
+    )
+    return sizes, moved, mixed, torch.tensor([n, 1]), torch.tensor(n) * 2
+
+
+def sizes_first(x: Tensor) -> Tensor:
+    return torch.ones(x.argmax().item() + 1, 2)
+
+
+def by_bits(x: Tensor) -> Any:
+    return (
+        torch.bitwise_and(x, 3),
+        torch.bitwise_and(x.sum(), 3),
+        torch.bitwise_left_shift(1, x % 4),
+    )
+
+
+def masks(x: Tensor) -> Any:
+    y = torch.stack([x, x * 2, -x])
+    chosen = y[y > 0], torch.masked_select(y, y > 1), y[y[:, 0] > 0], y[:, x > 0], y[0, x > 0]
+    places = torch.where(x > 0), x.nonzero(), torch.nonzero(y), y[torch.where(y > 1)]
+    both = (x > 0).nonzero(), torch.nonzero(x < 0), torch.nonzero(y, as_tuple=True)
+    return chosen, places, both, [i.item() for i in torch.where(x > 0)[0]]
+
+
+def written(x: Tensor) -> Any:
+    y, z, w = x.clone(), torch.zeros(4, 3), torch.zeros(5, 2)
+    y[x.argmax()] = 7
+    z[x.argmax()] = 1.0
+    z[x.abs().argmax() % 3, 1] = 2
+    z[:, x.argmin() % 3] = 3.0
+    w[x.argmax() :] = 1
+    return y, z, w
+
+
+def texts_of_tensors(x: Tensor) -> Any:
+    return f"{x.sum()}", str(x[:2]), repr(x > 0), f"{x[0].float():.2f}"
+
+
+def counted(x: Tensor) -> dict[Any, int]:
+    counts: dict[Any, int] = {}
+    for value in x.tolist():
+        counts[value] = counts.get(value, 0) + 1
+    return counts
+
+
+@pytest.mark.parametrize(
+    "function",
+    [scalars, numbers_in_calls, sizes_first, by_bits, masks, written, texts_of_tensors, counted],
+)
+def test_tensors_that_are_read(function: Callable[[Tensor], Any]) -> None:
+    check(function, [x[:3] for x in SMALL])
+    if function is not by_bits:
+        check(function, [x[:3] for x in FLOATS if torch.isfinite(x).all()])
+
+
+# -- numbers that have to be Python's own --
+
+
+def is_true(x: Tensor) -> int:
+    return 1 if (x[0] > 0).item() is True else 0
+
+
+def of_type(x: Tensor) -> int:
+    return 1 if type(x[0].item()) is int else 2
+
+
+def written_as_json(x: Tensor) -> str:
+    n = x[0].item()
+    if n > 0:
+        for i in range(3):
+            if x[i] > 2:
+                return json.dumps([x[1].item(), n, i])
+    return ""
+
+
+def kinds(x: Tensor) -> Any:
+    n = x[0].item()
+    known = isinstance(n, int), isinstance(n, float), isinstance(x, Tensor), torch.is_tensor(n)
+    return known, isinstance(x if n > 0 else n, Tensor), hasattr(n, "item"), n.real
+
+
+@pytest.mark.parametrize("function", [is_true, of_type, written_as_json, kinds])
+def test_what_only_pythons_numbers_can(function: Callable[[Tensor], Any]) -> None:
+    check(function, SMALL)
+    check(function, FLOATS)
+
+
+def in_range(x: Tensor) -> int:
+    n = 0
+    while True:
+        try:
+            if x[n].item() > 2:
+                return n
+        except IndexError:
+            return -1
+        n += 1
+
+
+def test_errors_of_operations_are_pytorchs() -> None:
+    check(in_range, SMALL)
+    check(in_range, FLOATS)
+
+
+def test_streams_begin_again_with_pythons_numbers() -> None:
+    def forward(x: Tensor) -> Any:
+        for i in range(3):
+            yield x * i
+            if x[i] < 0:
+                yield torch.full((2,), float(json.dumps(x[1].item())))
+
+    requests = SMALL * 2
+    with cellc.compile(forward, backend="eager") as compiled:
+        futures = [compiled.submit(x) for x in requests]
+        for x, future in zip(requests, futures, strict=True):
+            alike(list(future.result(60)), list(forward(x)))
+            alike(list(compiled.stream(x)), list(forward(x)))
