@@ -32,8 +32,8 @@ from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedErro
 from cellc.extract import extract
 from cellc.family import Family, same_graph
 from cellc.forests import Unfolded, Wanted
-from cellc.frontends.asking import Answer
 from cellc.frontends.lower import lower
+from cellc.frontends.reads import Answer
 from cellc.frontends.stub import CannotUnfold
 from cellc.frontends.tracer import Trace, reading, trace
 from cellc.graph import Graph
@@ -197,8 +197,9 @@ class Compiler:
             try:
                 with _TRACING, evaluating(self.model), without_collecting():
                     self.unfolder.recorder.habits = self.paths.habits
+                    guesses, plain = self.paths.guesses((), None), self.unfolder.plain
                     runs = self.unfolder.unfold(
-                        [w._replace(guesses=self.paths.guesses((), None)) for w in requests],
+                        [w._replace(guesses=guesses, plain=plain) for w in requests],
                         steering,
                     )
                     forest = self.unfolder.forest(runs)
@@ -210,6 +211,8 @@ class Compiler:
                 return False
             except CannotUnfold as error:
                 self.distrust(str(error))
+                return False
+            if any(isinstance(run.error, TypeError) for run in runs) and self.read_plainly():
                 return False
             try:
                 self._check_constants(forest.graph)
@@ -305,15 +308,21 @@ class Compiler:
             found.update(self._learned_alone([ask]))
         return found
 
-    def _learned(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
-        """Run the forward on along answers never seen."""
+    def _learned(
+        self, asks: Sequence[Ask], *, plainly: bool = False
+    ) -> dict[Ask, Branch | Exception]:
+        """Run the forward on along answers never seen; `plainly`: from its start, with no
+        stand-in for what it reads.
+        """
         found: dict[Ask, Branch | Exception] = {}
-        wanted, lost = [], []
+        wanted, roots, lost, doubtful = [], [], [], []
         for ask in asks:
-            script = ask.leg.script_to(ask.number, ask.answer)
+            root = ask.leg.root.plain() if plainly else ask.leg.root
+            script = () if plainly else ask.leg.script_to(ask.number, ask.answer)
             start = 0 if ask.again else len(script)
             guesses = self.paths.guesses(script, ask)
-            wanted.append(self._wanted(ask.leg.root, script, guesses, start))
+            roots.append(root)
+            wanted.append(self._wanted(root, script, guesses, start))
         before = self.unfolder.generation
         steering = self.arguments.steering
         try:
@@ -337,14 +346,17 @@ class Compiler:
             self._forget()
         plans = make_plans(forest, self.tables)
         self._number_cells(forest.graph)
-        for ask, run, want, plan in zip(asks, runs, wanted, plans, strict=True):
+        for ask, run, want, root, plan in zip(asks, runs, wanted, roots, plans, strict=True):
+            if isinstance(run.error, TypeError) and not run.plain:
+                doubtful.append(ask)  # of a stand-in, it may be
+                continue
             if run.failed and not run.raises:
                 reason = run.reason or "recurses too deep"
                 found[ask] = run.error or self._reads_and(reason, ask.place)
                 continue
-            leg = make_leg(run, ask.leg.root, want.script, plan, self.unfolder.epoch)
+            leg = make_leg(run, root, want.script, plan, self.unfolder.epoch)
             self.paths.learned += 1
-            branch = make_branch(ask.leg, ask.number, leg, again=ask.again)
+            branch = make_branch(ask.leg, ask.number, leg, again=ask.again or plainly)
             if branch is None:
                 lost.append(ask)
                 continue
@@ -352,6 +364,9 @@ class Compiler:
             if leg.error is None:
                 self.paths.keep(ask, branch)
             self._use(plan)
+        if doubtful:
+            self.read_plainly()
+            found.update(self._learned(doubtful, plainly=True))
         if lost:
             again = self.onward([ask._replace(again=True) for ask in lost])
             found.update({ask: again[ask._replace(again=True)] for ask in lost})
@@ -361,7 +376,17 @@ class Compiler:
     def _wanted(self, root: Root, script: tuple[Answer, ...], guesses: int, start: int) -> Wanted:
         _, args, kwargs, *_ = root.wanted
         request = self.arguments.flatten(args, kwargs)
-        return Wanted(request, args, kwargs, script, guesses, start)
+        return Wanted(request, args, kwargs, script, guesses, start, root.wanted.plain)
+
+    def read_plainly(self) -> bool:
+        """From now on what new requests read is asked for, and no stand-in; False where it is."""
+        if self.unfolder.plain or not self.unfolder.recorder.stands_in:
+            return False
+        log.info("plan", "numbers that are read have to be Python's own: they are asked for")
+        with self._lock:
+            self.unfolder.plain, self.unfolder.to_check = True, 2
+            self._forget()
+        return True
 
     @staticmethod
     def _reads_and(reason: str, place: str) -> CellcError:
@@ -410,7 +435,8 @@ class Compiler:
                 continue
             if run.asked or run.generates or run.draws:
                 self.paths.on = True
-                root = Root(Wanted(run.request, *_shapes_of(wanted.args, wanted.kwargs)))
+                shapes = _shapes_of(wanted.args, wanted.kwargs)
+                root = Root(Wanted(run.request, *shapes, plain=run.plain))
                 entry: Entry = make_leg(run, root, (), plan, self.unfolder.epoch)
             else:
                 assert run.returned is not None

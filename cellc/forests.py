@@ -16,8 +16,9 @@ import numpy as np
 
 from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES
-from cellc.frontends.asking import OPEN, Asked
+from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
+from cellc.frontends.reads import OPEN
 from cellc.frontends.segments import OutType, Segment
 from cellc.frontends.stub import StubType
 from cellc.frontends.stubbing import Part
@@ -40,6 +41,7 @@ class Wanted(NamedTuple):
     script: tuple[Any, ...] = ()
     guesses: int = 0
     start: int = 0
+    plain: bool = False  # what is read is asked for, and no stand-in
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Unfolded:
     yields: list[tuple[int, Returned]] = field(default_factory=list)
     generates: bool = False  # its forward is a generator
     draws: list[Draw] = field(default_factory=list)  # random numbers, in order
+    plain: bool = False  # see `Wanted`
     error: Exception | None = None  # what its forward raised
     over_deep = False  # it recurses deeper than there is room for
     carried: list[Refs] = field(default_factory=list)  # rows from before the cut, by type

@@ -22,8 +22,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cellc.forests import Unfolded, Wanted
-from cellc.frontends.asking import OPEN, Answer, Asked
+from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
+from cellc.frontends.reads import OPEN, Answer
 from cellc.frontends.segments import LEAF
 from cellc.frontends.unfold import Returned
 from cellc.plan import (
@@ -129,6 +130,10 @@ class Root:
     """A structure whose requests run in legs: a request of it with nothing but shapes."""
 
     wanted: Wanted
+
+    def plain(self) -> Root:
+        """With what is read asked for."""
+        return Root(self.wanted._replace(plain=True))
 
 
 @dataclass(frozen=True, eq=False)

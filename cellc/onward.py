@@ -7,6 +7,7 @@ between `cellc.answers` and `cellc.engine`.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
@@ -122,7 +123,9 @@ class Onward:
             if self._max_steps is not None and question + 1 > self._max_steps:
                 ticket.failure = StepsError(limit=self._max_steps, origin=asked.origin)
                 continue
-            ticket.ask = asks[number] = Ask(leg, question, asked.answer_of(value))
+            answer = asked.answer_of(value)
+            ask = Ask(leg, question, answer, sign=math.copysign(1, answer))
+            ticket.ask = asks[number] = ask
         found = self._compiler.onward(list(asks.values())) if asks else {}
         for number, ask in asks.items():
             branch = found[ask]

@@ -12,7 +12,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from cellc.frontends.asking import OPEN, Answer, Asked
+from cellc.frontends.asking import Asked
+from cellc.frontends.reads import OPEN, Answer
 from cellc.legs import Branch, Leg
 
 MAX_BRANCHES = 1 << 14
@@ -30,6 +31,7 @@ class Ask(NamedTuple):
     number: int
     answer: Answer
     again: bool = False
+    sign: float = 1.0  # of the answer: zeros differ
 
     @property
     def place(self) -> str:

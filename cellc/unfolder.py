@@ -27,10 +27,11 @@ from cellc import log
 from cellc.calls import CallGraph, Forest
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.forests import Template, Unfolded, Wanted, make_forest
-from cellc.frontends.asking import OPEN, Asked
+from cellc.frontends.asking import Asked
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
-from cellc.frontends.effects import asks_for_types, holds, why_not
+from cellc.frontends.effects import asks_for_types, asks_what_it_is, holds, why_not
+from cellc.frontends.reads import OPEN
 from cellc.frontends.segments import LEAF, OutType, Segment, Study
 from cellc.frontends.stub import (
     CannotUnfold,
@@ -107,6 +108,7 @@ class Unfolder:
         self.recorder.constant_value = self._constant_value
         self.reason = why_not(self.modules.values())
         self.numbers_stay = asks_for_types(self.modules.values())
+        self.plain = asks_what_it_is(self.forward, self.modules.values())
         self.generation = 0  # of what was learned: older plans hold other cells
         self.epoch = 0  # of how rows are numbered
         self._roomy = False  # is there room for deep recursion
@@ -155,7 +157,8 @@ class Unfolder:
     def _run(self, out: Unfolded, wanted: Wanted) -> None:
         recorder = self.recorder
         recorder.parts, recorder.data = out.parts, out.rows
-        out.start = wanted.start
+        out.start, out.plain = wanted.start, wanted.plain
+        recorder.plain = wanted.plain
         recorder.begin(wanted.script, wanted.guesses, wanted.start - 1)
         try:
             out.returned = recorder.run(self.forward, *out.call)

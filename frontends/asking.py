@@ -9,20 +9,33 @@ between `frontends.repeats` and `frontends.unfold`.
 
 from __future__ import annotations
 
+import itertools
+import math
 import operator
 import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from cellc.dtypes import DTYPE_NAMES
+from cellc.frontends.placeholder import SHORT
+from cellc.frontends.reads import (
+    COMPARISONS,
+    INT64,
+    OPEN,
+    READS,
+    SMALL,
+    Answer,
+    Read,
+    ReadBool,
+    ReadFloat,
+    ReadInt,
+)
 from cellc.frontends.repeats import Repeats
 from cellc.frontends.signature import ARITHMETIC, line_of, name_of
-from cellc.frontends.stub import CannotUnfold, Stack, Stub, current
-
-Answer = bool | int | float
-OPEN: Any = type("Open", (), {"__repr__": lambda _: "open"})()  # no answer yet
+from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType, current
 
 
 class Asks(BaseException):
@@ -49,98 +62,21 @@ class Asked:
 
     def answer_of(self, value: Any) -> Answer:
         """What the forward is told where the row holds `value`."""
-        answer: Answer = not value if self.kind is bool else self.kind(-value)
-        return answer
+        if self.kind is bool:
+            return not value
+        if self.kind is int:
+            return -value if value != INT64[0] else int(value)  # its negative is itself
+        return -float(value) if value == value else math.nan
 
 
-class Read:
-    """A Python number that the forward took out of a tensor, known only where it was asked for."""
-
-    __slots__ = ("known", "stub")
-    kind: type = int
-
-    def __init__(self, stub: Stub) -> None:
-        self.stub = stub
-        self.known: Any = OPEN
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        return self.kind
-
-    def _value(self) -> Any:
-        if self.known is OPEN:
-            target: Any = current.target
-            if target is None:
-                raise CannotUnfold("a number of the request is used outside of its forward")
-            self.known = target.ask(self.stub, self.kind)
-        return self.known
-
-    def __bool__(self) -> bool:
-        asked = self.known is OPEN and self.kind is not bool
-        return bool(self.__ne__(0)) if asked else bool(self._value())
-
-    def __int__(self) -> int:
-        return int(self._value())
-
-    def __float__(self) -> float:
-        return float(self._value())
-
-    def __index__(self) -> int:
-        return operator.index(self._value())
-
-    def __hash__(self) -> int:
-        return hash(self._value())
-
-    def __repr__(self) -> str:
-        return repr(self._value())
-
-    __str__ = __repr__
-
-    def __format__(self, spec: str) -> str:
-        return format(self._value(), spec)
-
-    def __round__(self, *args: Any) -> Any:
-        return round(self._value(), *args)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._value(), name)
-
-
-class ReadInt(Read):
-    """An int."""
-
-    __slots__ = ()
-
-
-class ReadFloat(Read):
-    """A float."""
-
-    __slots__ = ()
-    kind = float
-
-
-class ReadBool(Read):
-    """A bool."""
-
-    __slots__ = ()
-    kind = bool
-
-
-READS: tuple[type, ...] = (ReadInt, ReadFloat, ReadBool)
-
-
-CHOOSING = {  # functions with as many results as a mask says, and where it is
-    torch.Tensor.__getitem__: 1,
-    torch.masked_select: 1,
-    torch.Tensor.masked_select: 1,
-    torch.nonzero: 0,
-    torch.Tensor.nonzero: 0,
-}
+MASKED = {torch.masked_select, torch.Tensor.masked_select}
+NONZERO = {torch.nonzero, torch.Tensor.nonzero, torch.where}
+CHOOSING = {torch.Tensor.__getitem__, *MASKED, *NONZERO}  # as many results as a mask says
 
 
 def is_mask(x: Any) -> bool:
-    """A tensor of bools in a row, whose values say how many are chosen."""
-    return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) == 1
+    """A tensor of bools, whose values say how many are chosen."""
+    return type(x) in (Stub, Stack) and x.dtype is torch.bool and len(x.type.shape) > 0
 
 
 def is_tensor(x: Any) -> bool:
@@ -161,85 +97,6 @@ def has_bounds(index: Any) -> bool:
     return type(index) is tuple and any(map(has_bounds, index))
 
 
-def holds_read(x: Any) -> bool:
-    """Is there a number taken out of a tensor among arguments?"""
-    kind = type(x)
-    if kind is tuple or kind is list:
-        return any(map(holds_read, x))
-    if kind is dict:
-        return any(map(holds_read, x.values()))
-    return holds_read((x.start, x.stop, x.step)) if kind is slice else kind in READS
-
-
-_COMPARISONS = frozenset("eq ne lt le gt ge".split())
-_COMPUTED = {  # what a number not known yet is computed with
-    "add": torch.add,
-    "sub": torch.sub,
-    "mul": torch.mul,
-    "truediv": torch.true_divide,
-    "floordiv": torch.floor_divide,
-    "mod": torch.remainder,
-    **{name: getattr(torch, name) for name in _COMPARISONS},
-}
-
-
-def _operation(name: str, swapped: bool) -> Callable[..., Any]:
-    plain = getattr(operator, name)
-
-    def compute(self: Read, other: Any) -> Any:
-        kind = type(other)
-        if kind is Stub or kind is Stack:
-            return NotImplemented
-        if kind not in READS and not isinstance(other, (bool, int, float)):
-            return NotImplemented
-        known = self.known is not OPEN and (kind not in READS or other.known is not OPEN)
-        if known or name not in _COMPUTED or current.target is None:
-            a, b = self._value(), other._value() if kind in READS else other
-            return plain(b, a) if swapped else plain(a, b)
-        return _computed(name, other, self) if swapped else _computed(name, self, other)
-
-    return compute
-
-
-def _computed(name: str, a: Any, b: Any) -> Any:
-    """An operation on numbers as one on tensors without dimensions, in int64 and float64."""
-    kinds = [x.kind if type(x) in READS else type(x) for x in (a, b)]
-    wide = torch.float64 if float in kinds or name == "truediv" else torch.int64
-    x, y = (_wide(x, wide) for x in (a, b))
-    made = _COMPUTED[name](x, y)
-    if name in _COMPARISONS:
-        return ReadBool(made)
-    return ReadFloat(made) if wide is torch.float64 else ReadInt(made)
-
-
-def _wide(x: Any, dtype: torch.dtype) -> Any:
-    if type(x) not in READS:
-        return float(x) if dtype is torch.float64 else int(x)
-    return x.stub if x.stub.dtype is dtype else x.stub.to(dtype)
-
-
-for _name in [*_COMPUTED, "pow", "and_", "or_", "xor", "lshift", "rshift"]:
-    _dunder = _name.strip("_")
-    setattr(Read, f"__{_dunder}__", _operation(_name, False))
-    if _name not in _COMPARISONS:
-        setattr(Read, f"__r{_dunder}__", _operation(_name, True))
-
-
-def _unary(name: str) -> Callable[..., Any]:
-    function = getattr(operator, name)
-
-    def compute(self: Read) -> Any:
-        if self.known is OPEN and self.kind is not bool and name in ("neg", "pos", "abs"):
-            return self if name == "pos" else type(self)(getattr(torch, name)(self.stub))
-        return function(self._value())
-
-    return compute
-
-
-for _name in "neg pos abs invert".split():
-    setattr(Read, f"__{_name}__", _unary(_name))
-
-
 class Asker(Repeats):
     """A recorder of what is asked. `function` records an operation; `constant_value` gives the
     value of a constant.
@@ -253,16 +110,23 @@ class Asker(Repeats):
         self.guesses = 0  # how many questions may be answered by habit
         self.asked: list[Asked] = []
         self.look_at = -1  # the question at which to see which rows are still held
+        self.device: torch.device | None = None
+        self.plain = False  # what is read is asked for at once, and no stand-in
+        self.stands_in = False  # was a stand-in ever given
+        self.small: set[int] = set()  # rows that count or index something
         self._answers: dict[int, Answer] = {}
 
     def begin(self, script: Sequence[Answer], guesses: int, look_at: int) -> None:
         """Before a run."""
         self.script, self.guesses, self.look_at = script, guesses, look_at
         self.asked, self._answers = [], {}
+        self.small.clear()
         self.tracked = [] if look_at >= 0 else None
 
     def read(self, name: str, x: Stub, frame: Any) -> Any:
         """What a method of a tensor that gives Python values gives."""
+        if current.ended is not None:
+            raise current.ended
         if not self.on:
             raise CannotUnfold("a value of the request is used from outside")
         if name == "bool":
@@ -294,14 +158,60 @@ class Asker(Repeats):
         truth: Any = x if x.dtype is torch.bool else torch.ne(x, 0)  # type: ignore[call-overload]
         return bool(self.ask(truth, bool))
 
-    def _number(self, x: Stub) -> Read:
+    def _number(self, x: Stub) -> Any:
+        read = self._read(x)
+        if self.plain:
+            return read._value()
+        self.stands_in = True
+        return read
+
+    def _read(self, x: Stub) -> Read:
         x = self._scalar(x)
         x = self.snapshot(x)
         if x.dtype is torch.bool:
-            return ReadBool(x)
+            return ReadBool(self._kept(x))
         if x.dtype.is_floating_point:
-            return ReadFloat(x if x.dtype is torch.float64 else x.to(torch.float64))
-        return ReadInt(x if x.dtype is torch.int64 else x.to(torch.int64))
+            return ReadFloat(self._kept(x) if x.dtype is torch.float64 else x.to(torch.float64))
+        if x.dtype is not torch.int64:
+            form = torch.iinfo(x.dtype)
+            return ReadInt(x.to(torch.int64), form.min, form.max)
+        return ReadInt(self._kept(x), *((-SMALL, SMALL) if x.id in self.small else INT64))
+
+    def _kept(self, x: Stub) -> Stub:
+        """A tensor as it is now, whatever is written into it later."""
+        made = Stub(x.id, x.type)
+        if self.tracked is not None:
+            self.tracked.append(made)
+        return made
+
+    def number(self, value: Answer, dtype: torch.dtype) -> Stub:
+        """A constant without dimensions."""
+        form = StubType.of((), dtype, self.device)
+        return Stub(self._constant_row(("full", (), DTYPE_NAMES[dtype], value), form), form)
+
+    def is_small(self, x: Stub) -> bool:
+        """Is an int64 one whose sums and products are of 64 bits?"""
+        if x.id not in self.small:
+            number: Any = x
+            above = number >= self.number(-SMALL, torch.int64)
+            below = number <= self.number(SMALL, torch.int64)
+            if not self.ask(above.logical_and(below), bool):
+                return False
+            self.small.add(x.id)
+        return True
+
+    def text(self, x: Stub) -> str:
+        """How a tensor prints: of a large one, its form."""
+        if not self.on or x.type.size.numel() > SHORT:
+            return f"<a tensor of the request: {x.type}>"
+        whole: Any = x
+        parts = whole.reshape(-1) if x.type.shape else [x]
+        values = [self._read(y)._value() for y in parts]
+        self.on = False
+        try:
+            return repr(torch.tensor(values, dtype=x.dtype).reshape(x.type.shape))
+        finally:
+            self.on = True
 
     def _listed(self, x: Stub) -> Any:
         if not x.type.shape:
@@ -310,6 +220,8 @@ class Asker(Repeats):
 
     def ask(self, x: Any, kind: type) -> Answer:
         """The value of a tensor without dimensions, from here on known to the forward."""
+        if current.ended is not None:  # and the forward went on all the same
+            raise current.ended
         row = x.id
         if row in self._answers:
             return self._answers[row]
@@ -331,7 +243,8 @@ class Asker(Repeats):
             self.guesses -= 1
             question.answer, question.guessed = self.habits[site], True
         else:
-            raise Asks
+            current.ended = Asks()
+            raise current.ended
         answer: Answer = question.answer
         self._answers[row] = answer
         return answer
@@ -367,15 +280,69 @@ class Asker(Repeats):
             x = torch.index_select(x, dim, place.reshape(1)).squeeze(dim)
         return x
 
-    def chosen(self, x: Any, mask: Any = None) -> Any:
-        """What a mask chooses: each of its values is asked for."""
-        values = [bool(self._truth(y)) for y in (x if mask is None else mask)]
-        places = [i for i, value in enumerate(values) if value]
-        if mask is None:
-            return torch.tensor(places, dtype=torch.int64).reshape(len(places), 1)
-        if not places:
+    def chosen(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What a mask chooses: each of its values is asked for. None where no mask does."""
+        if func in NONZERO:
+            return self._nonzero(func, args, kwargs)
+        x, mask = args[:2]
+        if type(mask) is tuple and any(map(is_mask, mask)):
+            return x[self._without_masks(mask)]
+        if kwargs or not is_mask(mask):
+            return None
+        dims = len(mask.type.shape)
+        if func not in MASKED:
+            if mask.shape != x.shape[:dims]:
+                return None
+        elif mask.shape != x.shape:
+            x, mask = torch.broadcast_tensors(x, mask)  # type: ignore[no-untyped-call]
+            return self.chosen(func, (x, mask), {})
+        places = self._places(mask)
+        if dims != 1:
+            x = x.reshape(-1, *x.shape[dims:])
+        sizes = list(itertools.accumulate(reversed(mask.shape[1:]), operator.mul, initial=1))[::-1]
+        rows = [sum(map(operator.mul, place, sizes)) for place in places]
+        if not rows:
             return x[0:0] if type(x) is not Stack else torch.zeros((0, *x.shape[1:]), dtype=x.dtype)
-        return torch.stack([x[i] for i in places])
+        return torch.stack([x[i] for i in rows])
+
+    def _without_masks(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
+        """An index with the places that masks choose."""
+        parts: list[Any] = []
+        for part in index:
+            parts += self._nonzero(torch.where, (part,), {}) if is_mask(part) else [part]
+        return tuple(parts)
+
+    def _nonzero(self, func: Any, args: Any, kwargs: Any) -> Any:
+        apart = func is torch.where or kwargs.get("as_tuple", False)
+        if len(args) != 1 or set(kwargs) - {"as_tuple"} or not args[0].type.shape:
+            return None
+        dims, places = len(args[0].type.shape), self._places(args[0])
+        if not apart:
+            return self._indices([i for place in places for i in place], (len(places), dims))
+        return tuple([self._indices([p[d] for p in places], (len(places),)) for d in range(dims)])
+
+    def _indices(self, numbers: list[int], shape: tuple[int, ...]) -> Any:
+        frame = self.user_frame()
+        if not numbers:
+            return self.function(torch.zeros, (shape,), {"dtype": torch.int64}, frame)
+        form = StubType.of(shape, torch.int64, self.device)
+        return Stub(self._constant_row(("rows", shape, "i64", tuple(numbers)), form), form)
+
+    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
+        """Record an operation."""
+        raise NotImplementedError
+
+    def _places(self, mask: Any) -> list[tuple[int, ...]]:
+        """Where a tensor is not zero."""
+
+        def found(x: Any, place: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+            if x.type.shape:
+                for i, y in enumerate(x):
+                    yield from found(y, (*place, i))
+            elif self._truth(x):
+                yield place
+
+        return list(found(mask, ()))
 
     def without_reads(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Arguments of a torch function, with numbers taken out of tensors as tensors where that is
@@ -383,19 +350,24 @@ class Asker(Repeats):
         """
         name = name_of(func)
         like: Any = None
-        if name in ARITHMETIC or name.strip("_") in _COMPARISONS:
-            like = next((x.dtype for x in args if type(x) in (Stub, Stack)), None)
+        if name in ARITHMETIC or name.strip("_") in COMPARISONS:
+            like = next((x.dtype for x in args if is_tensor(x)), None)
 
         def plain(x: Any) -> Any:
             kind = type(x)
             if kind in READS:
                 if func is torch.Tensor.__getitem__ and kind is ReadInt:
                     return x.stub
-                if like is None:
+                if like is None or like.is_complex:
                     return x._value()
-                if like.is_floating_point or kind is not ReadFloat:
-                    return x.stub.to(like)
-                return x.stub.to(torch.get_default_dtype())
+                if kind is ReadFloat:
+                    floats = like if like.is_floating_point else torch.get_default_dtype()
+                    return x.stub.to(floats)
+                if like is torch.bool:
+                    return x.stub
+                if kind is ReadInt and not like.is_floating_point and like is not torch.int64:
+                    return x._value()  # it may be too large
+                return x.stub.to(like)
             if kind is slice:
                 parts = (x.start, x.stop, x.step)
                 return slice(*[y._value() if type(y) in READS else y for y in parts])
@@ -403,7 +375,32 @@ class Asker(Repeats):
                 return kind([plain(y) for y in x])
             return x
 
-        return tuple(map(plain, args)), {k: plain(v) for k, v in kwargs.items()}
+        made = tuple(map(plain, args))
+        like = None
+        return made, {k: plain(v) for k, v in kwargs.items()}
+
+    def with_numbers(self, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Arguments with numbers for tensors without dimensions, which PyTorch reads where it wants
+        numbers: those with names, else those after the first; None where there are none.
+        """
+        asked = False
+
+        def told(x: Any) -> Any:
+            nonlocal asked
+            if type(x) in (tuple, list):
+                return type(x)(map(told, x))
+            if type(x) is not Stub or x.type.shape:
+                return x
+            asked = True
+            return self._read(x)._value()
+
+        named = {k: told(v) for k, v in kwargs.items()}
+        if asked:
+            return args, named
+        made = (*args[:1], *map(told, args[1:]))
+        if not asked:
+            made = tuple(map(told, args))
+        return (made, kwargs) if asked else None
 
     def snapshot(self, x: Stub) -> Stub:
         """Another stub of the row that a stub is now."""

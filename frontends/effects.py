@@ -79,6 +79,40 @@ def asks_for_types(modules: Iterable[nn.Module]) -> bool:
     return any("type" in code.co_names for m in modules for code in codes_of(_class_of(m)))
 
 
+def asks_what_it_is(forward: Callable[..., Any], modules: Iterable[nn.Module]) -> bool:
+    """Does a forward ask for a number's very type, or whether a value is True itself? Numbers that
+    it reads are then told at once.
+    """
+    codes = [c for m in modules for c in codes_of(_class_of(m))]
+    left, seen = [getattr(forward, "__func__", forward)], set()
+    while left:  # functions, and those that they name
+        function = left.pop()
+        if function not in seen and isinstance(function, types.FunctionType):
+            seen.add(function)
+            made = _codes(function)
+            codes += made
+            names = {name for code in made for name in code.co_names}
+            known = [function.__globals__.get(name) for name in names]
+            left += [f for f in known if isinstance(f, types.FunctionType) and not _is_torchs(f)]
+    return any(map(_asks_what_it_is, codes))
+
+
+def _is_torchs(function: types.FunctionType) -> bool:
+    return (function.__module__ or "").split(".")[0] == "torch"
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_what_it_is(code: types.CodeType) -> bool:
+    before = None
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME") and step.argval == "type":
+            return True
+        if step.opname == "IS_OP" and before is not None and isinstance(before.argval, bool):
+            return True
+        before = step
+    return False
+
+
 def sets_attributes(modules: Iterable[nn.Module]) -> bool:
     """May a model's code set attributes?"""
     return any(_stores(code) for m in modules for code in codes_of(_class_of(m)))

@@ -16,7 +16,13 @@ from typing import Any
 
 import torch
 
-from cellc.frontends.asking import Asker, Asks, holds_read, is_number_tensor, is_tensor
+from cellc.frontends.asking import (
+    Asker,
+    Asks,
+    has_bounds,
+    is_number_tensor,
+    is_tensor,
+)
 from cellc.frontends.memory import (
     FRESH,
     OUTSIDE,
@@ -32,6 +38,7 @@ from cellc.frontends.memory import (
     strides_of,
     taken,
 )
+from cellc.frontends.reads import holds_read
 from cellc.frontends.segments import Op
 from cellc.frontends.signature import line_of, name_of
 from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
@@ -71,10 +78,6 @@ class InPlace(Asker):
     def __init__(self) -> None:
         super().__init__()
         self._apart = False  # is what is recorded now not the forward's
-
-    def function(self, func: Any, args: Any, kwargs: Any, frame: Any) -> Any:
-        """Record an operation."""
-        raise NotImplementedError
 
     def begin(self, script: Any, guesses: int, look_at: int) -> None:
         super().begin(script, guesses, look_at)
@@ -274,7 +277,10 @@ class InPlace(Asker):
         if holds_read((args, kwargs)):
             args, kwargs = self.without_reads(getattr(torch.Tensor, name), args, kwargs)
         if name == "__setitem__":
-            args = (_by_tensors(args[0]), *args[1:])
+            index = _by_tensors(args[0])
+            if type(index) in (Stub, tuple):
+                index = _by_rows(index)
+            args = (self.bounds(index) if has_bounds(index) else index, *args[1:])
         if type(x) is Stack:
             self._write_rows(name, x, args, kwargs, frame)
             return x
@@ -482,6 +488,17 @@ class InPlace(Asker):
 
 
 _MIXED = "a tensor is written with what shares memory with it; write a clone() of that"
+
+
+def _by_rows(index: Any) -> Any:
+    """An index that begins with a number in a tensor, for which PyTorch reads it, as one that
+    begins with a row of such.
+    """
+    parts = index if type(index) is tuple else (index,)
+    if not parts or not is_number_tensor(parts[0]):
+        return index
+    made = tuple([x.reshape(1) if is_number_tensor(x) else x for x in parts])
+    return made if type(index) is tuple else made[0]
 
 
 def _by_tensors(index: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any, NoReturn, Protocol
 import torch
 
 from cellc.errors import UnsupportedError
+from cellc.frontends.askers import asks_for_class
 
 _CPU = torch.device("cpu")
 
@@ -55,9 +56,25 @@ class Target(Protocol):
 
     def read(self, name: str, x: Any, frame: Any) -> Any: ...
 
+    def text(self, x: Any) -> str: ...
+
     def write(self, name: str, x: Any, args: Any, kwargs: Any, frame: Any) -> Any: ...
 
     def fold(self, structure: Any, node: Any, leaf: Any, nodes: Any, leaves: Any) -> Any: ...
+
+
+class _State:
+    target: Target | None = None  # who runs a forward on stubs now
+    learning = False  # is an operation traced by itself now
+    marked_calls = 0  # of functions marked `@cellc.cell`, ever
+    ended: BaseException | None = None  # what ended the forward that runs, whoever catches it
+
+    def end(self, error: BaseException) -> None:
+        if self.target is not None and self.ended is None:
+            self.ended = error
+
+
+current = _State()
 
 
 class NumberSteers(BaseException):
@@ -69,6 +86,7 @@ class NumberSteers(BaseException):
     def __init__(self, row: int) -> None:
         super().__init__(row)
         self.row = row
+        current.end(self)
 
 
 class CannotUnfold(BaseException):
@@ -76,15 +94,7 @@ class CannotUnfold(BaseException):
 
     def __init__(self, reason: str, origin: str = "") -> None:
         super().__init__(f"{reason} ({origin})" if origin else reason)
-
-
-class _State:
-    target: Target | None = None  # who runs a forward on stubs now
-    learning = False  # is an operation traced by itself now
-    marked_calls = 0  # of functions marked `@cellc.cell`, ever
-
-
-current = _State()
+        current.end(self)
 
 
 def _tell(func: Any, args: Any, kwargs: Any) -> Any:
@@ -116,7 +126,12 @@ class Stub:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return torch.Tensor
+        asks = asks_for_class(sys._getframe(1))
+        if asks is None:
+            raise CannotUnfold(
+                "isinstance is called with an expression; give it a name", _origin(sys._getframe(1))
+            )
+        return torch.Tensor if asks else type(self)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -207,7 +222,13 @@ class Stub:
         return method
 
     def __repr__(self) -> str:
-        return f"<a tensor of the request: {self.type}>"
+        target = current.target
+        if target is None or current.ended is not None:
+            return f"<a tensor of the request: {self.type}>"
+        return target.text(self)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self) if self.type.shape else self.item(), spec)
 
 
 def _forwarding(name: str) -> Callable[..., Any]:

@@ -73,6 +73,7 @@ IDENTITY = {
 FRESH = {aten.lift_fresh.default, aten.lift.default}  # a tensor made of Python numbers
 READING_METHODS = (
     "numpy", "__array__", "tolist", "__dlpack__", "data_ptr", "apply_", "map_", "map2_",
+    "__repr__", "__format__",
 )  # fmt: skip
 _RESULTS = Results()
 READS = {aten._local_scalar_dense.default, aten.equal.default, aten.is_nonzero.default}
@@ -125,12 +126,14 @@ class _Functions(TorchFunctionMode):
         if name in READING_METHODS and isinstance(args[0], Placeholder):
             if name == "tolist" and tracer.values:
                 return tracer.values.popleft()
-            raise ValueReadError(what=f"with .{name}()", origin=tracer.origin())
+            raise tracer.refuse(ValueReadError(what=f"with .{name}()", origin=tracer.origin()))
         if name == "__deepcopy__":
             return args[0].clone()
         if name == "__set__" and func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
-            raise UnsupportedError(
-                what="assigning to .data", remedy="use copy_", origin=tracer.origin()
+            raise tracer.refuse(
+                UnsupportedError(
+                    what="assigning to .data", remedy="use copy_", origin=tracer.origin()
+                )
             )
         loop = library.LOOPS.get(name)
         if loop is not None and tracer.depth == 0:
@@ -140,6 +143,8 @@ class _Functions(TorchFunctionMode):
         tracer.depth += 1
         try:
             return func(*args, **(kwargs or {}))
+        except CellcError as error:
+            raise tracer.refuse(error) from error.__cause__
         finally:
             tracer.depth -= 1
             if watcher is not None:
@@ -166,6 +171,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._keep: list[torch.Tensor] = []
         self.values: deque[Any] = deque()  # what will be read, in order
         self.reading = False  # values are given: the forward may read, and yield
+        self.refused: CellcError | None = None  # the first operation refused, whoever catches it
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -291,8 +297,18 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # -- operations
     # -----------------------------------------------------------------------------------------
 
+    def refuse(self, error: CellcError) -> CellcError:
+        """An error that ends the trace, whatever the forward does with it."""
+        self.refused = self.refused or error
+        return error
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        try:
+            return self._dispatch(func, args, kwargs or {})
+        except CellcError as error:
+            raise self.refuse(error) from error.__cause__
+
+    def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         if func in READS:
             return self._read(func, args)
         name = func._schema.name.removeprefix("aten::")
@@ -727,7 +743,9 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
         with _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
             if inspect.isgenerator(result) and tracer.reading:
-                return list(result)
+                result = list(result)
+            if tracer.refused is not None:
+                raise tracer.refused
             if inspect.isgenerator(result) or inspect.iscoroutine(result):
                 kind = GeneratorForward if inspect.isgenerator(result) else UnsupportedError
                 raise kind(
@@ -740,6 +758,8 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
     except CellcError:
         raise
     except Exception as error:
+        if tracer.refused is not None:
+            raise tracer.refused from error
         raise ForwardError(str(error), kind=type(error).__name__, origin=_where(error)) from error
     finally:
         tracer.root = None  # it holds the callers' frames

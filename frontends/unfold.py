@@ -28,21 +28,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from cellc.dtypes import DTYPE_NAMES
-from cellc.errors import CellcError
+from cellc.errors import CellcError, ForwardError, ValueReadError
 from cellc.frontends import stub as stubs
-from cellc.frontends.asking import (
-    CHOOSING,
-    READS,
-    Asks,
-    has_bounds,
-    holds_read,
-    is_mask,
-    is_number_tensor,
-)
+from cellc.frontends.asking import CHOOSING, Asks, has_bounds, is_number_tensor
 from cellc.frontends.callees import Callee, Callees, RefusedCell, loop_of, refusal
 from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
 from cellc.frontends.inplace import InPlace
+from cellc.frontends.reads import OPEN, READS, holds_read
 from cellc.frontends.segments import LEAF, Op, OutType, Study, fill, input_rows, template_of
 from cellc.frontends.signature import (
     ARITHMETIC,
@@ -122,29 +115,42 @@ class Recorder(InPlace):
         """One request on stubs; the caller is inside `watching` and called `begin`. None where the
         forward asked what nobody knows.
         """
-        self.on, stubs.current.target = True, self
+        self.on, stubs.current.target, stubs.current.ended = True, self, None
         self.generates = False
         self.draws: list[Draw] = []
         self.yields: list[tuple[int, Returned]] = []  # (questions asked before, what was yielded)
+        returned = None
         try:
-            result = forward(*args, **kwargs)
-            if inspect.isgenerator(result):
-                self.generates = True
-                for piece in result:
-                    self.yields.append((len(self.asked), self._returned(piece)))
-                result = None
-            return self._returned(result)
-        except Asks:
-            return None
+            returned = self._forward(forward, args, kwargs)
+        except (Exception, Asks, CannotUnfold, NumberSteers):
+            if stubs.current.ended is None:
+                raise
         finally:
             self.on, stubs.current.target = False, None
             self._cut()
             self._frame = None
+        ended, stubs.current.ended = stubs.current.ended, None
+        if ended is None:
+            return returned
+        if isinstance(ended, Asks):
+            return None
+        raise ended
+
+    def _forward(self, forward: Callable[..., Any], args: Any, kwargs: Any) -> Returned | None:
+        result = forward(*args, **kwargs)
+        if not inspect.isgenerator(result):
+            return self._returned(result)
+        self.generates = True
+        for piece in result:
+            if stubs.current.ended is not None:
+                return None
+            self.yields.append((len(self.asked), self._returned(piece)))
+        return self._returned(None)
 
     def _returned(self, result: Any) -> Returned:
         if type(result) is Stub:
             return Returned([([result.id], OutType(result.type, -1))], [("t", 0)], LEAF)
-        leaves, spec = pytree.tree_flatten(result)
+        leaves, spec = pytree.tree_flatten(_with_plain_keys(result))
         tensors: list[tuple[list[int], OutType]] = []
         kept: list[tuple[str, Any]] = []
         for leaf in leaves:
@@ -159,7 +165,7 @@ class Recorder(InPlace):
             elif kind in NUMBERS:
                 raise NumberSteers(leaf.row)
             elif kind in READS:
-                if leaf.stub.id < 0:
+                if leaf.stub.id < 0 or leaf.known is not OPEN:
                     kept.append(("v", leaf._value()))
                     continue
                 kept.append(("n", len(tensors)))
@@ -262,6 +268,8 @@ class Recorder(InPlace):
         """A torch function that met stubs or numbers, or makes a tensor."""
         if not self.on or self._thread != threading.get_ident():
             raise CannotUnfold("a value of the request is used from outside")
+        if stubs.current.ended is not None:  # and the forward went on all the same
+            raise stubs.current.ended
         while not self._is_user(frame.f_code):
             frame = frame.f_back
         if kwargs.get("out") is not None:
@@ -285,8 +293,10 @@ class Recorder(InPlace):
                 made = self.selected(*args)
                 if made is not None:
                     return self.selected_view(made, *args) if self.writing else made
-        if (at := CHOOSING.get(func, 9)) < len(args) and is_mask(args[at]):
-            return self.chosen(*args[: at + 1])
+        if func in CHOOSING and args and type(args[0]) in (Stub, Stack):
+            made = self.chosen(func, args, kwargs)
+            if made is not None:
+                return made
         if func in ROW_BY_ROW and type(args[0]) is Stub and len(args[0].type.shape) > 1:
             self._notice(args)
         special = STACKS.get(func)
@@ -330,6 +340,11 @@ class Recorder(InPlace):
         op = self.ops.get(key)
         if op is None:
             op = self._learn(func, (args, kwargs), key, name_of(func), frame, None)
+        if type(op) is _Reads:
+            told = self.with_numbers(args, kwargs)
+            if told is None:
+                raise CannotUnfold(op.why, line_of(frame))
+            return self.function(func, *told, frame)
         if op.study.constant is not None:
             made = self._constant(op)
             if not self.writing:
@@ -445,6 +460,11 @@ class Recorder(InPlace):
                 if not holds_cells:  # it is a cell because the user says so, loops and all
                     study = self._study(alone, rows, False, lists)
         except (CannotUnfold, CellcError) as error:
+            if callee is None and isinstance(error, ValueReadError):
+                self.ops[key] = _Reads(f"{name} reads a value")
+                return self.ops[key]
+            if callee is None and isinstance(error, ForwardError) and error.__cause__ is not None:
+                raise error.__cause__ from None  # as PyTorch raises it
             if callee is None:
                 raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
             if callee.marked:
@@ -511,12 +531,27 @@ _IN_PLACE = frozenset(name for name in vars(Stub) if name.startswith("__i")) & f
 )
 
 
+def _with_plain_keys(x: Any) -> Any:
+    """A result whose dicts have no number read from a tensor for a key."""
+    kind = type(x)
+    if kind is dict:
+        return {k._value() if type(k) in READS else k: _with_plain_keys(v) for k, v in x.items()}
+    return kind([_with_plain_keys(y) for y in x]) if kind is list or kind is tuple else x
+
+
 def _is_weight(x: Any) -> bool:
     """A tensor of the model, or a tuple or list that holds one."""
     kind = type(x)
     if kind is tuple or kind is list:
         return any(map(_is_weight, x))
     return kind is not Stub and kind is not Stack and isinstance(x, torch.Tensor)
+
+
+@dataclass
+class _Reads:
+    """A torch function that reads a value of a tensor; `why` it cannot be an operation."""
+
+    why: str
 
 
 class _Given:
