@@ -41,7 +41,7 @@ from cellc.frontends.memory import (
 from cellc.frontends.reads import holds_read
 from cellc.frontends.segments import Op
 from cellc.frontends.signature import line_of, name_of
-from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
+from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType, current
 
 _ROWS = frozenset("zeros ones full empty zeros_like ones_like full_like empty_like".split())
 MOST_ROWS = 4096  # of a made tensor that is taken apart, for its rows to be written one by one
@@ -273,7 +273,8 @@ class InPlace(Asker):
         if not self.writing:  # what ran before did not look after memory: run again
             self.writing, self.relearn = True, True
             self.memos.clear()
-            raise Asks
+            current.ended = Asks()
+            raise current.ended
         if holds_read((args, kwargs)):
             args, kwargs = self.without_reads(getattr(torch.Tensor, name), args, kwargs)
         if name == "__setitem__":
