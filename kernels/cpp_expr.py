@@ -65,6 +65,8 @@ def expression(x: Instr, dtypes: Sequence[str], element: str, body: Sequence[Ins
 
 
 def _operation(x: Instr, args: Sequence[str], dtypes: Sequence[str]) -> str:
+    if x.op == "mul" and x.dtype == "f64":
+        return f"cellc::product({', '.join(args)})"
     if x.op in _INFIX:
         return f"{args[0]} {_INFIX[x.op]} {args[1]}"
     if x.op in _LOGICAL:

@@ -138,6 +138,15 @@ static inline T minimum(T a, T b) {
     return a < b || a != a ? a : b;
 }
 
+// Rounded, whatever is added to it: Python's floats are not multiplied and added at once.
+static inline double product(double a, double b) {
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
+    return __builtin_assoc_barrier(a * b);
+#else
+    volatile double y = a * b;
+    return y;
+#endif
+}
 static inline float remainder_(float a, float b) {
     float m = fmodf(a, b);
     return m != 0 && (b < 0) != (m < 0) ? m + b : m;

@@ -452,3 +452,18 @@ def test_streams_begin_again_with_pythons_numbers() -> None:
         for x, future in zip(requests, futures, strict=True):
             alike(list(future.result(60)), list(forward(x)))
             alike(list(compiled.stream(x)), list(forward(x)))
+
+
+def products(x: Tensor) -> Any:
+    a, b = x[0].item(), x[1].item()
+    equal = a * a - b * b == 0, a * b - b * a == 0, a * a - a * a == 0
+    return equal, a * b + b, a * a - b * b, a * 0.1 + b * 0.3
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_floats_are_rounded_as_pythons(backend: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    requests = [torch.randn(2, generator=generator, dtype=torch.float64) for _ in range(20)]
+    with cellc.compile(products, backend=backend) as compiled:
+        for x, got in zip(requests, compiled.map(requests), strict=True):
+            assert got == products(x)
