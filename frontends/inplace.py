@@ -251,14 +251,13 @@ class InPlace(Asker):
         self._spread(made, Place(of.memories, None, 0, (x, kept)))
         return made
 
-    def _selected_again(self, x: Stub, index: Any) -> int:
+    def _selected_again(self, x: Stub, index: Any) -> Stub:
         before, self._apart = self._apart, True
         try:
-            made = self.selected(x, index)
+            made: Stub = self.selected(x, index)
         finally:
             self._apart = before
-        row: int = made.id
-        return row
+        return made
 
     # -- writes --
 
@@ -293,9 +292,11 @@ class InPlace(Asker):
         self._may_write(x, place, frame)
         if self._writes_itself(name, x, place, args, kwargs, frame):
             return x
+        if name == "copy_" and args and type(args[0]) is Stub and args[0].type is x.type:
+            self._store(x, place, self.snapshot(args[0]), frame)
+            return x
         made = self._record_apart(_functional(name), (x, *args), kwargs, frame)
-        if type(made) is Stack:
-            made = self._record_apart(_whole, (made,), {}, frame)
+        made = self._whole(made, frame)
         if made.type is not x.type:
             raise CannotUnfold(f"{name} changes a tensor's form", line_of(frame))
         self._store(x, place, made, frame)
@@ -328,6 +329,17 @@ class InPlace(Asker):
         if type(x) is Stack:
             return x.items
         return list(self._record_apart(torch.Tensor.unbind, (x,), {}, frame))
+
+    def _whole(self, x: Stub, frame: Any) -> Stub:
+        """A result as one row."""
+        if type(x) is Stack:
+            x = self._record_apart(_joined, (x.items,), {}, frame)
+            if type(x) is Stack:
+                raise CannotUnfold(
+                    "a tensor is written whose columns are held; hold a clone() of it",
+                    line_of(frame),
+                )
+        return x
 
     def _may_write(self, x: Stub, place: Place, frame: Any) -> None:
         reason = next((m.refusal for m in place.memories if m.refusal), "")
@@ -390,7 +402,7 @@ class InPlace(Asker):
 
     def _store(self, x: Stub, place: Place, made: Stub, frame: Any) -> None:
         """A stub becomes another row; its memory and all that show it follow."""
-        row = made.id
+        row = self._whole(made, frame).id
         if self._is_whole(x, place):
             place.memories[0].value.id = row
         else:
@@ -401,9 +413,7 @@ class InPlace(Asker):
                 for memory, part in zip(place.memories, self._rows(whole, frame), strict=True):
                     memory.value.id = part.id
             else:
-                if type(whole) is Stack:
-                    whole = self._record_apart(_whole, (whole,), {}, frame)
-                place.memories[0].value.id = whole.id
+                place.memories[0].value.id = self._whole(whole, frame).id
         x.id = row
         self._refresh(x, place, frame)
 
@@ -430,7 +440,7 @@ class InPlace(Asker):
                 elif other.memories != place.memories or self._touch(x, place, view, other):
                     view.id = self._taken(view, other, frame)
         for view in chosen:  # from what is up to date now
-            view.id = self._selected_again(*view.place.again)
+            view.id = self._whole(self._selected_again(*view.place.again), frame).id
 
     @staticmethod
     def _touch(x: Stub, place: Place, y: Stub, other: Place) -> bool:
@@ -458,8 +468,7 @@ class InPlace(Asker):
         base, laid = self._base(place)
         args = (base, laid, x.type.shape, place.strides, place.offset)
         made = self._record_apart(taken, args, {}, frame)
-        if type(made) is Stack:
-            made = self._record_apart(_whole, (made,), {}, frame)
+        made = self._whole(made, frame)
         row: int = made.id
         return row
 
@@ -511,9 +520,9 @@ def _by_tensors(index: Any) -> Any:
     return index
 
 
-def _whole(x: Any) -> Any:
+def _joined(rows: Any) -> Any:
     """A stack as one row."""
-    return x.clone()
+    return torch.cat([x[None] for x in rows])
 
 
 def _tensors(x: Any) -> Iterator[Stub]:

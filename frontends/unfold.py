@@ -335,7 +335,7 @@ class Recorder(InPlace):
             return self.write(func.__name__, args[0], args[1:], kwargs, frame)
         if kwargs.get("inplace") is True:
             made = self.function(func, args, {**kwargs, "inplace": False}, frame)
-            return self.write("copy_", args[0], (self.snapshot(made),), {}, frame)
+            return self.write("copy_", args[0], (made,), {}, frame)
         key = tuple(form)
         op = self.ops.get(key)
         if op is None:
