@@ -129,8 +129,9 @@ def fill(template: Any, tensors: Sequence[Any]) -> Any:
         return [fill(x, tensors) for x in template]
     if type(template) is dict:
         return {k: fill(x, tensors) for k, x in template.items()}
-    if isinstance(template, tuple):  # a named tuple
-        return type(template)(*[fill(x, tensors) for x in template])
+    if isinstance(template, tuple):
+        made = [fill(x, tensors) for x in template]
+        return type(template)(*made) if hasattr(template, "_fields") else type(template)(made)
     return template
 
 

@@ -149,7 +149,7 @@ def tune_model(console: Console, kind: str, hidden: int, name: str) -> None:
 
     model, found = make(kind, hidden, name), dict[int, tuple[TritonKernel, list[Launch]]]()
     with compile(model, max_batch=512, options={"tf32": name == "tf32"}) as compiled:
-        for B in (64, 512):
+        for B in (64, 256, 512):
             x = torch.randn(STEPS, B, hidden, device="cuda", dtype=DTYPES[name])
             compiled.map([x[:, i] for i in range(B)])
             for kernel, launch in recorded(compiled, [x[:, i] for i in range(B)]):
