@@ -92,6 +92,12 @@ class PrintedKernel:
     ragged: tuple[Ref, ...] = ()
     reports: bool = False
 
+    @property
+    def tiles(self) -> Tiles:
+        """Those in use."""
+        sizes = self.constants
+        return Tiles(sizes["BM"], sizes["BN"], sizes["BK"], self.num_warps, self.num_stages)
+
     def tiled(self, tiles: Tiles) -> PrintedKernel:
         """The same text with other tiles."""
         assert self.space is not None

@@ -29,14 +29,19 @@ REPEATS = 20  # of a kernel in one graph
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of one run at each number of rows; `cost` is their geometric mean."""
+    """Seconds of one run at each number of rows; `cost` is their geometric mean. `refusal`: why
+    there are none.
+    """
 
     kernel: PrintedKernel
     tiles: Tiles
     seconds: Mapping[int, float]
+    refusal: str = ""
 
     @property
     def cost(self) -> float:
+        if self.refusal:
+            return math.inf
         return math.exp(statistics.mean(math.log(s) for s in self.seconds.values()))
 
 
@@ -46,8 +51,8 @@ def tune(
     arenas: Mapping[RowType, torch.Tensor],
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> list[list[Timed]]:
-    """Every choice for every kernel with products of a cell, best first; the first step of each
-    launch is what is timed. The launches overwrite their outputs.
+    """Every choice for every kernel with products of a cell, the one in use among them, best first;
+    the first step of each launch is what is timed. The launches overwrite their outputs.
     """
     properties: Any = torch.cuda.get_device_properties(kernel.device)
     found = []
@@ -55,22 +60,29 @@ def tune(
         if printed.space is None:
             continue
         runs = [_Run(kernel, i, launch, arenas) for launch in launches]
-        choices = list(printed.space.choices(properties.shared_memory_per_block_optin))
+        fits = printed.space.choices(properties.shared_memory_per_block_optin)
+        choices = list(dict.fromkeys([printed.tiles, *fits]))
         with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            built = list(pool.map(runs[0].compiles, choices))
+            refusals = list(pool.map(runs[0].refusal, choices))
         timed = []
-        for done, (tiles, fits) in enumerate(zip(choices, built, strict=True)):
+        for done, (tiles, refusal) in enumerate(zip(choices, refusals, strict=True)):
             progress(done, len(choices))
-            if fits:
-                seconds = {run.num_rows: run.seconds(tiles) for run in runs}
-                timed.append(Timed(printed, tiles, seconds))
+            seconds = {run.num_rows: math.inf for run in runs}
+            if not refusal:
+                try:
+                    seconds = {run.num_rows: run.seconds(tiles) for run in runs}
+                except Exception as error:  # out of resources, in the driver's words
+                    refusal = repr(error)
+            timed.append(Timed(printed, tiles, seconds, refusal))
         found.append(sorted(timed, key=lambda t: t.cost))
     return found
 
 
 def keep_best(kernel: TritonKernel, found: Sequence[Sequence[Timed]]) -> None:
     """Write the best of each down for this device."""
-    best = {key_of(kernel.source, f[0].kernel): f[0].tiles for f in found if f}
+    best = {
+        key_of(kernel.source, first.kernel): first.tiles for first, *_ in found if not first.refusal
+    }
     keep(torch.cuda.get_device_name(kernel.device), best)
 
 
@@ -96,13 +108,13 @@ class _Run:
             *ragged,
         ]
 
-    def compiles(self, tiles: Tiles) -> bool:
-        """Whether the compiler takes it."""
+    def refusal(self, tiles: Tiles) -> str:
+        """What the compiler says against it, or nothing."""
         try:
             self._launch(tiles, self._function.warmup)
-        except Exception:  # out of shared memory or registers, in the compiler's own words
-            return False
-        return True
+        except Exception as error:  # out of shared memory or registers, in the compiler's words
+            return repr(error)
+        return ""
 
     def _launch(self, tiles: Tiles, run: Callable[..., Any]) -> None:
         chosen = self._printed.tiled(tiles)
@@ -110,18 +122,15 @@ class _Run:
         run(*self._args, grid=grid, **chosen.constants, **compile_options(chosen))
 
     def seconds(self, tiles: Tiles) -> float:
-        """The median of a few replays; infinite where it does not run."""
+        """The median of a few replays."""
         chosen = self._printed.tiled(tiles)
         options, grid = compile_options(chosen), chosen.grid(self.num_rows)
 
         def run() -> None:
             self._function[grid](*self._args, **chosen.constants, **options)
 
-        try:
-            run()
-            torch.cuda.synchronize()
-        except Exception:  # out of resources
-            return math.inf
+        run()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for _ in range(REPEATS):

@@ -43,6 +43,7 @@ def test_recurrences_have_choices(H: int, dtype: str) -> None:
         assert kernel.space is not None
         choices = list(kernel.space.choices(SHARED))
         assert len(choices) > 20
+        assert kernel.tiled(kernel.tiles) == kernel
         for tiles in choices:
             x, y, _ = kernel.tiled(tiles).grid(512)
             assert x * tiles.BM >= 512 and y * tiles.BN >= H

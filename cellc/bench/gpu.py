@@ -164,6 +164,9 @@ def tune_model(console: Console, kind: str, hidden: int, name: str) -> None:
             for choices in timed:
                 took = time.perf_counter() - start
                 console.print(f"{choices[0].kernel.name} {name}: {len(choices)} in {took:.0f} s")
+                refused = [t for t in choices if t.refusal]
+                for t in refused[:1]:
+                    console.print(f"  {len(refused)} refused, as {t.tiles}: {t.refusal[:200]}")
                 for t in choices[:4]:
                     us = {n: f"{s * 1e6:.1f} us" for n, s in t.seconds.items()}
                     console.print(f"  {t.tiles} {us}")
