@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellc import env
@@ -24,6 +25,7 @@ examples:
   cellc demo                                 the whole idea on real text, in about a minute
   cellc inspect model.py:model               which cells a model has
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
+  cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
 exit codes: 0 good, 1 a check failed, 2 wrong use."""
 _DEMO = """\
@@ -35,6 +37,19 @@ _INSPECT = """\
 Trace a model's example requests and print the cells that were found: weights, calls, operations,
 arithmetic and bytes of a row, kernels; how much of the arithmetic they cover; how a request of a
 new structure becomes cell calls, and what that costs."""
+_BENCH = """\
+Requests a second of workloads, cellc against what else a user would pick, on the same weights:
+PyTorch one at a time, padded, in buckets, packed, by hand; onnxruntime where it is installed. All
+ways are checked for equal results, then timed in alternated rounds; rounds in which others used the
+machine are dropped, and a table that has too few quiet ones is not quoted.
+
+Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024, treelstm-256,
+treelstm-1024, sessions. Without a name, all of them."""
+_BENCH_EPILOG = """\
+examples:
+  cellc bench lstm-256
+  cellc bench lstm-256 sessions --rounds 9 --json figures.json
+  cellc bench gru-256 --lengths lengths.txt --requests 1024"""
 _TARGET = """\
 TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
 arguments that returns one, or a function of tensors, which is then the model itself. Requests come
@@ -85,6 +100,10 @@ def _run(args: argparse.Namespace) -> int:
         from cellc import demo
 
         return demo.run(demo.config(args.seconds, args.output, quick=args.quick), _console())
+    if args.command == "bench":
+        from cellc.bench import command
+
+        return command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -108,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_bench(commands)
     return parser
 
 
@@ -155,6 +175,45 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--code", nargs="?", const="", metavar="CELL", help="print the kernels, or one cell's"
     )
     what.add_argument("--graph", metavar="FILE", help="draw the cells into a .svg, .dot or .html")
+
+
+def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    bench = commands.add_parser(
+        "bench",
+        help="throughput against what else there is",
+        description=_BENCH,
+        epilog=_BENCH_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    bench.add_argument("workload", nargs="*", metavar="WORKLOAD", help="see above")
+    bench.add_argument(
+        "--requests", type=_count, default=512, metavar="N", help="at once (default 512)"
+    )
+    bench.add_argument("--rounds", type=_count, default=5, metavar="N", help="kept (default 5)")
+    bench.add_argument(
+        "--seconds",
+        type=_positive,
+        default=1.0,
+        metavar="S",
+        help="of each way in a round (default 1)",
+    )
+    bench.add_argument(
+        "--patience",
+        type=_positive,
+        default=60.0,
+        metavar="S",
+        help="for rounds in place of disturbed ones, a table (default 60)",
+    )
+    bench.add_argument("--lengths", type=Path, metavar="FILE", help="of requests, one a line")
+    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="cellc's (default auto)")
+    bench.add_argument("--noisy", action="store_true", help="quote disturbed figures as well")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -19,8 +19,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cellc import demo_bench as bench
 from cellc import report
+from cellc.bench import measure as bench
 from cellc.compiled import Compiled
 from cellc.demo_measure import (
     ATOL,

@@ -1,7 +1,7 @@
 """What the demo measures: throughput, one sentence alone, latency under load; and equality.
 
 Duty: run both sides on the demo's sentences, check every result against `model(x)`, and say what
-came out as `Comparison`s and `LoadRow`s. Called by `cellc.demo`, times with `cellc.demo_bench`.
+came out as `Comparison`s and `LoadRow`s. Called by `cellc.demo`, times with `cellc.bench.measure`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from cellc import demo_bench as bench
+from cellc.bench import measure as bench
+from cellc.bench.measure import Load, Patience, Round, Served
 from cellc.compiled import Compiled
-from cellc.demo_bench import Load, Patience, Round, Served
 from cellc.demo_padded import run_bucketed
 from cellc.demo_process import PaddedProcess, Setting
 from cellc.demo_steps import Steps

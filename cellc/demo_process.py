@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cellc import demo_bench as bench
-from cellc.demo_bench import Load, Served
+from cellc.bench import measure as bench
+from cellc.bench.measure import Load, Served
 from cellc.demo_padded import PaddedServer
 from cellc.demo_text import load_corpus, make_model
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from cellc import demo
-from cellc import demo_bench as bench
+from cellc.bench import measure as bench
 from cellc.demo_padded import PaddedServer, make_buckets, run_bucketed, run_padded
 from cellc.demo_text import load_corpus, make_corpus, make_model, split_sentences, tokenise
 from cellc.report import Comparison, Findings, LoadRow, caveats, page, sentence

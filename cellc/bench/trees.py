@@ -23,11 +23,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from cellc.bench.measure import Patience, Round, alternate, machine_name, noise
 from cellc.bench.tree_data import draw_tree
 from cellc.bench.tree_dynet import DynetTreeLSTM
 from cellc.bench.tree_models import ArrayTreeLSTM, TreeLSTM, as_arrays, run_levels
 from cellc.compiled import Compiled
-from cellc.demo_bench import Patience, Round, alternate, machine_name, noise
 from cellc.entry import compile
 from cellc.request import as_call
 from cellc.trees import Tree

@@ -1,4 +1,4 @@
-"""The demo's measurements: alternated rounds, a Poisson load generator, percentiles.
+"""Measurements: alternated rounds, a Poisson load generator, percentiles.
 
 Duty: time several pieces of work against each other on a machine that may be shared. Works
 alternate A B A B; what other programs took of the machine is read from /proc/stat where there is

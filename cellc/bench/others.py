@@ -1,0 +1,147 @@
+"""Cases beside the plain recurrence: a tagger that reads both ways, decoding, sessions.
+
+Each compares cellc with what a user of PyTorch writes by hand, on the same weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+
+from cellc.bench import decode
+from cellc.bench.case import Case, Way
+from cellc.bench.recurrent import ALONE, CELLC, SAMPLE, VOCABULARY, buckets_of, make_requests
+from cellc.entry import compile
+from cellc.sessions import Session
+
+TAGS, STEPS = 17, 16
+
+
+class Tagger(nn.Module):
+    """[T] tokens to [T, tags] scores, by an LSTM that reads both ways."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, hidden)
+        self.rnn = nn.LSTM(hidden, hidden, bidirectional=True)
+        self.head = nn.Linear(2 * hidden, TAGS)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        states, _ = self.rnn(self.embedding(tokens))
+        scores: Tensor = self.head(states)
+        return scores
+
+    def packed(self, requests: Sequence[Tensor]) -> list[Tensor]:
+        """All at once; padding would reach the direction that begins at the end."""
+        packed = pack_sequence(list(requests), enforce_sorted=False)
+        states, _ = self.rnn(packed._replace(data=self.embedding(packed.data)))
+        scores, lengths = pad_packed_sequence(states._replace(data=self.head(states.data)))
+        return [scores[:n, i] for i, n in enumerate(lengths.tolist())]
+
+
+def tagger_case(hidden: int, lengths: Sequence[int], backend: str = "auto") -> Case:
+    torch.manual_seed(0)
+    model = Tagger(hidden).eval().requires_grad_(False)
+    requests = make_requests(lengths, hidden, tokens=True)
+    sample = min(SAMPLE, len(requests))
+    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+
+    def buckets() -> list[Tensor]:
+        results: list[Any] = [None] * len(requests)
+        for batch in buckets_of(requests):
+            for i, y in zip(batch, model.packed([requests[i] for i in batch]), strict=True):
+                results[i] = y
+        return results
+
+    packed, bucketed = f"PyTorch, packed {len(requests)}", "PyTorch, packed, buckets of 10"
+    ways = [
+        Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
+        Way(packed, lambda: model.packed(requests)),
+        Way(bucketed, buckets),
+        Way(CELLC, lambda: compiled.map(requests)),
+    ]
+    title = f"BiLSTM tagger, {hidden} units a direction, {len(requests)} requests at once"
+    return Case(title, len(requests), ways, bucketed, close=compiled.close)
+
+
+def decode_case(hidden: int, count: int, backend: str = "auto") -> Case:
+    """Greedy decoding until the end token; paths seen."""
+    torch.manual_seed(0)
+    model = decode.Translator(hidden, bias=1.6).eval().requires_grad_(False)
+    requests = decode.make_requests(count)
+    sample = min(SAMPLE, count)
+    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    ways = [
+        Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
+        Way(decode.PADDED, lambda: decode.padded_batches(model, requests)),
+        Way(decode.CELLC, lambda: compiled.map(requests)),
+    ]
+    title = f"LSTM to LSTM, greedy, {hidden} units, {count} requests at once"
+    return Case(title, count, ways, decode.PADDED, close=compiled.close)
+
+
+class Step(nn.Module):
+    """A step of a stream: [H] and a state to [H] and a state."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.cell, self.head = nn.LSTMCell(hidden, hidden), nn.Linear(hidden, hidden)
+
+    def forward(self, x: Tensor, state: tuple[Tensor, Tensor]) -> Any:
+        h, c = self.cell(x, state)
+        return self.head(h), (h, c)
+
+
+def sessions_case(hidden: int, count: int, backend: str = "auto") -> Case:
+    """`count` streams side by side, each `STEPS` steps: results of a stream, joined."""
+    torch.manual_seed(0)
+    model = Step(hidden).eval().requires_grad_(False)
+    streams = torch.randn(count, STEPS, hidden)
+    zeros = torch.zeros(hidden)
+    sample = min(SAMPLE, count)
+    compiled = compile(model, backend=backend, carry={"state": "1"})  # type: ignore[arg-type]
+
+    def alone() -> list[Tensor]:
+        results = []
+        for stream in streams[:sample]:
+            state, said = (zeros, zeros), []
+            for x in stream:
+                y, state = model(x, state)
+                said.append(y)
+            results.append(torch.stack(said))
+        return results
+
+    def by_hand() -> list[Tensor]:
+        states: list[Any] = [(zeros, zeros)] * count  # a server's: each stream's of its own
+        said: list[list[Tensor]] = [[] for _ in streams]
+        for t in range(STEPS):
+            h, c = (torch.stack(parts) for parts in zip(*states, strict=True))
+            y, (h, c) = model(torch.stack([s[t] for s in streams]), (h, c))
+            states = list(zip(h.unbind(), c.unbind(), strict=True))
+            for one, row in zip(said, y.unbind(), strict=True):
+                one.append(row)
+        return [torch.stack(rows) for rows in said]
+
+    def cellular() -> list[Tensor]:
+        sessions: list[Session] = [compiled.session({"state": (zeros, zeros)}) for _ in streams]
+        said: list[list[Tensor]] = [[] for _ in streams]
+        for t in range(STEPS):
+            steps = [(s, (x[t],)) for s, x in zip(sessions, streams, strict=True)]
+            for one, (y, _) in zip(said, compiled.step_all(steps), strict=True):
+                one.append(y)
+        for session in sessions:
+            session.close()
+        return [torch.stack(rows) for rows in said]
+
+    hand = "PyTorch, all streams stacked by hand"
+    ways = [
+        Way("PyTorch, one stream at a time", alone, sample),
+        Way(hand, by_hand),
+        Way("cellc sessions", cellular),
+    ]
+    title = f"LSTM streams, {hidden} units, {count} sessions of {STEPS} steps"
+    return Case(title, count, ways, hand, unit="streams", close=compiled.close)

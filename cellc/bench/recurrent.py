@@ -1,0 +1,170 @@
+"""LSTM and GRU over sequences: the ways that PyTorch and onnxruntime batch them, and cellc.
+
+Every way computes the last state of each sequence from the same weights. Requests are vectors
+[T, H], of which nothing can be folded, or tokens [T] behind an embedding, of which cellc folds the
+embedding and the input product into one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_sequence, pad_sequence
+
+from cellc.bench.case import Case, Way
+from cellc.bench.onnx_peer import RecurrentSession, why_not
+from cellc.entry import compile
+
+Kind = Literal["lstm", "gru"]
+VOCABULARY, WIDTH, BATCH, SAMPLE = 1000, 10, 64, 64
+BUCKETS = f"PyTorch, buckets of {WIDTH}"
+ALONE = "PyTorch, one at a time"
+ONNX_ALONE = "onnxruntime, one at a time"
+ONNX_BUCKETS = f"onnxruntime, buckets of {WIDTH}"
+CELLC = "cellc"
+
+
+class LastState(nn.Module):
+    """[T, H] or [T] to [H]: the state after the last step."""
+
+    def __init__(self, kind: Kind, hidden: int, tokens: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, hidden) if tokens else nn.Identity()
+        self.rnn: nn.RNNBase = nn.LSTM(hidden, hidden) if kind == "lstm" else nn.GRU(hidden, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.rnn(self.embedding(x))
+        last: Tensor = states[-1]
+        return last
+
+
+def make_requests(lengths: Sequence[int], hidden: int, tokens: bool, seed: int = 0) -> list[Tensor]:
+    """One request a length."""
+    g = torch.Generator().manual_seed(seed)
+    if tokens:
+        return [torch.randint(VOCABULARY, (n,), generator=g) for n in lengths]
+    return [torch.randn(n, hidden, generator=g) for n in lengths]
+
+
+def buckets_of(requests: Sequence[Tensor], width: int = WIDTH) -> list[list[int]]:
+    """Positions by length, in buckets of a width."""
+    found: dict[int, list[int]] = {}
+    for i, x in enumerate(requests):
+        found.setdefault((len(x) - 1) // width, []).append(i)
+    return list(found.values())
+
+
+def portions(count: int, size: int = BATCH) -> list[list[int]]:
+    """In the order of arrival."""
+    return [list(range(i, min(i + size, count))) for i in range(0, count, size)]
+
+
+class Torch:
+    """The ways of PyTorch."""
+
+    def __init__(self, model: LastState) -> None:
+        self.model = model
+
+    def padded(self, requests: Sequence[Tensor], batches: Sequence[Sequence[int]]) -> list[Tensor]:
+        """Batch by batch, padded to its longest."""
+        results: list[Any] = [None] * len(requests)
+        for batch in batches:
+            chosen = [requests[i] for i in batch]
+            states, _ = self.model.rnn(self.model.embedding(pad_sequence(chosen)))
+            last = torch.tensor([len(x) - 1 for x in chosen])
+            rows = states[last, torch.arange(len(chosen))]
+            for i, row in zip(batch, rows.unbind(), strict=True):
+                results[i] = row
+        return results
+
+    def packed(self, requests: Sequence[Tensor]) -> list[Tensor]:
+        """All at once, packed."""
+        packed = pack_sequence(list(requests), enforce_sorted=False)
+        embedded = self.model.embedding(packed.data)
+        _, state = self.model.rnn(packed._replace(data=embedded))
+        last: Tensor = state[0] if isinstance(state, tuple) else state
+        return list(last[0].unbind())
+
+    def shrinking(self, requests: Sequence[Tensor]) -> list[Tensor]:
+        """Steps by hand over a batch that shrinks as sequences end, the input product first."""
+        rnn, order = self.model.rnn, sorted(range(len(requests)), key=lambda i: -len(requests[i]))
+        packed = pack_sequence([requests[i] for i in order])
+        weights = dict(rnn.named_parameters())
+        w_ih, w_hh = weights["weight_ih_l0"].t(), weights["weight_hh_l0"].t()
+        inputs = torch.addmm(weights["bias_ih_l0"], self.model.embedding(packed.data), w_ih)
+        h = inputs.new_zeros(len(order), rnn.hidden_size)
+        c, at = h.clone(), 0
+        for n in packed.batch_sizes.tolist():
+            x = inputs[at : at + n]
+            at += n
+            g = torch.addmm(weights["bias_hh_l0"], h[:n], w_hh)
+            if isinstance(rnn, nn.LSTM):
+                i, f, z, o = (x + g).chunk(4, 1)
+                torch.add(f.sigmoid_() * c[:n], i.sigmoid_() * z.tanh_(), out=c[:n])
+                torch.mul(o.sigmoid_(), c[:n].tanh(), out=h[:n])
+            else:
+                (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), g.chunk(3, 1)
+                r, z = (xr + hr).sigmoid_(), (xz + hz).sigmoid_()
+                new = (xn + r * hn).tanh_()
+                h[:n] = new + z * (h[:n] - new)
+        results: list[Any] = [None] * len(order)
+        for k, row in zip(order, h.unbind(), strict=True):
+            results[k] = row
+        return results
+
+
+def recurrent_case(
+    kind: Kind, hidden: int, tokens: bool, lengths: Sequence[int], backend: str = "auto"
+) -> Case:
+    """Every way that runs here."""
+    torch.manual_seed(0)
+    model = LastState(kind, hidden, tokens).eval().requires_grad_(False)
+    requests = make_requests(lengths, hidden, tokens)
+    count, sample = len(requests), min(SAMPLE, len(requests))
+    torch_ways, compiled = Torch(model), compile(model, backend=backend)  # type: ignore[arg-type]
+    ways = [
+        Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
+        Way(BUCKETS, lambda: torch_ways.padded(requests, buckets_of(requests))),
+        Way(
+            f"PyTorch, padded {BATCH} in arrival order",
+            lambda: torch_ways.padded(requests, portions(count)),
+        ),
+        Way(f"PyTorch, packed {count}", lambda: torch_ways.packed(requests)),
+        Way("PyTorch, steps by hand, a shrinking batch", lambda: torch_ways.shrinking(requests)),
+    ]
+    missing = {}
+    if why := why_not():
+        missing = {ONNX_BUCKETS: why, ONNX_ALONE: why}
+    else:
+        session = RecurrentSession(model.rnn)
+        embedded = [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests]
+        ways += [
+            Way(ONNX_BUCKETS, lambda: session.padded(embedded, buckets_of(requests))),
+            Way(ONNX_ALONE, lambda: session.padded(embedded, [[i] for i in range(sample)]), sample),
+        ]
+    ways.append(Way(CELLC, lambda: compiled.map(requests)))
+    inputs = "tokens" if tokens else "vectors"
+    title = f"{kind.upper()}, {hidden} units, {count} requests at once, {inputs} in"
+    return Case(title, count, ways, BUCKETS, missing=missing, close=compiled.close)
+
+
+def alone_case(kind: Kind, hidden: int, length: int, backend: str = "auto") -> Case:
+    """One request of `length` steps, and nothing else."""
+    torch.manual_seed(0)
+    model = LastState(kind, hidden, False).eval().requires_grad_(False)
+    (x,) = make_requests([length], hidden, False)
+    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    ways, missing, base = [Way("PyTorch", lambda: [model(x)])], {}, "PyTorch"
+    if why := why_not():
+        missing["onnxruntime"] = why
+    else:
+        session, row = RecurrentSession(model.rnn), np.ascontiguousarray(x.numpy())
+        ways.append(Way("onnxruntime", lambda: session.padded([row], [[0]])))
+        base = "onnxruntime"
+    ways.append(Way(CELLC, lambda: [compiled(x)]))
+    title = f"{kind.upper()}, {hidden} units, one request of {length} vectors alone"
+    return Case(title, 1, ways, base, missing=missing, close=compiled.close)
