@@ -39,6 +39,7 @@ from cellc.ticket import Counters, Ticket, bad_index, out_of_range
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+PATIENT_ALONE, PATIENT = 64, 2  # launches that few calls of a deep cell wait for more, likewise
 HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
 
 
@@ -575,6 +576,7 @@ class Engine:
         return errors
 
     def _schedule(self) -> Batch | None:
+        self._scheduler.patience = PATIENT if self._futures else PATIENT_ALONE
         chosen = self._scheduler.peek()
         if chosen is None:
             return None

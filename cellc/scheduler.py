@@ -10,7 +10,7 @@ runs launches first in, first out.
 Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready
 calls fill its largest batch first; else what such a launch left behind, so that requests that came
 together stay together; else the deepest cell with ready calls, since it brings requests nearer to
-their end. `fifo`: the cell whose oldest ready call has waited longest.
+their end, but for a while a cell with many times as many: more may join the few. `fifo`: the cell whose oldest ready call has waited longest.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ from cellc.regions import Flat
 I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
 SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
+
+FEW = 4  # times as many ready calls elsewhere make those of a cell few
 
 _NONE = np.zeros(0, np.int32)
 
@@ -106,6 +108,7 @@ class Scheduler:
         self._requests: dict[int, tuple[Plan, int]] = {}  # plan, first call
         self._left = np.zeros(64, np.int64)
         self._tick = 0
+        self.patience = 64  # launches that few calls of a deep cell wait for more
         self._rest = (-1, 0)  # the cell of a full launch, and how many ready calls it left behind
 
     @property
@@ -250,7 +253,13 @@ class Scheduler:
         candidates = full or [c for c, _ in ready]
         if not full and self._rest[1] and self._rest[0] in candidates:
             return self._rest[0]
-        return max(candidates, key=lambda c: (self.priority.get(c, 0), -c))
+        deepest = max(candidates, key=lambda c: (self.priority.get(c, 0), -c))
+        if not full:
+            largest, queue = max(ready, key=lambda item: (item[1].size, -item[0]))
+            few = self._queues[deepest]
+            if queue.size >= FEW * few.size and self._tick - few.since[0] < self.patience:
+                return largest
+        return deepest
 
     def _note_rest(self, cell: int) -> None:
         """Before a launch of a cell: what it leaves behind, of calls that are ready now."""

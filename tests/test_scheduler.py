@@ -304,6 +304,21 @@ def test_what_a_full_batch_left_goes_before_a_deeper_cell() -> None:
     engine.drain()
 
 
+def test_few_calls_of_a_deep_cell_wait_for_more() -> None:
+    picked = {}
+    for patience in (0, 1, 64):
+        engine = Engine([two_layers(1), two_layers(8)], 512, "cellular")
+        engine.scheduler.patience = patience
+        a, b = (engine.tables.cell(cell) for cell in (A, B))
+        engine.add(0, 1)
+        engine.launch()
+        engine.add(1, 1)  # eight calls of A, beside one of B
+        picked[patience] = [(x.cell, len(x.calls)) for x in iter(engine.launch, None)]
+        engine.drain()
+    assert picked[0] == picked[1] == [(b, 1), (a, 8), (b, 8)]
+    assert picked[64] == [(a, 8), (b, 9)]
+
+
 def test_first_come_first_served() -> None:
     engine, a, b = started("fifo", 6)
     picked = [batch.cell for batch in iter(engine.launch, None)]
