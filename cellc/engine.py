@@ -605,7 +605,9 @@ class Engine:
         """Run a batch; returns the requests that failed, with why."""
         start = time.perf_counter()
         try:
-            invalid = self.compiler.kernel(batch.cell)(launch, self._arenas)
+            kernel = self.compiler.kernel(batch.cell)
+            start = time.perf_counter()  # it may have been made just now
+            invalid = kernel(launch, self._arenas)
         except Exception as error:
             requests = self._scheduler.requests_of(batch.calls)
             return dict.fromkeys(np.unique(requests).tolist(), error)

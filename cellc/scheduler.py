@@ -10,7 +10,8 @@ runs launches first in, first out.
 Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready
 calls fill its largest batch first; else what such a launch left behind, so that requests that came
 together stay together; else the deepest cell with ready calls, since it brings requests nearer to
-their end, but for a while a cell with many times as many: more may join the few. `fifo`: the cell whose oldest ready call has waited longest.
+their end, but for a while a cell with many times as many: more may join the few. `fifo`: the cell
+whose oldest ready call has waited longest.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
-from cellc.errors import ValueReadError
+from cellc.errors import UnsupportedError, ValueReadError
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.forests import Wanted
 from cellc.legs import Entry
@@ -109,10 +109,12 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
 
 
 def _size(compiled: Compiled) -> tuple[int, int]:
-    """Nodes and edges of the traced request; of its cell calls, where its values decide shapes."""
+    """Nodes and edges of the traced request; of its cell calls, where no trace can show it: its
+    values decide shapes, or it draws random numbers.
+    """
     try:
         graph = compiled.graph
-    except ValueReadError:
+    except (ValueReadError, UnsupportedError):
         calls = compiled._compiler.calls
         assert calls is not None
         groups = calls.groups

@@ -159,7 +159,12 @@ def _ruled(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Form | Non
 
 def _dtypes_fit(name: str, dtypes: Sequence[torch.dtype]) -> bool:
     if name == "embedding":
-        return dtypes[1] in (torch.int64, torch.int32)
+        if dtypes[1] not in (torch.int64, torch.int32):  # torch 2.11's meta kernel lets it pass
+            raise RuntimeError(
+                "Expected tensor for argument #1 'indices' to have one of the following scalar "
+                f"types: Long, Int; but got {dtypes[1]} instead"
+            )
+        return True
     same = len(set(dtypes)) == 1
     if name in ("mm", "bmm", "mv") and not same:  # torch's meta kernels let it pass
         first, second = (str(d).removeprefix("torch.") for d in dtypes[:2])

@@ -315,7 +315,8 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if _draws(func, args):
             raise UnsupportedError(
                 what=f"drawing random numbers (torch.{name})",
-                remedy="draw them before the call and pass them as an argument",
+                remedy="pass a torch.Generator in the request and give it as generator=, or draw "
+                "them before the call and pass them as an argument",
                 origin=self.origin(),
             )
         if func.namespace == "profiler":

@@ -83,6 +83,7 @@ class _Printer:
         self.program, self.cell = program, program.cell
         self.wants: list[Want] = []
         self.names: dict[Ref, str] = {}
+        self._taken: dict[str, int] = {}  # names, and the last number given to one
 
     def text(self) -> str:
         stages = [self._stage(i, s) for i, s in enumerate(self.program.stages)]
@@ -134,14 +135,17 @@ class _Printer:
         """A C++ identifier, distinct from those of the other rows."""
         if ref not in self.names:
             name = re.sub(r"\W", "_", self.program.name_of(ref).lstrip("@"))
-            taken = set(self.names.values())
             bad = (
                 name in KEYWORDS or name.isupper() or re.fullmatch(r"\d.*|([iv]|row)\d+|[tr]", name)
             )
             name = f"{name}_" if bad else name
-            self.names[ref] = next(
-                n for n in (name, *(f"{name}_{k}" for k in range(2, 10**6))) if n not in taken
-            )
+            unique, count = name, self._taken.get(name, 1)
+            while unique in self._taken:
+                count += 1
+                unique = f"{name}_{count}"
+            self._taken[name] = count
+            self._taken.setdefault(unique, 1)
+            self.names[ref] = unique
         return self.names[ref]
 
     def _declare(self, ref: Ref, writes: bool) -> str:

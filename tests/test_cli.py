@@ -180,3 +180,20 @@ def test_graph(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "tokens" in text and "rnn.l0" in text and "7 calls" in text
     if name.endswith(".svg"):
         ElementTree.fromstring(text)
+
+
+def test_inspect_a_model_that_draws(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "draws.py").write_text(
+        "import torch\nfrom torch import nn\n\n\n"
+        "class Model(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.linear = nn.Linear(4, 5)\n\n"
+        "    def forward(self, x, g):\n"
+        "        return torch.multinomial(torch.softmax(self.linear(x), -1), 1, generator=g)\n\n\n"
+        "model = Model().eval()\n\n\n"
+        "def example_inputs():\n"
+        "    return [(torch.ones(4), torch.Generator().manual_seed(i)) for i in range(3)]\n"
+    )
+    assert main(["inspect", "draws.py:model", "--backend", "eager", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cells"]
