@@ -634,7 +634,7 @@ def _alike(got: Any, want: Any) -> bool:
 def _noted(error: BaseException, number: int, count: int) -> Any:
     """The error, saying which request of `map` it is about (Python 3.11 and later print that)."""
     if hasattr(error, "add_note") and count > 1:
-        error.add_note(f"in request {number} of the {count} given to map")
+        error.add_note(f"in request {number} of the {count} given at once")
     return error
 
 

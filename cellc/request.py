@@ -104,9 +104,14 @@ class Arguments:
         except TypeError as error:
             names = ", ".join(self.names)
             strange = [k for k in kwargs if k not in self.names]
+            got = str(error).removeprefix("got ")
+            if strange:
+                got = "an unknown keyword"
+            elif got.startswith("missing"):
+                got = "nothing"
             raise RequestError(
                 argument=", ".join(strange) or _culprit(str(error), self.names),
-                got="an unknown keyword" if strange else str(error).removeprefix("got "),
+                got=got,
                 expected=f"a call of forward({names})",
             ) from None
         return bound.args, bound.kwargs

@@ -368,7 +368,7 @@ WRONG: dict[str, tuple[tuple[Any, ...], dict[str, Any], str]] = {
     "negative": ((torch.tensor([1, 2, -3]),), {}, rf"words.*-3 at position 2.*\[0, {V}\)"),
     "a string": (("text",), {}, "words.*'text'.*tensor"),
     "a list": (([torch.tensor([1])],), {}, "words.*list|words.*tensor"),
-    "missing": ((), {}, "words.*missing.*forward"),
+    "missing": ((), {}, "words.*nothing.*forward"),
     "extra": ((torch.tensor([1]), 1.0, 2), {}, "too many.*forward"),
     "unknown keyword": ((torch.tensor([1]),), {"speed": 2}, "speed.*forward"),
     "twice": ((torch.tensor([1]),), {"words": torch.tensor([1])}, "words.*multiple.*forward"),
@@ -428,7 +428,7 @@ def test_errors_in_place_of_results(model: Words, compiled: cellc.Compiled) -> N
     with pytest.raises(cellc.CellcError) as error:
         compiled.map(requests)
     if sys.version_info >= (3, 11):
-        assert error.value.__notes__ == ["in request 1 of the 5 given to map"]
+        assert error.value.__notes__ == ["in request 1 of the 5 given at once"]
 
 
 def test_errors_in_place_of_batches() -> None:
