@@ -232,8 +232,11 @@ class Unfolder:
         rows: Sequence[tuple[StubType, int]],
         is_cell: bool,
         lists: bool,
+        called: bool,
     ) -> Study | None:
         traced = self.tools.trace_alone(alone, [_example(t, self.device) for t, _ in rows])
+        if called and traced.escaped:  # its body keeps tensors elsewhere: it has to run each time
+            return None
         kept, spec = traced.outputs
         for kind, value in kept:
             if kind == "v" and not isinstance(value, (int, float, bool, str, type(None))):

@@ -54,6 +54,10 @@ class Repeats(Writer):
         self._spare = SPARE
         self._thread = 0
 
+    def num_decided(self) -> int:
+        """How often the run asked for a value, drew or yielded so far."""
+        return 0
+
     def reset(self) -> None:
         super().reset()
         for memo in self.memos.values():
@@ -115,8 +119,12 @@ class Repeats(Writer):
         """Run a call's body, and keep what it did."""
         self._cut()
         first_event, start = len(self._events), self.next_row
+        before = self.num_decided()
         result = callee.run(*args)
         self._cut()
+        if self.num_decided() != before:  # another time it may go elsewhere
+            self.distrust(callee)
+            return result
         if self._events and len(self._events) - first_event > MAX_INSTANCES:
             return result
         relative = Relative(Bases(*bases), self.data, start)

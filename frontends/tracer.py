@@ -19,6 +19,7 @@ import inspect
 import os
 import sys
 import sysconfig
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -169,6 +170,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._scopes: list[Hashable] = []
         self._origin = ""  # of operations that no frame of the user's is behind
         self._keep: list[torch.Tensor] = []
+        self.made: list[weakref.ref[Placeholder]] = []
         self.values: deque[Any] = deque()  # what will be read, in order
         self.reading = False  # values are given: the forward may read, and yield
         self.refused: CellcError | None = None  # the first operation refused, whoever catches it
@@ -184,6 +186,7 @@ class Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """A tensor that stands for a graph value."""
         made = Placeholder(form)
         made.tracked = _Tracked(value, owner=self.mark)
+        self.made.append(weakref.ref(made))
         return made
 
     def _of(self, tensor: torch.Tensor) -> _Tracked:
@@ -637,6 +640,7 @@ class Trace:
     captured: dict[str, torch.Tensor]
     reads_weights: bool
     may_branch: bool  # may the forward take another path at another size?
+    escaped: bool  # does something outside still hold a tensor that was made in it?
 
 
 def trace(
@@ -682,12 +686,15 @@ def trace(
         else:
             kept.append(("v", leaf))
     tracer.graph.outputs = outputs
+    leaf = result = None
+    del call_args, call_kwargs, out_leaves
     return Trace(
         tracer.graph,
         (kept, out_spec),
         tracer.captured,
         tracer.reads_weights,
         codes.may_branch(),
+        any(made() is not None for made in tracer.made),
     )
 
 

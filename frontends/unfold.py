@@ -79,7 +79,7 @@ class Recorder(InPlace):
     def __init__(
         self,
         study: Callable[
-            [Callable[..., Any], Sequence[tuple[StubType, int]], bool, bool], Study | None
+            [Callable[..., Any], Sequence[tuple[StubType, int]], bool, bool, bool], Study | None
         ],
         device: torch.device,
     ) -> None:
@@ -182,6 +182,9 @@ class Recorder(InPlace):
         if type(x) is not Stub:
             raise CannotUnfold("a stack of stacks is returned")
         return x.id
+
+    def num_decided(self) -> int:
+        return len(self.asked) + len(self.draws) + len(self.yields)
 
     def _runs(self) -> bool:
         return self.on or stubs.current.learning
@@ -454,11 +457,13 @@ class Recorder(InPlace):
         marked_calls = stubs.current.marked_calls
         try:
             lists = any(count == 1 for _, count in inputs)
-            study = self._study(alone, rows, callee is not None and callee.own, lists)
+            called = callee is not None
+            own = callee is not None and callee.own
+            study = self._study(alone, rows, own, lists, called)
             if study is None and callee is not None and callee.marked:
                 holds_cells = callee.holds_cells or stubs.current.marked_calls > marked_calls
                 if not holds_cells:  # it is a cell because the user says so, loops and all
-                    study = self._study(alone, rows, False, lists)
+                    study = self._study(alone, rows, False, lists, called)
         except (CannotUnfold, CellcError) as error:
             if callee is None and isinstance(error, ValueReadError):
                 self.ops[key] = _Reads(f"{name} reads a value")
