@@ -241,7 +241,7 @@ def measure(console: Console, limit: int, rounds: int) -> Table:
         run(PACKAGE, lambda: [pronounce(package, word) for word in words[:SAMPLE]])
         run(PADDED, lambda: padded(model, letters, masked), (1, threads))
         run(DROPPING, lambda: padded(model, letters, dropping), (1, threads))
-        with cellc.compile(model) as compiled:
+        with cellc.compile(model, max_batch=2048) as compiled:
             compiled.map([(encode(word),) for word in warm_up])  # kernels are compiled here
             run("cellc, words never seen", lambda: compiled.map(requests))
             run("cellc, seen", lambda: compiled.map(requests))
