@@ -490,7 +490,9 @@ class Compiler:
         call = Copier(lambda leaf, _: leaf.to(self.device, copy=True)).call(args, kwargs)
         with _TRACING, evaluating(self.model), torch.no_grad(), self._placing():
             result = self.forward(*call[0], **call[1])
-            return list(result) if inspect.isgenerator(result) else result
+            if not inspect.isgenerator(result):
+                return result
+            return [pytree.tree_map(_as_yielded, piece) for piece in result]
 
     def _placing(self) -> AbstractContextManager[Any]:
         """Inside, tensors made without a device are on the model's."""
@@ -779,6 +781,11 @@ def _shapes_of(args: Any, kwargs: Any) -> tuple[Any, Any]:
         return torch.zeros((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape)
 
     return Copier(shape).call(args, kwargs)
+
+
+def _as_yielded(leaf: Any) -> Any:
+    """A part of a piece, which a generator may change after it yielded it."""
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf
 
 
 def _forms(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[Any, ...]]:

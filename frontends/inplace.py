@@ -277,6 +277,8 @@ class InPlace(Asker):
         if holds_read((args, kwargs)):
             args, kwargs = self.without_reads(getattr(torch.Tensor, name), args, kwargs)
         if name == "__setitem__":
+            if self._selected_there(x, *args):
+                return x  # `x[t] += v`: it was written through what `x[t]` is
             index = _by_tensors(args[0])
             if type(index) in (Stub, tuple):
                 index = _by_rows(index)
@@ -379,6 +381,19 @@ class InPlace(Asker):
             ):
                 raise CannotUnfold(_MIXED, line_of(frame))
         return False
+
+    @staticmethod
+    def _selected_there(x: Stub, index: Any, value: Any) -> bool:
+        """Is a value what this index of numbers in tensors selects of `x`?"""
+        place: Place | None = getattr(value, "place", None)
+        if place is None or place.again is None or place.again[0] is not x:
+            return False
+        parts = index if type(index) is tuple else (index,)
+        kept = place.again[1] if type(place.again[1]) is tuple else (place.again[1],)
+        return len(parts) == len(kept) and all(
+            a.id == b.id if type(a) is type(b) is Stub else type(a) is type(b) and a == b
+            for a, b in zip(parts, kept, strict=True)
+        )
 
     def _region(self, x: Stub, place: Place, index: Any) -> tuple[Place, tuple[int, ...]]:
         """What of a tensor an index chooses."""

@@ -154,6 +154,8 @@ class Recorder(InPlace):
         tensors: list[tuple[list[int], OutType]] = []
         kept: list[tuple[str, Any]] = []
         for leaf in leaves:
+            if _is_weight(leaf):
+                leaf = self._as_row(leaf)
             kind = type(leaf)
             if kind is Stub:
                 kept.append(("t", len(tensors)))

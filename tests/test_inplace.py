@@ -620,3 +620,29 @@ def test_common_programs_are_right(steps: list[tuple[int, str, str]], mode: str)
         check(mode, program(steps), right=mode != "reads")
     except cellc.UnsupportedError as error:
         assert "columns are held" in str(error)
+
+
+def test_counts_at_places_that_values_name() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate = nn.Linear(4, 3)
+            self.experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(3)])
+
+        def forward(self, xs: Tensor) -> Any:
+            load, h, out = torch.zeros(3), torch.zeros(4), []
+            for x in xs:
+                k = self.gate(x + h).argmax()
+                load[k] += 1
+                load[k] *= 1.5
+                h = torch.tanh(self.experts[int(k)](x))
+                out.append(h)
+            return torch.stack(out), load
+
+    torch.manual_seed(0)
+    model = Experts().eval()
+    requests = [torch.randn(n, 4) for n in (1, 2, 3, 5, 2, 4)]
+    with cellc.compile(model, backend="eager") as compiled, torch.no_grad():
+        for _ in range(2):
+            for x, got in zip(requests, compiled.map(requests), strict=True):
+                torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)

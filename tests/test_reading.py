@@ -510,3 +510,24 @@ def test_little_programs(bounds: list[float], most: int, seed: int) -> None:
             want, steps = model(x)
             torch.testing.assert_close(h, want, rtol=1e-4, atol=1e-5)
             assert trail == steps
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+def test_a_weight_is_returned(shape: tuple[int, ...]) -> None:
+    class Default(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.default = nn.Linear(4, 3), nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Any:
+            n = self.linear(x).sum()
+            return (self.default, n.item()) if n > 0 else (self.default + n, 1.0)
+
+    torch.manual_seed(0)
+    model = Default().eval()
+    requests = [torch.randn(4) for _ in range(8)]
+    with cellc.compile(model, backend="eager") as compiled, torch.no_grad():
+        for _ in range(2):
+            for x, got in zip(requests, compiled.map(requests), strict=True):
+                torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
+                got[0].zero_()  # no weight's memory

@@ -303,3 +303,24 @@ def test_a_forward_that_returns_is_no_stream() -> None:
     with cellc.compile(nn.Linear(3, 2).eval(), backend="eager") as compiled:
         with pytest.raises(cellc.UnsupportedError, match="yield"):
             compiled.stream(torch.randn(3))
+
+
+def test_a_piece_that_the_generator_changes_later() -> None:
+    def growing(x: Tensor) -> Iterator[list[Tensor]]:
+        found: list[Tensor] = []
+        while len(found) < 4:
+            x = torch.sin(x) * 2
+            found.append(x)
+            yield found
+            if x.sum() > 0.5:
+                return
+
+    generator = torch.Generator().manual_seed(0)
+    requests = [torch.randn(3, generator=generator) for _ in range(10)]
+    with cellc.compile(growing, backend="eager") as compiled:
+        for x in requests:
+            for count, (piece, want) in enumerate(
+                zip(compiled.stream(x), growing(x), strict=True), 1
+            ):
+                assert len(piece) == count
+                torch.testing.assert_close(piece, want)
