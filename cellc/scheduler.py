@@ -110,7 +110,7 @@ class Scheduler:
         self._left = np.zeros(64, np.int64)
         self._tick = 0
         self.patience = 64  # launches that few calls of a deep cell wait for more
-        self._rest = (-1, 0)  # the cell of a full launch, and how many ready calls it left behind
+        self._cut = -1  # the cell of a full launch that left ready calls behind
 
     @property
     def num_ready(self) -> int:
@@ -217,8 +217,11 @@ class Scheduler:
         if cell is None:
             return None
         self._tick += 1
-        self._note_rest(cell)
         heads = self._queues[cell].pop(self.max_batch)
+        if self._queues[cell].size:
+            self._cut = cell
+        elif cell == self._cut:
+            self._cut = -1
         calls, steps, ends = self._expand(heads, max_steps)
         rows = self._table.data[calls]
         slots = self.entries[rows[:, RECORD] + self._span(cell)]
@@ -252,8 +255,8 @@ class Scheduler:
             return min(ready, key=lambda item: (item[1].since[0], item[0]))[0]
         full = [c for c, q in ready if q.size >= self.max_batch]
         candidates = full or [c for c, _ in ready]
-        if not full and self._rest[1] and self._rest[0] in candidates:
-            return self._rest[0]
+        if not full and self._cut in candidates:
+            return self._cut
         deepest = max(candidates, key=lambda c: (self.priority.get(c, 0), -c))
         if not full:
             largest, queue = max(ready, key=lambda item: (item[1].size, -item[0]))
@@ -261,14 +264,6 @@ class Scheduler:
             if queue.size >= FEW * few.size and self._tick - few.since[0] < self.patience:
                 return largest
         return deepest
-
-    def _note_rest(self, cell: int) -> None:
-        """Before a launch of a cell: what it leaves behind, of calls that are ready now."""
-        left = self._queues[cell].size - self.max_batch
-        if left > 0:
-            self._rest = cell, left
-        elif cell == self._rest[0]:
-            self._rest = -1, 0
 
     def _expand(
         self, heads: npt.NDArray[np.int64], max_steps: int | None

@@ -168,14 +168,14 @@ class TritonKernel:
             return tuple
         largest = int(np.diff(launch.steps).max())
         tables, bases = self._upload(launch)
-        bad = torch.zeros(launch.num_rows if self.reports else 0, dtype=torch.int32)
-        bad = bad.to(self.device)
+        flags = launch.num_rows if self.reports else 0
         steps = [
             (start, stop - start) for start, stop in pairwise(launch.steps.tolist()) if stop > start
         ]
 
         def run() -> Sequence[int]:
             self._grow(largest)
+            bad = torch.zeros(flags, dtype=torch.int32, device=self.device)
             calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
             with np.errstate(all="ignore"), _current(self.device):  # the interpreter is numpy
                 for start, count in steps:

@@ -130,6 +130,19 @@ def test_bad_rows_are_reported_and_spoil_no_other() -> None:
         assert (list(bad), len(bad), bad[0], bad[1:]) == ([2, 8], 2, 2, [8])
 
 
+def test_a_bound_launch_reports_what_this_run_found() -> None:
+    cell = kc.embedding_cell(6, 7)
+    run = kc.make_run(cell, 10)
+    tokens, table = run.arenas[cell.inputs[0].type], run.slots(0)
+    bound = TritonBackend("cpu").kernel(cell, kc.random_params(cell)).bind(run.launch, run.arenas)
+    good = tokens[int(table[3])].clone()
+    assert list(bound()) == []
+    tokens[int(table[3])] = 99
+    assert list(bound()) == [3]
+    tokens[int(table[3])] = good
+    assert list(bound()) == []
+
+
 def test_ragged_vectors_empty_and_long() -> None:
     b = kc.Builder()
     rows, flags = b.input("rows", 3, ragged=True), b.input("flags", 2, dtype="bool", ragged=True)

@@ -17,10 +17,12 @@ from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
 from cellc.bench.case import Case, Way
 from cellc.bench.onnx_peer import RecurrentSession, why_not
+from cellc.demo_padded import MAX_BATCH as BATCH
+from cellc.demo_padded import WIDTH, make_buckets
 from cellc.entry import compile
 
 Kind = Literal["lstm", "gru"]
-VOCABULARY, WIDTH, BATCH, SAMPLE = 1000, 10, 64, 64
+VOCABULARY, SAMPLE = 1000, 64
 BUCKETS = f"PyTorch, buckets of {WIDTH}"
 ALONE = "PyTorch, one at a time"
 ONNX_ALONE = "onnxruntime, one at a time"
@@ -50,12 +52,9 @@ def make_requests(lengths: Sequence[int], hidden: int, tokens: bool, seed: int =
     return [torch.randn(n, hidden, generator=g) for n in lengths]
 
 
-def buckets_of(requests: Sequence[Tensor], width: int = WIDTH) -> list[list[int]]:
-    """Positions by length, in buckets of a width."""
-    found: dict[int, list[int]] = {}
-    for i, x in enumerate(requests):
-        found.setdefault((len(x) - 1) // width, []).append(i)
-    return list(found.values())
+def buckets_of(requests: Sequence[Tensor]) -> list[list[int]]:
+    """Positions by length, in buckets of WIDTH."""
+    return make_buckets([len(x) for x in requests])
 
 
 def portions(count: int, size: int = BATCH) -> list[list[int]]:
