@@ -26,6 +26,7 @@ import torch
 from cellc import background, log
 from cellc.compiler import Compiler
 from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, distinct, twin
+from cellc.kernels.native import find_advance
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
@@ -59,7 +60,9 @@ class Engine:
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
-        self._scheduler = Scheduler(max_batch=max_batch or 512, policy=policy)
+        self._scheduler = Scheduler(
+            max_batch=max_batch or 512, policy=policy, advance=find_advance()
+        )
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
@@ -850,7 +853,6 @@ class Engine:
         ticket.result, ticket.error = result, error
         if ticket.before_end is not None:
             ticket.before_end(ticket)
-            error = ticket.error
         ticket.done = True
         ticket.tensors = ()
         if ticket.told is not None:
@@ -858,7 +860,7 @@ class Engine:
         if not ticket.trial:
             counters = self.counters
             counters.requests += 1
-            counters.failed += error is not None
+            counters.failed += ticket.error is not None
             counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
         if ticket.future is not None:
             self._futures -= ticket.started

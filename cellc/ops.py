@@ -46,6 +46,13 @@ class RowType:
     shape: Shape
     dtype: str
 
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.shape, self.dtype))
+
+    def __hash__(self) -> int:  # a key wherever rows are placed: taken once
+        return self._hash
+
     @property
     def numel(self) -> int:
         return math.prod(self.shape)

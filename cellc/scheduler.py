@@ -2,7 +2,7 @@
 
 Duty: hold every live request's calls as flat arrays, and decide launches. Pure: no torch, no
 threads, no clock of its own; numpy in, numpy out. The engine admits requests with `add`, asks
-`next` for launches and runs them in order.
+`next` for launches and runs them in order. What a launch means for the arrays is `cellc.advance`.
 
 A call's successors are told at once when it is scheduled, before its kernel has run: one worker
 runs launches first in, first out.
@@ -24,21 +24,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from cellc.advance import SCHEDULED, Advance, advance
 from cellc.plan import (
     CELL,
-    CHAIN,
-    EDGES,
-    EVENT,
     FIRST_CALL,
     FIRST_ENTRY,
     MISSING,
     NUM_COLUMNS,
-    NUM_SUCCESSORS,
     NUMBER,
-    RECORD,
     REGION,
     REQUEST,
-    SUCCESSOR,
     Plan,
     ragged_range,
 )
@@ -46,11 +41,7 @@ from cellc.regions import Flat
 
 I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
-SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
-
 FEW = 4  # times as many ready calls elsewhere make those of a cell few
-
-_NONE = np.zeros(0, np.int32)
 
 Policy = Literal["cellular", "fifo"]
 
@@ -100,8 +91,10 @@ class _Queue:
 class Scheduler:
     """See the module. `record_lengths` and `priority` are looked up by cell number and may grow."""
 
-    def __init__(self, *, max_batch: int = 512, policy: Policy = "cellular") -> None:
-        self.max_batch, self.policy = max_batch, policy
+    def __init__(
+        self, *, max_batch: int = 512, policy: Policy = "cellular", advance: Advance = advance
+    ) -> None:
+        self.max_batch, self.policy, self._advance = max_batch, policy, advance
         self.record_lengths: dict[int, int] = {}
         self.priority: dict[int, int] = {}
         self._table = Flat(np.zeros((8192, NUM_COLUMNS), np.int32))  # blocks of plans
@@ -222,25 +215,18 @@ class Scheduler:
             self._cut = cell
         elif cell == self._cut:
             self._cut = -1
-        calls, steps, ends = self._expand(heads, max_steps)
-        rows = self._table.data[calls]
-        slots = self.entries[rows[:, RECORD] + self._span(cell)]
-        self._wake(calls, rows, ends)
-        events, requests = rows[:, EVENT], rows[:, REQUEST]
-        if events.any():
-            having = events > 0
-            events, answering = events[having], requests[having]
-        else:
-            events = answering = _NONE
-        return Batch(cell, calls, steps, slots, self._finish(requests), events, answering)
+        done = self._advance(
+            self._table.data, self._left, heads, max_steps, self.record_lengths[cell]
+        )
+        self._push(done.ready)
+        return Batch(
+            cell, done.calls, done.steps, done.slots, done.finished, done.events, done.answering
+        )
 
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
         """The request of each call."""
         requests: I32 = self._table.data[calls, REQUEST]
         return requests
-
-    def _span(self, cell: int) -> npt.NDArray[np.int64]:
-        return np.arange(self.record_lengths[cell])[:, None]
 
     def peek(self) -> tuple[int, int] | None:
         """(cell, rows) of what `next` would launch."""
@@ -265,48 +251,6 @@ class Scheduler:
                 return largest
         return deepest
 
-    def _expand(
-        self, heads: npt.NDArray[np.int64], max_steps: int | None
-    ) -> tuple[npt.NDArray[np.int64], I32, npt.NDArray[np.int64]]:
-        """Follow chains: (calls step by step, offsets of the steps, the chains' last calls)."""
-        table = self._table.data
-        lengths = table[heads, CHAIN]
-        longest = int(lengths.max())
-        if max_steps is not None:
-            longest = min(longest, max_steps)
-        if longest <= 1:
-            return heads, np.array([0, len(heads)], np.int32), heads
-        number = np.arange(longest)[:, None]
-        valid = number < lengths  # [K, B]
-        inside = heads + np.minimum(number[1:], lengths - 1)
-        follows = table[inside, MISSING] == table[inside, EDGES]
-        valid[1:] &= np.logical_and.accumulate(follows, 0)
-        counts = valid.sum(0)
-        order = np.argsort(-counts, kind="stable")
-        heads, counts = heads[order], counts[order]
-        sizes = np.searchsorted(-counts, -np.arange(counts[0]), "left")  # rows of step k
-        steps = np.zeros(len(sizes) + 1, np.int32)
-        np.cumsum(sizes, out=steps[1:])
-        calls = (heads + number[: len(sizes)])[number[: len(sizes)] < counts]
-        return calls, steps, heads + counts - 1
-
-    def _wake(self, calls: npt.NDArray[np.int64], rows: I32, ends: npt.NDArray[np.int64]) -> None:
-        """Tell successors; those that wait for nothing more are ready."""
-        table = self._table.data
-        missing = table[:, MISSING]
-        missing[calls] = SCHEDULED
-        following = ends[table[ends, CHAIN] > 1] + 1
-        missing[following] -= table[following, EDGES]
-        ready = following[missing[following] == 0]
-        counts = rows[:, NUM_SUCCESSORS]
-        if counts.any():
-            telling = np.flatnonzero(counts)
-            index = ragged_range(rows[telling, SUCCESSOR], counts[telling])
-            woken = self.entries[index]
-            np.subtract.at(missing, woken, 1)
-            ready = np.concatenate([ready, _unique(woken[missing[woken] == 0])])
-        self._push(ready)
-
     def _push(self, calls: npt.NDArray[np.int64]) -> None:
         if len(calls) == 0:
             return
@@ -322,16 +266,3 @@ class Scheduler:
         if cell not in self._queues:
             self._queues[cell] = _Queue()
         return self._queues[cell]
-
-    def _finish(self, requests: I32) -> list[int]:
-        np.subtract.at(self._left, requests, 1)
-        done = requests[self._left[requests] == 0]
-        return np.unique(done).tolist() if len(done) else []
-
-
-def _unique(calls: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
-    """Each call once, in order of first appearance."""
-    if len(calls) <= 1:
-        return calls
-    values, first = np.unique(calls, return_index=True)
-    return calls[np.sort(first)] if len(values) < len(calls) else calls

@@ -50,7 +50,8 @@ class Carry:
                 remedy=f"name arguments of the forward: {', '.join(names)}",
             )
         self.free = [name for name in names if name not in paths]  # given at each step
-        self._names = list(names)
+        self._carried = [name if name in paths else None for name in names]  # by argument
+        self._items = [(n, p[0][1]) for n, p in self.paths.items() if len(p) == 1]
 
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any
@@ -58,8 +59,7 @@ class Carry:
         """A step's arguments."""
         if not kwargs and len(args) == len(self.free) and len(state) == len(self.paths):
             following = iter(args)
-            paths = self.paths
-            return tuple([state[n] if n in paths else next(following) for n in self._names]), {}
+            return tuple([next(following) if n is None else state[n] for n in self._carried]), {}
         if len(args) > len(self.free) or not self.paths.keys().isdisjoint(kwargs):
             given = ", ".join([*map(str, range(len(args))), *kwargs])
             raise RequestError(
@@ -71,6 +71,11 @@ class Carry:
 
     def of(self, result: Any) -> dict[str, Any]:
         """The next step's state; tensors of its own, whatever the caller does to the result."""
+        if type(result) is tuple and len(self._items) == len(self.paths):
+            try:
+                return {name: _owned(result[place]) for name, place in self._items}  # type: ignore[index]
+            except (TypeError, IndexError):
+                pass  # said below
         return {name: _owned(_at(result, path, name)) for name, path in self.paths.items()}
 
 
@@ -187,7 +192,7 @@ class Session:
         with self._lock:
             if self._closed is not None or self._lifetime is not None:
                 self.check()
-            if self._busy:
+            if self._beginning or self._running is not None:
                 raise SessionBusy()
             self._beginning, state = True, self._state
         try:
@@ -212,15 +217,18 @@ class Session:
                     self._state = self._carry.of(ticket.result)
                 except Exception as error:
                     ticket.error = error
-            self._release(ticket)
+            self._released()
 
     def _release(self, ticket: Ticket) -> None:
         """A step does not run any more."""
         with self._lock:
             if self._running is ticket:
-                self._running = None
-                if self._lifetime is not None:
-                    self.used = time.monotonic()
+                self._released()
+
+    def _released(self) -> None:
+        self._running = None
+        if self._lifetime is not None:
+            self.used = time.monotonic()
 
     def check(self) -> None:
         """Raises SessionClosed where it cannot be used any more."""

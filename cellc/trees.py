@@ -39,7 +39,7 @@ class Dag:
         self.num_nodes = n = len(counts)
         if n == 0:
             raise RequestError(argument="children", got="no nodes", expected="at least one node")
-        outside = (flat < 0) | (flat >= n)
+        outside = flat.view(np.uint64) >= n  # below 0, too
         if outside.any():
             at = int(np.flatnonzero(outside)[0])
             node = int(np.searchsorted(np.cumsum(counts), at, "right"))
@@ -49,15 +49,25 @@ class Dag:
                 expected=f"indices of nodes, in [0, {n})",
             )
         self.counts, self.flat = counts, flat
-        self.starts = np.cumsum(counts) - counts
         self._key = (type(self).__name__, counts.tobytes(), flat.tobytes())
         self._hash = hash(self._key)
         self._check()
 
     def _check(self) -> None:
-        parents = np.repeat(np.arange(self.num_nodes), self.counts)
+        parents = np.arange(self.num_nodes).repeat(self.counts)
         if not ((self.flat < parents).all() or (self.flat > parents).all()):
             self.order  # noqa: B018  raises where there is a circle
+
+    @cached_property
+    def starts(self) -> Indices:
+        """Where the children of every node begin in `flat`."""
+        starts: Indices = self.counts.cumsum() - self.counts
+        return starts
+
+    @cached_property
+    def num_readers(self) -> Indices:
+        """How many nodes read each node (twice, where one reads it twice)."""
+        return np.bincount(self.flat, minlength=self.num_nodes)
 
     @cached_property
     def order(self) -> list[int]:
@@ -87,9 +97,7 @@ class Dag:
     @cached_property
     def results(self) -> Indices:
         """Nodes that no other reads, ascending."""
-        read = np.zeros(self.num_nodes, bool)
-        read[self.flat] = True
-        return np.flatnonzero(~read)
+        return np.flatnonzero(self.num_readers == 0)
 
     def children_of(self, node: int) -> list[int]:
         start = int(self.starts[node])
@@ -200,14 +208,14 @@ class Tree(Dag):
 
     def _check(self) -> None:
         super()._check()
-        shared = np.flatnonzero(np.bincount(self.flat, minlength=self.num_nodes) > 1)
-        if len(shared):
+        if self.num_readers.max() > 1:
+            shared = int(np.flatnonzero(self.num_readers > 1)[0])
             raise RequestError(
                 argument="children",
-                got=f"node {shared[0]} as a child twice",
+                got=f"node {shared} as a child twice",
                 expected="one parent a node; a cellc.Dag may share nodes",
             )
-        if len(self.results) != 1:
+        if len(self.flat) != self.num_nodes - 1:  # each a child once
             raise RequestError(
                 argument="children",
                 got=f"{len(self.results)} roots",
@@ -222,7 +230,8 @@ def _compressed(children: Any) -> tuple[Indices, Indices]:
     """(number of children of every node, all of them in a row)."""
     if isinstance(children, np.ndarray) and children.ndim == 2:
         there = children != -1
-        return there.sum(1).astype(np.int64), children[there].astype(np.int64)
+        counts = there.sum(1)
+        return counts, children[there].astype(counts.dtype, copy=False)
     rows = [np.asarray(row, np.int64).reshape(-1) for row in children]
     counts = np.array([len(row) for row in rows], np.int64)
     return counts, np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)

@@ -1,0 +1,124 @@
+"""Advance: what one launch means for the table of calls.
+
+Duty: from the calls that a launch begins with, follow their chains, look up the slots of all rows,
+tell successors, count down requests. The arithmetic of `cellc.scheduler`, which says what the table
+holds. `advance` is numpy; `kernels.native` has the same in C++ for machines with a compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from cellc.plan import (
+    CHAIN,
+    EDGES,
+    EVENT,
+    MISSING,
+    NUM_SUCCESSORS,
+    RECORD,
+    REQUEST,
+    SUCCESSOR,
+    ragged_range,
+)
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
+
+_NONE = np.zeros(0, np.int32)
+
+
+class Advanced(NamedTuple):
+    """What came of a launch's calls."""
+
+    calls: I64  # [N] global call numbers, step by step
+    steps: I32  # [K + 1] offsets into calls
+    slots: I32  # [record length, N]
+    ready: I64  # calls that wait for nothing more, each once
+    finished: Sequence[int]  # requests whose last call is among these, ascending
+    events: I32  # entries where events of the calls begin
+    answering: I32  # the request of each of these calls
+
+
+class Advance(Protocol):
+    """`heads` are ready calls of one cell, whose records have `length` entries; `table` [n, columns]
+    and `left` (calls that each request still has) are written to.
+    """
+
+    def __call__(
+        self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
+    ) -> Advanced: ...
+
+
+def advance(table: I32, left: I64, heads: I64, max_steps: int | None, length: int) -> Advanced:
+    """See `Advance`; by numpy."""
+    calls, steps, ends = _expand(table, heads, max_steps)
+    rows = table[calls]
+    entries = table.reshape(-1)
+    slots = entries[rows[:, RECORD] + np.arange(length)[:, None]]
+    ready = _wake(table, calls, rows, ends)
+    events, requests = rows[:, EVENT], rows[:, REQUEST]
+    if events.any():
+        having = events > 0
+        events, answering = events[having], requests[having]
+    else:
+        events = answering = _NONE
+    return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
+
+
+def _expand(table: I32, heads: I64, max_steps: int | None) -> tuple[I64, I32, I64]:
+    """Follow chains: (calls step by step, offsets of the steps, the chains' last calls)."""
+    lengths = table[heads, CHAIN]
+    longest = int(lengths.max())
+    if max_steps is not None:
+        longest = min(longest, max_steps)
+    if longest <= 1:
+        return heads, np.array([0, len(heads)], np.int32), heads
+    number = np.arange(longest)[:, None]
+    valid = number < lengths  # [K, B]
+    inside = heads + np.minimum(number[1:], lengths - 1)
+    follows = table[inside, MISSING] == table[inside, EDGES]
+    valid[1:] &= np.logical_and.accumulate(follows, 0)
+    counts = valid.sum(0)
+    order = np.argsort(-counts, kind="stable")
+    heads, counts = heads[order], counts[order]
+    sizes = np.searchsorted(-counts, -np.arange(counts[0]), "left")  # rows of step k
+    steps = np.zeros(len(sizes) + 1, np.int32)
+    np.cumsum(sizes, out=steps[1:])
+    calls = (heads + number[: len(sizes)])[number[: len(sizes)] < counts]
+    return calls, steps, heads + counts - 1
+
+
+def _wake(table: I32, calls: I64, rows: I32, ends: I64) -> I64:
+    """Tell successors; returns those that wait for nothing more."""
+    missing = table[:, MISSING]
+    missing[calls] = SCHEDULED
+    following = ends[table[ends, CHAIN] > 1] + 1
+    missing[following] -= table[following, EDGES]
+    ready = following[missing[following] == 0]
+    counts = rows[:, NUM_SUCCESSORS]
+    if counts.any():
+        telling = np.flatnonzero(counts)
+        index = ragged_range(rows[telling, SUCCESSOR], counts[telling])
+        woken = table.reshape(-1)[index]
+        np.subtract.at(missing, woken, 1)
+        ready = np.concatenate([ready, _unique(woken[missing[woken] == 0])])
+    return ready
+
+
+def _finish(left: I64, requests: I32) -> list[int]:
+    np.subtract.at(left, requests, 1)
+    done = requests[left[requests] == 0]
+    return np.unique(done).tolist() if len(done) else []
+
+
+def _unique(calls: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+    """Each call once, in order of first appearance."""
+    if len(calls) <= 1:
+        return calls
+    values, first = np.unique(calls, return_index=True)
+    return calls[np.sort(first)] if len(values) < len(calls) else calls

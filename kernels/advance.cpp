@@ -1,0 +1,110 @@
+// What one launch means for the table of calls: `cellc/advance.py` in C++, entry by entry the same.
+//
+// Duty: two calls a launch, so that the caller gives arrays of the right size. `cellc_expand`
+// follows the chains of the heads and changes nothing; `cellc_advance` fills the arrays and tells
+// successors and requests. Between them the lengths that were found wait in memory of the thread.
+#include <stdint.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+// Columns of the table (cellc/plan.py).
+enum { CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST, EVENT, COLUMNS };
+constexpr int32_t SCHEDULED = 1 << 30, SEEN = -1;
+
+struct Chain {
+    int64_t head;
+    int32_t count;
+};
+thread_local std::vector<Chain> chains;  // longest first, else in order
+
+}  // namespace
+
+// In: table, heads, number of heads, most steps. Out: rows, steps, most calls that may be woken.
+extern "C" void cellc_expand(const int32_t* table, const int64_t* heads, int64_t num_heads,
+                             int64_t max_steps, int64_t* out) {
+    chains.clear();
+    int64_t rows = 0, longest = 0, woken = 0;
+    for (int64_t i = 0; i < num_heads; ++i) {
+        const int32_t* row = table + heads[i] * COLUMNS;
+        const int64_t length = std::min<int64_t>(row[CHAIN], max_steps);
+        woken += row[NUM_SUCCESSORS] + 1;
+        int32_t count = 1;
+        for (row += COLUMNS; count < length && row[MISSING] == row[EDGES]; row += COLUMNS) {
+            woken += row[NUM_SUCCESSORS];
+            ++count;
+        }
+        chains.push_back({heads[i], count});
+        rows += count;
+        longest = std::max<int64_t>(longest, count);
+    }
+    if (rows > num_heads)
+        std::stable_sort(chains.begin(), chains.end(),
+                         [](const Chain& a, const Chain& b) { return a.count > b.count; });
+    out[0] = rows, out[1] = longest, out[2] = woken;
+}
+
+struct Arrays {
+    int32_t* table;
+    int64_t* left;
+    int64_t length, rows;  // entries of a record; calls
+    int64_t* calls;        // [rows]
+    int32_t* steps;        // [steps + 1]
+    int32_t* slots;        // [length, rows]
+    int64_t* ready;        // with room for what expand said
+    int64_t* finished;     // [rows]
+    int32_t *events, *answering;  // [rows]
+};
+
+// Out: calls that are ready, requests that are finished, calls with events.
+extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
+    int32_t* const table = a->table;
+    const int64_t rows = a->rows;
+    int64_t at = 0, num_ready = 0, num_finished = 0, num_events = 0, num_steps = 0;
+    a->steps[0] = 0;
+    for (int32_t step = 0; at < rows; ++step) {
+        for (const Chain& chain : chains) {
+            if (chain.count <= step) break;
+            a->calls[at++] = chain.head + step;
+        }
+        a->steps[++num_steps] = static_cast<int32_t>(at);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        int32_t* row = table + a->calls[i] * COLUMNS;
+        const int32_t* record = table + row[RECORD];
+        for (int64_t k = 0; k < a->length; ++k) a->slots[k * rows + i] = record[k];
+        row[MISSING] = SCHEDULED;
+        const int32_t request = row[REQUEST];
+        if (--a->left[request] == 0) a->finished[num_finished++] = request;
+        if (row[EVENT] > 0) {
+            a->events[num_events] = row[EVENT];
+            a->answering[num_events++] = request;
+        }
+    }
+    for (const Chain& chain : chains) {  // the calls after those of the chains
+        const int64_t end = chain.head + chain.count - 1;
+        int32_t* row = table + end * COLUMNS;
+        if (row[CHAIN] <= 1) continue;
+        row += COLUMNS;
+        if ((row[MISSING] -= row[EDGES]) == 0) a->ready[num_ready++] = end + 1;
+    }
+    const int64_t before = num_ready;
+    for (int64_t i = 0; i < rows; ++i) {
+        const int32_t* row = table + a->calls[i] * COLUMNS;
+        for (int32_t k = 0; k < row[NUM_SUCCESSORS]; ++k)
+            --table[static_cast<int64_t>(table[row[SUCCESSOR] + k]) * COLUMNS + MISSING];
+    }
+    for (int64_t i = 0; i < rows; ++i) {  // each once, in order of first appearance
+        const int32_t* row = table + a->calls[i] * COLUMNS;
+        for (int32_t k = 0; k < row[NUM_SUCCESSORS]; ++k) {
+            const int64_t call = table[row[SUCCESSOR] + k];
+            int32_t& missing = table[call * COLUMNS + MISSING];
+            if (missing == 0) missing = SEEN, a->ready[num_ready++] = call;
+        }
+    }
+    for (int64_t i = before; i < num_ready; ++i) table[a->ready[i] * COLUMNS + MISSING] = 0;
+    std::sort(a->finished, a->finished + num_finished);
+    out[0] = num_ready, out[1] = num_finished, out[2] = num_events;
+}

@@ -1,0 +1,87 @@
+"""The scheduler's arithmetic in C++.
+
+Duty: `cellc.advance.Advance` by a library that is compiled once a machine (`advance.cpp`); where
+there is no compiler, numpy does the same. Used by the engine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import lru_cache
+
+import numpy as np
+
+from cellc.advance import I32, I64, Advance, Advanced, advance
+from cellc.errors import BackendError
+from cellc.kernels import cpp_build
+
+_NO_LIMIT = 1 << 40
+_pack = struct.Struct("11q").pack
+
+
+@lru_cache
+def find_advance() -> Advance:
+    """The fastest that this machine has."""
+    if cpp_build.find_compiler() is None:
+        return advance
+    try:
+        return NativeAdvance()
+    except (BackendError, OSError):
+        return advance
+
+
+class NativeAdvance:
+    """See the module."""
+
+    def __init__(self) -> None:
+        library = cpp_build.load((cpp_build.HERE / "advance.cpp").read_text(), "advance")
+        self._expand, self._advance = library.cellc_expand, library.cellc_advance
+        pointer, number = ctypes.c_void_p, ctypes.c_int64
+        self._expand.argtypes = [pointer, pointer, number, number, pointer]
+        self._advance.argtypes = [ctypes.c_char_p, pointer]
+        self._expand.restype = self._advance.restype = None
+
+    def __call__(
+        self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
+    ) -> Advanced:
+        found = (ctypes.c_int64 * 3)()
+        heads = np.ascontiguousarray(heads, np.int64)
+        place = table.ctypes.data
+        limit = _NO_LIMIT if max_steps is None else max_steps
+        self._expand(place, heads.ctypes.data, len(heads), limit, found)
+        rows, num_steps, woken = found
+        longs = np.empty(2 * rows + woken, np.int64)
+        ints = np.empty((length + 2) * rows + num_steps + 1, np.int32)
+        calls, finished, ready = longs[:rows], longs[rows : 2 * rows], longs[2 * rows :]
+        slots = ints[: length * rows].reshape(length, rows)
+        events = ints[length * rows : (length + 1) * rows]
+        answering = ints[(length + 1) * rows : (length + 2) * rows]
+        steps = ints[(length + 2) * rows :]
+        long, int_ = longs.ctypes.data, ints.ctypes.data
+        self._advance(
+            _pack(
+                place,
+                left.ctypes.data,
+                length,
+                rows,
+                long,
+                int_ + 4 * (length + 2) * rows,
+                int_,
+                long + 16 * rows,
+                long + 8 * rows,
+                int_ + 4 * length * rows,
+                int_ + 4 * (length + 1) * rows,
+            ),
+            found,
+        )
+        num_ready, num_finished, num_events = found
+        return Advanced(
+            calls,
+            steps,
+            slots,
+            ready[:num_ready],
+            finished[:num_finished].tolist(),
+            events[:num_events],
+            answering[:num_events],
+        )
