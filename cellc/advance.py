@@ -45,8 +45,8 @@ class Advanced(NamedTuple):
 
 
 class Advance(Protocol):
-    """`heads` are ready calls of one cell, whose records have `length` entries; `table` [n, columns]
-    and `left` (calls that each request still has) are written to.
+    """`heads` are ready calls of one cell, whose records have `length` entries; `table`, [calls,
+    columns], and `left`, calls that each request still has, are written to.
     """
 
     def __call__(
@@ -99,7 +99,7 @@ def _wake(table: I32, calls: I64, rows: I32, ends: I64) -> I64:
     missing[calls] = SCHEDULED
     following = ends[table[ends, CHAIN] > 1] + 1
     missing[following] -= table[following, EDGES]
-    ready = following[missing[following] == 0]
+    ready: I64 = following[missing[following] == 0]
     counts = rows[:, NUM_SUCCESSORS]
     if counts.any():
         telling = np.flatnonzero(counts)

@@ -99,9 +99,11 @@ class Onward:
 
     def release(self, ticket: Ticket) -> None:
         """It goes on, or ended."""
-        self.held.pop(ticket.number, None)
-        self._streaming.discard(ticket.number)
-        ticket.held = ticket.branch = ticket.failure = None
+        if ticket.held is not None:
+            self.held.pop(ticket.number, None)
+            ticket.held = ticket.branch = ticket.failure = None
+        if ticket.streams:
+            self._streaming.discard(ticket.number)
 
     def clear(self) -> None:
         """All requests are forgotten."""

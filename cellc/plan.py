@@ -53,7 +53,7 @@ class DataRows:
     bound: int | None  # every element must be an index in [0, bound)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: a new structure makes many, and a frozen one takes longer
 class OutputRows:
     """A returned tensor: rows at `slots` (+ the region's base where `owned`), in position order."""
 
@@ -65,9 +65,12 @@ class OutputRows:
     contiguous: bool
 
     @cached_property
-    def kind(self) -> Hashable:
-        """Equal for tensors that are gathered and arranged alike."""
-        return self.type, self.positions, self.order
+    def kind(self) -> tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]:
+        """Equal for tensors that are gathered and arranged alike; those of rows side by side may be
+        of any length.
+        """
+        plain = self.order is None and len(self.positions) == 1
+        return self.type, None if plain else self.positions, self.order
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class Places:
     calls: I64  # local numbers of the calls that make them; -1: none does
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # nobody writes to it: see `OutputRows`
 class Plan:
     """Arrays over calls, in cell order: see the column names above.
 

@@ -299,8 +299,10 @@ class _Planner:
             if rows_of is None:
                 rows_of = known[key] = DataRows(*key)
             placed[owner].append(rows_of)
+        for type in {type for type, _ in starts}:
+            self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))
         for (type, owner), taken in starts.items():
-            self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))[owner] = taken
+            self.num_slots[type][owner] = taken
         chosen = np.flatnonzero(used)
         values = ragged_range(bases[chosen], counts[chosen])
         self.slot[values] = ragged_range(np.array(firsts, np.int64), counts[chosen])
@@ -325,8 +327,8 @@ class _Planner:
 
     def _place_made(self, chain: I64) -> None:
         reads = np.bincount(self._read_values(), minlength=self.graph.num_values)
-        for refs in [o.refs.reshape(-1) for o in self.graph.outputs]:
-            reads[refs] += 1 << 30
+        if self.graph.outputs:
+            reads[np.concatenate([o.refs.reshape(-1) for o in self.graph.outputs])] = 1 << 30
         requests = self.num_requests
         for g, group in enumerate(self.graph.groups):
             n, owner, rank = group.num_calls, self.owners[g], self.ranks[g]

@@ -179,12 +179,13 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             joined = torch.cat(flat).detach()
             self._tensors[type].index_copy_(0, slots, joined.to(self._device))
             return [] if rows.bound is None else _outside([joined.cpu().numpy()], flat, rows.bound)
-        arrays = [t.detach().numpy() for t in flat]
         if len(flat) <= FEW or type.nbytes * len(flat[0]) > SMALL_DATA:
+            arrays = [t.detach().numpy() for t in flat]
             for start, part in zip(starts, arrays, strict=True):
                 view[start : start + len(part)] = part
         else:
-            view[_ranges(starts, flat)] = np.concatenate(arrays)
+            arrays = [torch.cat(flat).detach().numpy()]
+            view[_ranges(starts, flat)] = arrays[0]
         return [] if rows.bound is None else _outside(arrays, flat, rows.bound)
 
     def _write_together(
@@ -231,17 +232,17 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         own memory.
         """
         out: list[torch.Tensor | None] = [None] * len(wanted)
-        alike: dict[Any, list[int]] = {}
+        small: dict[Any, list[int]] = {}
         for i, (rows, base) in enumerate(wanted):
             if len(wanted) > 1 and len(rows.slots) * self._types[rows.type].nbytes <= SMALL_OUTPUT:
-                alike.setdefault(rows.kind, []).append(i)
+                small.setdefault(rows.kind, []).append(i)
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]
                 out[i] = _arrange(flat.clone(), rows, 1)[0]
             else:
                 out[i] = self._gather([(rows, base)])[0]
-        for members in alike.values():
+        for members in small.values():
             for i, made in zip(members, self._gather([wanted[i] for i in members]), strict=True):
                 out[i] = made
         return out  # type: ignore[return-value]
@@ -254,26 +255,32 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         return self._arranged(rows, slots, len(bases))
 
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
-        """Tensors that are alike, in one copy."""
+        """Tensors of one kind, in one copy."""
         first, base = wanted[0]
         if len(wanted) == 1:
             slots = first.slots + first.owned * np.int64(base)
-        else:
-            bases = np.repeat([base for _, base in wanted], len(first.slots))
-            owned = np.concatenate([rows.owned for rows, _ in wanted])
-            slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
+            return self._arranged(first, slots, 1)
+        sizes = [len(rows.slots) for rows, _ in wanted]
+        bases = np.repeat([base for _, base in wanted], sizes)
+        owned = np.concatenate([rows.owned for rows, _ in wanted])
+        slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
+        if first.kind[1] is None:
+            return torch.split(self._taken(first.type, slots), sizes)
         return self._arranged(first, slots, len(wanted))
 
     def _arranged(
         self, rows: OutputRows, slots: npt.NDArray[np.int64], count: int
     ) -> Sequence[torch.Tensor]:
         """Rows at `slots` as `count` tensors like one."""
-        view = self._views[rows.type]
+        return _arrange(self._taken(rows.type, slots), rows, count)
+
+    def _taken(self, number: int, slots: npt.NDArray[np.int64]) -> torch.Tensor:
+        """A copy of rows of a type."""
+        view = self._views[number]
         if view is not None:
-            return _arrange(torch.from_numpy(view[slots]), rows, count)
+            return torch.from_numpy(view[slots])
         index = torch.from_numpy(slots).to(self._device)
-        gathered = self._tensors[self._types[rows.type]].index_select(0, index)
-        return _arrange(gathered, rows, count)
+        return self._tensors[self._types[number]].index_select(0, index)
 
 
 def constant_row(

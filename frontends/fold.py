@@ -74,7 +74,9 @@ class Layout:
         for node in structure.results.tolist():
             count = int(counts[node])
             kind = LEAF if has_leaves and count == 0 else count
-            self.results.append((kind, int(np.count_nonzero(counts[:node] == count))))
+            last = node == len(counts) - 1  # as a root mostly is
+            before = sizes[count] - 1 if last else np.count_nonzero(counts[:node] == count)
+            self.results.append((kind, int(before)))
 
     @classmethod
     def of(cls, structure: Any, has_leaves: bool) -> Layout:
