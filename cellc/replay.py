@@ -2,25 +2,31 @@
 
 Duty: a lone request should pay for its kernels, not for scheduling. When the engine has nothing
 else, regions always start at the same place, so that launches recorded once for a plan are good for
-every lone request of that plan. Used by the engine, which drops all of them when arenas grow or
-weights change.
+every lone request of that plan, until an arena grows. Used by the engine, which drops all of them
+when weights change.
 """
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
 
 from cellc.cells import Cell
+from cellc.compiler import Compiler
+from cellc.flight import Flight
 from cellc.launch import Bindable, Kernel, Launch
+from cellc.launcher import ALONE, Launcher
+from cellc.legs import Entry
 from cellc.ops import RowType
-
-if TYPE_CHECKING:
-    import torch
-
-    from cellc.legs import Entry
+from cellc.scheduler import Scheduler
+from cellc.state import Arenas
+from cellc.ticket import Ticket, bad_index
 
 MAX_REPLAYS = 512
 MAX_LAUNCHES = 64
@@ -58,20 +64,92 @@ class _Call:
 class Replays:
     """Recorded launches by plan; the least recently used are dropped."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        compiler: Compiler,
+        scheduler: Scheduler,
+        arenas: Arenas,
+        launcher: Launcher,
+        flight: Flight,
+    ) -> None:
+        self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
+        self._launcher, self._flight = launcher, flight
         self._kept: OrderedDict[int, tuple[Entry, int, Sequence[Bound]]] = OrderedDict()
 
-    def get(self, entry: Entry, generation: int) -> Sequence[Bound] | None:
+    def run(self, ticket: Ticket) -> None:
+        """Run the only request there is from the launches recorded when its plan last ran alone;
+        where there are none, record them.
+        """
+        plan = ticket.entry.plan
+        bases = self._arenas.allocate([plan])
+        replay = self._get(ticket.entry)
+        try:
+            errors = self._flight.copy_in([ticket], bases)
+            if errors:
+                error: BaseException | None = errors[0]
+            elif replay is None:
+                error = self._record(ticket, bases)
+            else:
+                error = self._replay(replay)
+            made = (
+                []
+                if error
+                else self._arenas.read([(o, int(bases[0, o.type])) for o in plan.outputs])
+            )
+        except Exception as raised:
+            error, made = raised, []
+        finally:
+            self._arenas.free([plan], bases)
+        self._flight.finish(ticket, None if error else ticket.entry.rebuild(made), error)
+
+    def _record(self, ticket: Ticket, bases: npt.NDArray[np.int64]) -> BaseException | None:
+        """Run one admitted request by itself, keeping its launches."""
+        scheduler, entry = self._scheduler, ticket.entry
+        number = self._flight.number()
+        self._flight.give_back(number)
+        start = time.perf_counter()
+        launches: list[Bound] = []
+        failed: dict[int, BaseException] = {}
+        if entry.plan.num_calls:
+            scheduler.add([entry.plan], [number], bases)
+            try:
+                while not failed:
+                    batch = self._launcher.schedule(joined=False, waited=False)
+                    if batch is None:
+                        break
+                    launch = self._launcher.tables(batch)
+                    failed = self._launcher.run(batch, launch)
+                    kernel = self._compiler.kernel(batch.cell)
+                    launches.append(Bound.of(kernel, launch, self._arenas))
+            finally:
+                scheduler.cancel([number])
+        if not failed and time.perf_counter() - start < 2 * ALONE:
+            self._put(entry, launches)
+        return next(iter(failed.values()), None)
+
+    def _replay(self, launches: Sequence[Bound]) -> BaseException | None:
+        start = time.perf_counter()
+        for bound in launches:
+            if len(bound.run()):
+                return bad_index(bound.cell)
+        counters = self._flight.counters
+        counters.seconds += time.perf_counter() - start
+        counters.launches += len(launches)
+        counters.rows += sum(b.rows for b in launches)
+        counters.steps += sum(b.steps for b in launches)
+        return None
+
+    def _get(self, entry: Entry) -> Sequence[Bound] | None:
         found = self._kept.get(id(entry))
-        if found is None or found[1] != generation:
+        if found is None or found[1] != self._arenas.generation:
             return None
         self._kept.move_to_end(id(entry))
         return found[2]
 
-    def put(self, entry: Entry, generation: int, launches: Sequence[Bound]) -> None:
+    def _put(self, entry: Entry, launches: Sequence[Bound]) -> None:
         if len(launches) > MAX_LAUNCHES:
             return
-        self._kept[id(entry)] = (entry, generation, launches)
+        self._kept[id(entry)] = (entry, self._arenas.generation, launches)
         if len(self._kept) > MAX_REPLAYS:
             self._kept.popitem(last=False)
 

@@ -221,7 +221,7 @@ def test_steps_that_never_run_leave_the_session_as_it_was() -> None:
         for i, session in enumerate(opened):
             goes_on(session, model, torch.full((H,), float(i)))
         assert compiled.stats()["running"] == 0 and engine._arenas.idle()
-        assert engine._futures == 0
+        assert engine.flight.futures == 0
 
 
 def test_an_iterable_that_raises_midway() -> None:
@@ -254,16 +254,23 @@ def test_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.step_all([(session, (torch.randn(3),)), (other, (torch.randn(3),))])
         states = [s.state["state"] for s in (session, other)]
 
-        def interrupted(*_: Any) -> Any:
+        def interrupted(*_: Any, **__: Any) -> Any:
             raise KeyboardInterrupt
 
-        for name in ("_launch", "_schedule", "_admit", "_copy_in", "_add"):
+        engine = compiled._engine
+        for owner, name in (
+            (engine.launcher, "run"),
+            (engine.launcher, "schedule"),
+            (engine, "_admit"),
+            (engine.flight, "copy_in"),
+            (engine.flight, "add"),
+        ):
             with monkeypatch.context() as patched:
-                patched.setattr(compiled._engine, name, interrupted)
+                patched.setattr(owner, name, interrupted)
                 with pytest.raises(KeyboardInterrupt):
                     compiled.step_all([(s, (torch.randn(3),)) for s in (session, other)])
             assert compiled.stats()["running"] == compiled.stats()["waiting"] == 0
-            assert compiled._engine._live_bytes == 0, name
+            assert compiled._engine.flight.live_bytes == 0, name
         for s, state in zip((session, other), states, strict=True):
             goes_on(s, model, state)
         assert compiled._engine._scheduler.num_requests == 0
@@ -361,7 +368,7 @@ def test_threads_that_step_one_session() -> None:
         for thread in threads:
             thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
-        assert not session._busy and compiled._engine._futures == 0
+        assert not session._busy and compiled._engine.flight.futures == 0
         assert taken
 
 

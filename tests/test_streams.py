@@ -106,7 +106,7 @@ def test_pieces_come_before_the_end() -> None:
     x = torch.randn(9, 3) * 0.01
     with cellc.compile(make(), backend="eager") as compiled:
         list(compiled.stream(x))
-        compiled._engine._ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
+        compiled._engine.launcher.ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
         stream = compiled.stream(x)
         next(stream)
         assert compiled.stats()["running"] == 1
@@ -127,7 +127,7 @@ def idle(compiled: cellc.Compiled) -> bool:
 def test_what_is_run_ahead_is_not_yielded(kind: type[Speaks], steps: int) -> None:
     model = make(kind)
     with cellc.compile(model, backend="eager") as compiled:
-        compiled._engine._ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
+        compiled._engine.launcher.ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
         for _ in range(3):
             list(compiled.stream(torch.randn(12, 3) * 0.01))  # guesses that go far
             for x in requests():
@@ -152,7 +152,7 @@ def taken(pieces: Iterator[Any]) -> tuple[list[Any], str]:
 def test_pieces_before_an_error_are_given(kind: type[Speaks], steps: int) -> None:
     model = make(kind)
     with cellc.compile(model, backend="eager") as compiled:
-        compiled._engine._ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
+        compiled._engine.launcher.ahead = lambda seconds: steps  # type: ignore[method-assign,assignment]
         for _ in range(3):
             for x in [torch.randn(12, 3) * 0.01, *requests()]:
                 (got, error), (want, reason) = taken(compiled.stream(x)), taken(model(x))
@@ -250,7 +250,7 @@ def test_cancelled_tasks_free_their_rows(after: float) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     with cellc.compile(make(), backend="eager") as compiled:
-        compiled._engine._ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
+        compiled._engine.launcher.ahead = lambda seconds: 1  # type: ignore[method-assign,assignment]
         asyncio.run(some(compiled))
         list(compiled.stream(torch.randn(2, 3)))
         assert idle(compiled)
@@ -272,14 +272,14 @@ def interrupting(
     return call
 
 
-@pytest.mark.parametrize("name", ["kernel", "_complete", "_deliver", "_move", "_free", "_finish"])
+@pytest.mark.parametrize("name", ["kernel", "_complete", "deliver", "_move", "free", "finish"])
 def test_an_interrupted_turn_leaves_others_right(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
     with cellc.compile(model, backend="eager") as compiled:
         engine = compiled._engine
-        engine._ahead = lambda seconds: 2  # type: ignore[method-assign,assignment]
+        engine.launcher.ahead = lambda seconds: 2  # type: ignore[method-assign,assignment]
         x = torch.randn(9, 3) * 0.01
         compiled.map([x, *requests()])
         for after in (0, 1, 2, 4, 8):
@@ -287,7 +287,8 @@ def test_an_interrupted_turn_leaves_others_right(
             streams = [compiled.stream(y) for y in requests()]
             futures = [compiled.submit(y) for y in requests()]
             engine._loop.release()
-            owner: Any = engine.compiler if name == "kernel" else engine
+            owners: list[Any] = [engine.compiler, engine, engine._moves, engine.flight]
+            owner = next(x for x in owners if hasattr(x, name))
             monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), after, monkeypatch))
             with contextlib.suppress(KeyboardInterrupt):
                 compiled.map([x] * 3)
@@ -296,7 +297,7 @@ def test_an_interrupted_turn_leaves_others_right(
                 want = list(model(y))
                 torch.testing.assert_close(list(stream), want)
                 torch.testing.assert_close(future.result(30), want)
-            assert idle(compiled) and engine._live_bytes == engine._futures == 0
+            assert idle(compiled) and engine.flight.live_bytes == engine.flight.futures == 0
 
 
 def test_a_forward_that_returns_is_no_stream() -> None:

@@ -144,7 +144,7 @@ def host_cost(backend: str) -> tuple[float, float]:
     with compile(model, backend=backend) as compiled:  # type: ignore[arg-type]
         for _ in range(3):
             compiled.map(requests)
-        compiled._engine._ahead = lambda seconds: 1  # type: ignore[method-assign]
+        compiled._engine.launcher.ahead = lambda seconds: 1  # type: ignore[method-assign]
         costs = [_decode(compiled, requests) for _ in range(5)]
     return statistics.median(cost for cost, _ in costs), costs[-1][1]
 

@@ -1,0 +1,288 @@
+"""Flight: the requests that have rows now.
+
+Duty: give tickets regions and copy their data in, tell the scheduler of their calls; gather what
+they return, free their rows, answer. Used by `cellc.engine` and `cellc.moves`, from whichever
+thread runs the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import InvalidStateError
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cellc.errors import distinct, twin
+from cellc.legs import Branch, Entry, Leg
+from cellc.onward import Onward
+from cellc.plan import DataRows, OutputRows
+from cellc.scheduler import Scheduler
+from cellc.state import Arenas
+from cellc.ticket import Counters, Ticket, out_of_range
+
+
+class Flight:
+    """Live tickets by number. `tell` is called when results may be there that somebody awaits."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        arenas: Arenas,
+        onward: Onward,
+        counters: Counters,
+        tell: Callable[[], None],
+    ) -> None:
+        self._scheduler, self._arenas, self._onward = scheduler, arenas, onward
+        self.counters, self._tell = counters, tell
+        self.live: dict[int, Ticket] = {}
+        self.live_bytes = 0  # of regions given out
+        self.futures = 0  # admitted requests that nobody blocks on: others like them may come
+        self.leaving: Sequence[Ticket] = ()  # that were live until now
+        self._numbers: list[int] = []
+        self._next_number = 0
+
+    def clear(self) -> None:
+        """Forget all tickets, unanswered."""
+        self.live.clear()
+        self.live_bytes = 0
+        self._numbers, self._next_number = [], 0
+
+    # -- in --
+
+    def number(self) -> int:
+        """A number that no live ticket has."""
+        return self._numbers.pop() if self._numbers else self._new_number()
+
+    def give_back(self, number: int) -> None:
+        self._numbers.append(number)
+
+    def _new_number(self) -> int:
+        self._next_number += 1
+        return self._next_number - 1
+
+    def begin(self, tickets: list[Ticket]) -> None:
+        plans = [t.entry.plan for t in tickets]
+        bases = self._arenas.allocate(plans)
+        try:
+            errors = self.copy_in(tickets, bases)
+        except BaseException:
+            self._arenas.free(plans, bases)
+            raise
+        if errors:
+            wrong = sorted(errors)
+            self.live_bytes -= sum(tickets[i].nbytes for i in wrong)
+            self._arenas.free([plans[i] for i in wrong], bases[wrong])
+            for i in wrong:
+                self.finish(tickets[i], error=errors[i])
+            good = [i for i in range(len(tickets)) if i not in errors]
+            tickets, plans, bases = (
+                [tickets[i] for i in good],
+                [plans[i] for i in good],
+                bases[good],
+            )
+        if not tickets:
+            return
+        for ticket, base in zip(tickets, bases, strict=True):
+            ticket.bases = base
+            ticket.number = self.number()
+            self.live[ticket.number] = ticket
+        self.add(tickets)
+
+    def add(self, tickets: Sequence[Ticket]) -> None:
+        """Tell the scheduler of requests' calls; deliver those that have none."""
+        calling = [t for t in tickets if t.entry.plan.num_calls]
+        for size in {len(t.bases) for t in calling}:
+            alike = [t for t in calling if len(t.bases) == size]
+            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+            self._scheduler.add([t.entry.plan for t in alike], [t.number for t in alike], bases)
+        for ticket in tickets:
+            if isinstance(ticket.entry, Leg):
+                self._onward.enter(ticket)
+        self.deliver([t for t in tickets if not t.entry.plan.num_calls], scheduled=False)
+
+    def copy_in(
+        self, tickets: list[Ticket], bases: npt.NDArray[np.int64]
+    ) -> dict[int, BaseException]:
+        """Copy requests' tensors into their regions; returns those that failed, by position."""
+        alike: dict[Any, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
+        plan = tickets[0].entry.plan
+        if len(tickets) > 1 and all(t.entry.plan is plan for t in tickets):
+            everyone = list(range(len(tickets)))
+            for rows in plan.data:
+                if rows.leaf >= 0:
+                    starts = (bases[:, rows.type] + rows.start).tolist()
+                    tensors = [t.tensor(rows.leaf) for t in tickets]
+                    alike[rows] = (rows, everyone, starts, tensors)
+            return self._write(alike.values())
+        first_slots = bases.tolist()
+        for i, ticket in enumerate(tickets):
+            for rows in ticket.entry.plan.data:
+                if rows.leaf < 0:
+                    continue  # carried from the leg before
+                one = rows.count == 1
+                key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name, one)
+                if key not in alike:
+                    alike[key] = (rows, [], [], [])
+                _, members, starts, tensors = alike[key]
+                members.append(i)
+                starts.append(first_slots[i][rows.type] + rows.start)
+                tensors.append(ticket.tensor(rows.leaf))
+        return self._write(alike.values())
+
+    def _write(
+        self, alike: Iterable[tuple[DataRows, list[int], list[int], list[torch.Tensor]]]
+    ) -> dict[int, BaseException]:
+        """Copy tensors, each group (rows of one, which tickets, first slots, tensors); those that
+        failed, by ticket.
+        """
+        errors: dict[int, BaseException] = {}
+        for rows, members, starts, tensors in alike:
+            try:
+                wrong = self._arenas.write(rows, starts, tensors)
+            except Exception:  # one of them is a kind of tensor that cannot be copied so
+                wrong = []
+                for k, member in enumerate(members):
+                    try:
+                        tensors[k] = tensors[k].resolve_conj().resolve_neg()
+                        if self._arenas.write(rows, [starts[k]], [tensors[k]]):
+                            wrong.append(k)
+                    except Exception as error:
+                        errors[member] = error
+            for k in wrong:
+                errors[members[k]] = out_of_range(rows.name, rows.bound, tensors[k])
+        return errors
+
+    # -- out --
+
+    def deliver(
+        self,
+        tickets: Sequence[Ticket],
+        ends: Sequence[Branch] | None = None,
+        *,
+        scheduled: bool = True,
+    ) -> None:
+        """Gather finished requests' outputs, free their rows, answer. `ends`: of requests that end
+        before their plans do.
+        """
+        if not tickets:
+            return
+        entries: list[Entry] = [t.entry for t in tickets] if ends is None else [b.leg for b in ends]
+        outputs = [e.outputs for e in entries] if ends is None else [b.outputs or () for b in ends]
+        if ends is None:  # else what was yielded is handed on, and what follows was run in vain
+            for ticket in tickets:
+                self._onward.finish(ticket)
+        made = self._read(tickets, outputs)
+        numbers = [t.number for t in tickets]
+        if ends is not None:
+            self._scheduler.cancel(numbers)
+        elif scheduled:
+            self._scheduler.release(numbers)
+        self.retire(tickets)
+        now = time.perf_counter()
+        for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
+            result, error = self._end(ticket, entry, tensors)
+            self.finish(ticket, result, error, now)
+        self._tell()
+
+    @staticmethod
+    def _end(
+        ticket: Ticket, entry: Entry, tensors: Sequence[torch.Tensor]
+    ) -> tuple[Any, BaseException | None]:
+        """What a request that ran to its end gives: a result, or the error that it raises."""
+        try:
+            if isinstance(entry, Leg):
+                if ticket.draws is not None:
+                    ticket.draws.end(entry.draws)
+                if entry.error is not None:
+                    return None, twin(entry.error)
+            return entry.result.rebuild(tensors), None
+        except Exception as error:
+            return None, error
+
+    def _read(
+        self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
+    ) -> Sequence[Sequence[torch.Tensor]]:
+        """Output tensors of each ticket."""
+        first = outputs[0]
+        if first and len(tickets) > 1 and all(given is first for given in outputs):
+            bases = np.stack([t.bases for t in tickets])
+            columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
+            return list(zip(*columns, strict=True))
+        wanted = [
+            (rows, int(t.bases[rows.type]))
+            for t, given in zip(tickets, outputs, strict=True)
+            for rows in given
+        ]
+        made = iter(self._arenas.read(wanted))
+        return [[next(made) for _ in given] for given in outputs]
+
+    def retire(self, tickets: Sequence[Ticket]) -> None:
+        """Free the regions of requests that have ended."""
+        self.leaving = tickets
+        for ticket in tickets:
+            del self.live[ticket.number]
+            self._onward.release(ticket)
+            self._numbers.append(ticket.number)
+        self.live_bytes -= sum(t.nbytes for t in tickets)
+        self.free(tickets)
+
+    def free(self, tickets: Sequence[Ticket]) -> None:
+        """Give the regions of requests back."""
+        for size in {len(t.bases) for t in tickets}:
+            alike = [t for t in tickets if len(t.bases) == size]
+            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+            self._arenas.free([t.entry.plan for t in alike], bases)
+
+    def fail(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
+        """End requests in flight with errors."""
+        tickets = [ticket for ticket, _ in failed]
+        self._scheduler.cancel([t.number for t in tickets])
+        self.retire(tickets)
+        self.finish_failed(failed)
+
+    def finish_failed(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
+        errors = distinct([error for _, error in failed])
+        for (ticket, _), error in zip(failed, errors, strict=True):
+            self.finish(ticket, error=error)
+
+    def finish(
+        self,
+        ticket: Ticket,
+        result: Any = None,
+        error: BaseException | None = None,
+        now: float | None = None,
+    ) -> None:
+        if ticket.streams and ticket.collects and error is None:
+            result = list(ticket.pieces)
+        ticket.result, ticket.error = result, error
+        if ticket.before_end is not None:
+            ticket.before_end(ticket)
+        ticket.done = True
+        ticket.tensors = ()
+        if ticket.told is not None:
+            ticket.told(ticket)
+        if not ticket.trial:
+            counters = self.counters
+            counters.requests += 1
+            counters.failed += ticket.error is not None
+            counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
+        if ticket.future is not None:
+            self.futures -= ticket.started
+            self.answer(ticket)
+
+    @staticmethod
+    def answer(ticket: Ticket) -> None:
+        """Tell the future of a request that has ended."""
+        if ticket.future is None:
+            return
+        try:
+            if ticket.error is None:
+                ticket.future.set_result(ticket.result)
+            else:
+                ticket.future.set_exception(ticket.error)
+        except InvalidStateError:  # it is told, or was cancelled
+            pass

@@ -1,0 +1,143 @@
+"""Launcher: the next launch, its size, and running it.
+
+Duty: ask the scheduler for a launch of as many steps as its measured cost allows, make its index
+tables, run its kernel, measure that. Used by `cellc.engine` and `cellc.replay`.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from cellc import log
+from cellc.compiler import Compiler
+from cellc.launch import Launch, Ragged
+from cellc.onward import Onward
+from cellc.plan import ragged_range
+from cellc.scheduler import Batch, Scheduler
+from cellc.state import Arenas
+from cellc.ticket import Counters, bad_index
+
+_STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
+ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+PATIENT_ALONE, PATIENT = 64, 2  # launches that few calls of a deep cell wait for more, likewise
+HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
+
+
+class Launcher:
+    """See the module."""
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        scheduler: Scheduler,
+        arenas: Arenas,
+        onward: Onward,
+        counters: Counters,
+    ) -> None:
+        self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
+        self._onward, self._counters = onward, counters
+        self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
+        self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
+        self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
+
+    def next(self, *, joined: bool, waited: bool) -> tuple[Batch, Launch] | None:
+        """The next launch; None when nothing is ready. `joined`: requests may come that nobody
+        blocks on; `waited`: somebody waits for the loop.
+        """
+        begin = time.perf_counter()
+        batch = self.schedule(joined=joined, waited=waited)
+        if batch is None:
+            return None
+        launch = self.tables(batch)
+        took = min(time.perf_counter() - begin, SHARED)
+        self._turn_seconds += (took - self._turn_seconds) / 16
+        return batch, launch
+
+    def note_host(self, seconds: float) -> None:
+        """What a turn cost, kernels aside."""
+        self._host_seconds += (min(seconds, ALONE) - self._host_seconds) / 16
+
+    def schedule(self, *, joined: bool, waited: bool) -> Batch | None:
+        self._scheduler.patience = PATIENT if joined else PATIENT_ALONE
+        chosen = self._scheduler.peek()
+        if chosen is None:
+            return None
+        cell, rows = chosen
+        seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
+        shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
+        budget = shared if joined or waited else ALONE
+        steps = max(1, int(budget / max(seconds, 1e-7)))
+        if self._compiler.paths.on:
+            steps = min(steps, self.ahead(seconds))
+        return self._scheduler.next(steps)
+
+    def ahead(self, seconds: float) -> int:
+        """How many steps a launch may run beyond questions that are not answered: most useful steps
+        a second, if a step takes `seconds` and requests stop as often as they did.
+        """
+        stopping = min(max(self._onward.stopping, 1e-3), 1.0)
+        turn = 2 * max(self._turn_seconds, 1e-5)  # to make a launch, and to read its answers
+
+        def useful(steps: int) -> float:
+            return (1 - (1 - stopping) ** steps) / (turn + steps * seconds)
+
+        return max(_STEPS, key=useful)
+
+    def run(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
+        """Run a batch; returns the requests that failed, with why."""
+        start = time.perf_counter()
+        try:
+            kernel = self._compiler.kernel(batch.cell)
+            start = time.perf_counter()  # it may have been made just now
+            invalid = kernel(launch, self._arenas)
+        except Exception as error:
+            requests = self._scheduler.requests_of(batch.calls)
+            return dict.fromkeys(np.unique(requests).tolist(), error)
+        took = time.perf_counter() - start
+        self._measure(batch, took)
+        if log.enabled("schedule"):
+            name = self._compiler.by_number[batch.cell].name
+            log.info(
+                "schedule",
+                f"{name}: {len(batch.calls)} rows in {launch.num_steps} steps, {took * 1e6:.0f} us",
+            )
+        if not len(invalid):
+            return {}
+        requests = self._scheduler.requests_of(batch.calls)
+        wrong = bad_index(self._compiler.by_number[batch.cell])
+        return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), wrong)
+
+    def tables(self, batch: Batch) -> Launch:
+        cell = self._compiler.by_number[batch.cell]
+        table = batch.table
+        if not any(spec.ragged for spec in cell.inputs):
+            count = len(cell.inputs)
+            return Launch(batch.steps, [table[i] for i in range(count)], table[count:])
+        inputs: list[Any] = []
+        k = 0
+        for spec in cell.inputs:
+            if spec.ragged:
+                lengths = table[k + 1]
+                index = ragged_range(table[k].astype(np.int64), lengths.astype(np.int64))
+                offsets = np.zeros(len(lengths) + 1, np.int32)
+                np.cumsum(lengths, out=offsets[1:])
+                inputs.append(Ragged(offsets, self._scheduler.entries[index]))
+                k += 2
+            else:
+                inputs.append(table[k])
+                k += 1
+        return Launch(batch.steps, inputs, table[k:])
+
+    def _measure(self, batch: Batch, took: float) -> None:
+        counters = self._counters
+        counters.launches += 1
+        counters.rows += len(batch.calls)
+        counters.steps += len(batch.steps) - 1
+        counters.seconds += took
+        key = (batch.cell, int(batch.steps[1]).bit_length())
+        known = self._seconds.get(key)
+        step = took / (len(batch.steps) - 1)
+        self._seconds[key] = step if known is None else min(step, 0.8 * known + 0.2 * step)
