@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import cellc
+from cellc.family import same_graph
 from cellc.modules import evaluating
 from cellc.request import as_call
 
@@ -84,8 +85,10 @@ def check_derived(compiled: cellc.Compiled, requests: list[Any]) -> None:
     for request in requests:
         args, kwargs = compiler.arguments.bind(*as_call(request))
         structure = compiler.arguments.flatten(args, kwargs).structure
-        if compiler._derived(structure) is not None:
-            assert compiler.check_family(structure, args, kwargs)
+        derived = compiler.plans.derive(structure)
+        if derived is not None:
+            names = compiler.arguments.leaf_names(args, kwargs)
+            assert same_graph(derived[0], compiler.pipeline.calls(args, kwargs, names)[1])
 
 
 @pytest.mark.parametrize("name", MODELS)
