@@ -4,8 +4,8 @@ Duty: run the steps that turn a model into call graphs, for a whole request or f
 (`cellc.unfolder.Tools`), and keep what all traces have shown. Comes in from `cellc.compiler`:
 requests; goes out: `CallGraph`s, to `cellc.planner`.
 
-The steps: `trace` (frontends.tracer), `lower` (frontends.lower), `extract`, `passes`; each leaves a
-printable stage.
+The steps: `trace` (frontends.tracing), `lower` (frontends.lower), `extract`, `passes`; each leaves
+a printable stage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from cellc.cells import Cell
 from cellc.errors import CellcError, ForwardError, RequestError
 from cellc.extract import extract
 from cellc.frontends.lower import lower
-from cellc.frontends.tracer import Trace, reading, trace
+from cellc.frontends.overhearing import reading
+from cellc.frontends.tracing import Trace, trace
 from cellc.graph import Graph
 from cellc.modules import evaluating, module_names
 from cellc.ops import RowType

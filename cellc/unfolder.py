@@ -43,7 +43,7 @@ from cellc.frontends.stub import (
     StubType,
 )
 from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
-from cellc.frontends.tracer import Trace
+from cellc.frontends.tracing import Trace
 from cellc.frontends.unfold import Recorder
 from cellc.ops import RowType
 from cellc.request import Request

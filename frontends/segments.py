@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cellc.frontends.stub import Stack, Stub, StubType
-from cellc.frontends.tracer import replaying
+from cellc.frontends.tracing import replaying
 
 SPARE = 1 << 48  # rows from here on stand for arguments of an observed function
 

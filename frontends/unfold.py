@@ -54,7 +54,7 @@ from cellc.frontends.signature import (
     tensor_of,
 )
 from cellc.frontends.stub import CannotUnfold, NumberSteers, Stack, Stub, StubType
-from cellc.frontends.tracer import was_written
+from cellc.frontends.traced_writes import was_written
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
