@@ -11,12 +11,13 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from cellc import log, passes
+from cellc import log
 from cellc.calls import CallGraph
 from cellc.cells import Cell
 from cellc.errors import UnsupportedError
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Backend, Kernel
+from cellc.naming import suggest_name
 from cellc.params import Params
 from cellc.plan import Plan, Tables, record_length
 
@@ -43,7 +44,7 @@ class CellStore:
             key = group.cell.key
             if key not in self.cells:
                 taken = {c.name for c in self.cells.values()}
-                name = base = passes.suggest_name(group.cell, list(self.params.base))
+                name = base = suggest_name(group.cell, list(self.params.base))
                 count = 1
                 while name in taken:
                     count += 1

@@ -134,7 +134,7 @@ class Pipeline:
             verify.verify_graph(graph)
         rows = lower(graph, self.params, self._data_points)
         self.stages.add("rows", rows)
-        calls = extract(rows, self.roles, late=True)
+        calls = extract(rows, self.roles)
         _check_cells(calls)
         if env.verify():
             verify.verify_reads(calls, rows.type_of)
@@ -173,7 +173,7 @@ class Pipeline:
         return lower(traced.graph, self.params, set(), whole=True, stacks=stacks)
 
     def extract_alone(self, rows: RowGraph, roles: Roles) -> CallGraph:
-        calls = extract(rows, roles, late=True)
+        calls = extract(rows, roles)
         _check_cells(calls)
         return calls
 
