@@ -18,11 +18,11 @@ from cellc.modules import evaluating, without_collecting
 from cellc.paths import Ask, Replan
 from cellc.pipeline import TRACING
 from cellc.planner import make_plans
+from cellc.structures import Structures
 from cellc.unfolder import Steers
-from cellc.unfolding import Unfolding
 
 
-class Branches(Unfolding):
+class Branches(Structures):
     """What is known of one model, with where answers lead."""
 
     def onward(self, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
@@ -117,7 +117,7 @@ class Branches(Unfolding):
         if lost:
             again = self.onward([ask._replace(again=True) for ask in lost])
             found.update({ask: again[ask._replace(again=True)] for ask in lost})
-        self.store.keep_unfolded(self.unfolder.cells())
+        self.store.keep_unfolded(self.unfolder.templates.cells())
         return found
 
     def _wanted(self, root: Root, script: tuple[Answer, ...], guesses: int, start: int) -> Wanted:

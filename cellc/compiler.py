@@ -4,7 +4,7 @@ Duty: keep, for one model, everything that is learned from traced requests: role
 structure, families of structures. Comes in from `cellc.compiled`: requests; goes out: plans and
 kernels, to `cellc.engine`.
 
-A structure never seen is *derived* from its family, *unfolded* (`cellc.unfolding`), or *traced* by
+A structure never seen is *derived* from its family, *unfolded* (`cellc.structures`), or *traced* by
 operators, here: `cellc.pipeline` makes its calls, `cellc.planner` their plan.
 """
 

@@ -1,7 +1,7 @@
 """The pipeline: a forward traced, lowered, extracted and rewritten into calls of cells.
 
 Duty: run the steps that turn a model into call graphs, for a whole request or for one segment of it
-(`cellc.unfolder.Tools`), and keep what all traces have shown. Comes in from `cellc.compiler`:
+(`cellc.templates.Tools`), and keep what all traces have shown. Comes in from `cellc.compiler`:
 requests; goes out: `CallGraph`s, to `cellc.planner`.
 
 The steps: `trace` (frontends.tracing), `lower` (frontends.lower), `extract`, `passes`; each leaves
@@ -159,7 +159,7 @@ class Pipeline:
                 except Exception as error:
                     raise ForwardError(str(error), kind=type(error).__name__) from error
 
-    # -- segments: `cellc.unfolder.Tools` --
+    # -- segments: `cellc.templates.Tools` --
 
     def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace:
         names = [f"x{i}" for i in range(len(tensors))]

@@ -1,4 +1,4 @@
-"""Unfolding: which requests run on stand-ins, and the plans of those that do.
+"""Structures: which new requests are unfolded, and the plans of those that are.
 
 Duty: decide whether a new request is unfolded or traced by operators, plan those that are, and note
 what that shows of the model: numbers that decide, reasons to trace instead. The upper half of it,
@@ -44,8 +44,8 @@ from cellc.unfolder import Steers, Unfolder
 MAX_FAILURES = 1024  # requests of which is known that they cannot be unfolded
 
 
-class Unfolding:
-    """What is known of one model, as far as unfolding needs it."""
+class Structures:
+    """What is known of one model, as far as new structures need it."""
 
     def __init__(
         self,
@@ -136,7 +136,7 @@ class Unfolding:
             if self.unfolder.generation != before and self.plans:
                 self._forget()
             self._plan_unfolded(requests, runs, forest)
-            self.store.keep_unfolded(self.unfolder.cells())
+            self.store.keep_unfolded(self.unfolder.templates.cells())
             stats = self.unfolder.stats
             stats.seconds += time.perf_counter() - start
             return True
@@ -198,7 +198,9 @@ class Unfolding:
         self.counts["plans_unfolded"] += len(runs)
         self._stages.begin()
         self._stages.add("graph", self._print_traced)
-        self._stages.add("passes", lambda: "\n\n".join(map(print_calls, self.unfolder.graphs())))
+        self._stages.add(
+            "passes", lambda: "\n\n".join(map(print_calls, self.unfolder.templates.graphs()))
+        )
         self._stages.add("plan", plans[-1])
         for plan in {plan.cells: plan for plan in plans}.values():
             self._use(plan)
@@ -232,8 +234,8 @@ class Unfolding:
             self.unfolder.reason = reason
             self.arguments.steering = None
             self._forget()
-            self.unfolder.forget()
-            self.store.keep_unfolded(self.unfolder.cells())
+            self.unfolder.templates.forget()
+            self.store.keep_unfolded(self.unfolder.templates.cells())
 
     def steer(self, key: Hashable) -> bool:
         """A forward turned out to read values: from now on it is unfolded, if it can be. False
