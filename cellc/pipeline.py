@@ -24,6 +24,7 @@ from cellc import env, log, passes, verify
 from cellc.calls import CallGraph
 from cellc.cell_store import CellStore
 from cellc.cells import Cell
+from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, RequestError
 from cellc.extract import extract
 from cellc.frontends.lower import lower
@@ -37,7 +38,6 @@ from cellc.printer import print_graph
 from cellc.request import Arguments, describe, kind_of, unlike
 from cellc.roles import Roles
 from cellc.rows import RowGraph
-from cellc.skeleton import Copier
 from cellc.stages import Stages, print_calls
 from cellc.state import constant_row
 

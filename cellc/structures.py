@@ -20,6 +20,7 @@ from torch import nn
 from cellc import log
 from cellc.calls import CallGraph, Forest
 from cellc.cell_store import CellStore
+from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, UnsupportedError
 from cellc.forests import Unfolded, Wanted
 from cellc.frontends.stub import CannotUnfold
@@ -37,7 +38,7 @@ from cellc.plan_cache import PlanCache
 from cellc.planner import make_plans
 from cellc.printer import print_graph
 from cellc.request import Request
-from cellc.skeleton import Copier, Steering
+from cellc.skeleton import Steering
 from cellc.stages import print_calls
 from cellc.unfolder import Steers, Unfolder
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cellc.errors import UnsupportedError
-from cellc.frontends import decompose
 from cellc.frontends.placeholder import Placeholder, form_of, modes_off, row_major
 from cellc.frontends.traced_values import Step, Storage, TracedValues, Tracked, Value
+from cellc.frontends.write_rules import functional, inverse_view
 
 _OF_ITSELF = ("add_", "sub_", "mul_", "div_", "copy_")  # element by element
 
@@ -110,7 +110,7 @@ class TracedWrites(TracedValues):  # type: ignore[no-untyped-call]
         if len(args) > 1 or kwargs:
             self._check_overlap(base, tracked, (args[1:], kwargs))
         with self:
-            new = decompose.functional(base, overload)(*args, **kwargs)
+            new = functional(base, overload)(*args, **kwargs)
         if torch.Tag.inplace_view in func.tags:
             assert isinstance(target, Placeholder)
             target.change(func, args[1:], new.form)
@@ -125,7 +125,7 @@ class TracedWrites(TracedValues):  # type: ignore[no-untyped-call]
         storage, chain = tracked.storage, tracked.chain
         for depth in range(len(chain) - 1, -1, -1):
             step_func, step_args, port, shape = chain[depth]
-            inverse, inverse_args, needs_parent = decompose.inverse_view(
+            inverse, inverse_args, needs_parent = inverse_view(
                 step_func, step_args, port, shape, self.points.origin()
             )
             head = [Value(self.replay(storage.base, chain[:depth]))] if needs_parent else []

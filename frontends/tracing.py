@@ -22,6 +22,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from cellc.copier import Copier
 from cellc.errors import (
     CellcError,
     ForwardError,
@@ -36,7 +37,7 @@ from cellc.frontends.points import HERE, TORCH, where
 from cellc.frontends.traced_values import dtype_name
 from cellc.frontends.tracer import Tracer
 from cellc.graph import Graph, Ref
-from cellc.skeleton import Copier, holds_tensors
+from cellc.skeleton import holds_tensors
 
 # Code that takes no other path at another size, or is known to be right when it does.
 _TRUSTED = (
