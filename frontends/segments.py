@@ -155,7 +155,6 @@ class Segment:
         self.num_external = max(external, default=-1) + 1
         self.sites = tuple([o.site for o in self.ops])
         self.escaping: set[int] = set()  # outputs (over all its operations) read elsewhere
-        self.templates: dict[Any, Any] = {}
         self.reads: list[int] = []
         self.made: list[int] = []
         self.more_reads: list[Any] = []  # arrays of the same, from memos
