@@ -210,8 +210,8 @@ def test_equals_eager(function: Callable[..., Any]) -> None:
     want = [run(request) for request in requests]
     with cellc.compile(model, backend="eager") as compiled:
         for part in (slice(0, 16), slice(8, 24), slice(None, None, -1)):
-            alike(compiled.map([(x,) for x in requests[part]]), want[part], atol=1e-4)
+            alike(compiled.map([(x,) for x in requests[part]]), want[part], rtol=1e-4, atol=1e-4)
         for request, expected in zip(requests[:6], want, strict=False):
             got = compiled(request)
-            alike(list(got) if function is generator else got, expected, atol=1e-4)
+            alike(list(got) if function is generator else got, expected, rtol=1e-4, atol=1e-4)
         assert compiled.stats()["running"] == 0 and compiled._engine._arenas.idle()
