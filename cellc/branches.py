@@ -11,12 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cellc.forests import Wanted
-from cellc.frontends.reads import Answer
 from cellc.frontends.stub import CannotUnfold
-from cellc.legs import Branch, Root, make_branch, make_leg
-from cellc.modules import evaluating, without_collecting
+from cellc.legs import Branch, make_branch, make_leg
 from cellc.paths import Ask, Replan
-from cellc.pipeline import TRACING
 from cellc.planner import make_plans
 from cellc.structures import Structures
 from cellc.unfolder import Steers
@@ -61,39 +58,21 @@ class Branches(Structures):
         """Run the forward on along answers never seen; `plainly`: from its start, with no
         stand-in for what it reads.
         """
-        found: dict[Ask, Branch | Exception] = {}
-        wanted, roots, lost, doubtful = [], [], [], []
-        for ask in asks:
-            root = ask.leg.root.plain() if plainly else ask.leg.root
-            script = () if plainly else ask.leg.script_to(ask.number, ask.answer)
-            start = 0 if ask.again else len(script)
-            guesses = self.paths.guesses(script, ask)
-            roots.append(root)
-            wanted.append(self._wanted(root, script, guesses, start))
+        wanted = [self._wanted(ask, plainly) for ask in asks]
         before = self.unfolder.generation
-        steering = self.arguments.steering
         try:
-            if steering is None:
-                raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
-            with TRACING, evaluating(self.model), without_collecting():
-                self.unfolder.recorder.habits = self.paths.habits
-                runs = self.unfolder.unfold(wanted, steering)
-                forest = self.unfolder.forest(runs)
+            runs, forest = self._runs(wanted)
         except Steers as error:
-            if steering is None or error.place in steering:
-                raise self._reads_and("numbers decide", asks[0].place) from error
-            self._steered_by(steering, error.place)
-            self._forget()
-            found.update({ask: Replan() for ask in asks if ask.leg.root.wanted.request.nested})
-            others = [ask for ask in asks if ask not in found]
-            return {**found, **self._learned_alone(others)} if others else found
+            return self._decided(error, asks)
         except CannotUnfold as error:
             raise self._reads_and(str(error), asks[0].place) from error
         if self.unfolder.generation != before:
             self._forget()
         plans = make_plans(forest, self.store.tables)
         self.store.number(forest.graph)
-        for ask, run, want, root, plan in zip(asks, runs, wanted, roots, plans, strict=True):
+        found: dict[Ask, Branch | Exception] = {}
+        lost, doubtful = [], []
+        for ask, run, want, plan in zip(asks, runs, wanted, plans, strict=True):
             if isinstance(run.error, TypeError) and not run.plain:
                 doubtful.append(ask)  # of a stand-in, it may be
                 continue
@@ -101,6 +80,7 @@ class Branches(Structures):
                 reason = run.reason or "recurses too deep"
                 found[ask] = run.error or self._reads_and(reason, ask.place)
                 continue
+            root = ask.leg.root.plain() if plainly else ask.leg.root
             leg = make_leg(run, root, want.script, plan, self.unfolder.epoch)
             self.paths.learned += 1
             branch = make_branch(ask.leg, ask.number, leg, again=ask.again or plainly)
@@ -120,7 +100,25 @@ class Branches(Structures):
         self.store.keep_unfolded(self.unfolder.templates.cells())
         return found
 
-    def _wanted(self, root: Root, script: tuple[Answer, ...], guesses: int, start: int) -> Wanted:
+    def _wanted(self, ask: Ask, plainly: bool) -> Wanted:
+        """The request again, with the answers known."""
+        root = ask.leg.root.plain() if plainly else ask.leg.root
+        script = () if plainly else ask.leg.script_to(ask.number, ask.answer)
+        start = 0 if ask.again else len(script)
+        guesses = self.paths.guesses(script, ask)
         _, args, kwargs, *_ = root.wanted
         request = self.arguments.flatten(args, kwargs)
         return Wanted(request, args, kwargs, script, guesses, start, root.wanted.plain)
+
+    def _decided(self, error: Steers, asks: Sequence[Ask]) -> dict[Ask, Branch | Exception]:
+        """Numbers that were data decide: requests that hold some are planned anew."""
+        steering = self.arguments.steering
+        if steering is None or error.place in steering:
+            raise self._reads_and("numbers decide", asks[0].place) from error
+        self._steered_by(steering, error.place)
+        self._forget()
+        found: dict[Ask, Branch | Exception] = {
+            ask: Replan() for ask in asks if ask.leg.root.wanted.request.nested
+        }
+        others = [ask for ask in asks if ask not in found]
+        return {**found, **self._learned_alone(others)} if others else found

@@ -110,14 +110,10 @@ class Structures:
             before = self.unfolder.generation
             start = time.perf_counter()
             try:
-                with TRACING, evaluating(self.model), without_collecting():
-                    self.unfolder.recorder.habits = self.paths.habits
-                    guesses, plain = self.paths.guesses((), None), self.unfolder.plain
-                    runs = self.unfolder.unfold(
-                        [w._replace(guesses=guesses, plain=plain) for w in requests],
-                        steering,
-                    )
-                    forest = self.unfolder.forest(runs)
+                guesses, plain = self.paths.guesses((), None), self.unfolder.plain
+                runs, forest = self._runs(
+                    [w._replace(guesses=guesses, plain=plain) for w in requests]
+                )
             except Steers as error:
                 if error.place in steering:
                     self.distrust(f"numbers at {error.place} decide, and are data")
@@ -155,6 +151,15 @@ class Structures:
                 return entry, request.tensors
             if self.unfolder.reason is not None:
                 raise self._reads_and(self.unfolder.reason, "its numbers decide")
+
+    def _runs(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], Forest]:
+        """Run forwards on stand-ins. Raises Steers and CannotUnfold."""
+        if self.arguments.steering is None:
+            raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
+        with TRACING, evaluating(self.model), without_collecting():
+            self.unfolder.recorder.habits = self.paths.habits
+            runs = self.unfolder.unfold(requests, self.arguments.steering)
+            return runs, self.unfolder.forest(runs)
 
     def _steered_by(self, steering: Steering, place: Hashable) -> None:
         """Numbers at a place decide: from now on they are part of a request's structure."""

@@ -81,16 +81,9 @@ class Learner(InPlace):
             template_of(args, inputs, slots),
             {k: template_of(kwargs[k], inputs, slots) for k in sorted(kwargs)},
         )
-        if callee is not None:
-            for k, x in enumerate(call[0]):
-                if holds_stub(x) and k not in callee.row_arguments:
-                    callee.row_arguments.add(k)
-                    self.relearn = True
-            variants = self._variants[callee.key] = self._variants.get(callee.key, 0) + 1
-            if variants > MANY_VALUES and not callee.marked and has_values(call):
-                self.ops[key] = TRANSPARENT
-                return TRANSPARENT
-        rows = list(input_rows(inputs))
+        if callee is not None and self._varies(callee, call):
+            self.ops[key] = TRANSPARENT
+            return TRANSPARENT
 
         def alone(*tensors: Any) -> Any:
             args, kwargs = fill(template, tensors)
@@ -99,31 +92,10 @@ class Learner(InPlace):
                 raise CannotUnfold("an argument is written in place")
             return result
 
-        self.on, target = False, stubs.current.target
-        stubs.current.target, stubs.current.learning = None, True
-        marked_calls = stubs.current.marked_calls
-        try:
-            lists = any(count == 1 for _, count in inputs)
-            called = callee is not None
-            own = callee is not None and callee.own
-            study = self._study(alone, rows, own, lists, called)
-            if study is None and callee is not None and callee.marked:
-                holds_cells = callee.holds_cells or stubs.current.marked_calls > marked_calls
-                if not holds_cells:  # it is a cell because the user says so, loops and all
-                    study = self._study(alone, rows, False, lists, called)
-        except (CannotUnfold, CellcError) as error:
-            if callee is None and isinstance(error, ValueReadError):
-                self.ops[key] = ReadsValue(f"{name} reads a value")
-                return self.ops[key]
-            if callee is None and isinstance(error, ForwardError) and error.__cause__ is not None:
-                raise error.__cause__ from None  # as PyTorch raises it
-            if callee is None:
-                raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
-            if callee.marked:
-                raise refusal(callee, error, frame) from error
-            study = None
-        finally:
-            self.on, stubs.current.target, stubs.current.learning = True, target, False
+        study = self._studied(alone, inputs, name, frame, callee)
+        if isinstance(study, ReadsValue):
+            self.ops[key] = study
+            return study
         if study is None:
             if callee is None:
                 raise CannotUnfold(f"{name} has no fixed result", line_of(frame) if frame else "")
@@ -150,6 +122,46 @@ class Learner(InPlace):
         self.ops[key] = op
         self.all_ops.append(op)
         return op
+
+    def _varies(self, callee: Callee, call: tuple[Any, Any]) -> bool:
+        """Take in a form of a call; True where Python values make too many of them."""
+        for k, x in enumerate(call[0]):
+            if holds_stub(x) and k not in callee.row_arguments:
+                callee.row_arguments.add(k)
+                self.relearn = True
+        variants = self._variants[callee.key] = self._variants.get(callee.key, 0) + 1
+        return variants > MANY_VALUES and not callee.marked and has_values(call)
+
+    def _studied(
+        self,
+        alone: Callable[..., Any],
+        inputs: list[tuple[StubType, int]],
+        name: str,
+        frame: Any,
+        callee: Callee | None,
+    ) -> Study | ReadsValue | None:
+        rows = list(input_rows(inputs))
+        self.on, target = False, stubs.current.target
+        stubs.current.target, stubs.current.learning = None, True
+        marked_calls = stubs.current.marked_calls
+        try:
+            lists = any(count == 1 for _, count in inputs)
+            called = callee is not None
+            own = callee is not None and callee.own
+            study = self._study(alone, rows, own, lists, called)
+            if study is None and callee is not None and callee.marked:
+                holds_cells = callee.holds_cells or stubs.current.marked_calls > marked_calls
+                if not holds_cells:  # it is a cell because the user says so, loops and all
+                    study = self._study(alone, rows, False, lists, called)
+            return study
+        except (CannotUnfold, CellcError) as error:
+            if callee is None:
+                return _refused(error, name, frame)
+            if callee.marked:
+                raise refusal(callee, error, frame) from error
+            return None
+        finally:
+            self.on, stubs.current.target, stubs.current.learning = True, target, False
 
     def _weights_as_rows(self, callee: Callee, args: Any) -> Any:
         """A weight where other calls have a value of the request (a learned first state) is a row
@@ -180,3 +192,12 @@ def is_weight(x: Any) -> bool:
     if kind is tuple or kind is list:
         return any(map(is_weight, x))
     return kind is not Stub and kind is not Stack and isinstance(x, torch.Tensor)
+
+
+def _refused(error: BaseException, name: str, frame: Any) -> ReadsValue:
+    """What a torch function is that could not be traced alone; raises where that ends the run."""
+    if isinstance(error, ValueReadError):
+        return ReadsValue(f"{name} reads a value")
+    if isinstance(error, ForwardError) and error.__cause__ is not None:
+        raise error.__cause__ from None  # as PyTorch raises it
+    raise CannotUnfold(f"{name}: {error}", line_of(frame) if frame else "") from error
