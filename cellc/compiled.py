@@ -23,7 +23,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from cellc.compiler import Compiler, Stage
+from cellc.compiler import Compiler
+from cellc.copier import Copier
 from cellc.engine import Engine
 from cellc.errors import (
     CellcError,
@@ -43,7 +44,7 @@ from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.request import Request, Structure, as_call
 from cellc.sessions import Carry, Session
-from cellc.skeleton import Copier
+from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView

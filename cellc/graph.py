@@ -47,8 +47,8 @@ class Graph:
     >>> x = graph.add_input("x", (3, 4), "f32")
     >>> y = graph.add_op("aten.tanh.default", [("t", 0)], [], [(x, 0)], [((3, 4), "f32")])
     >>> graph.outputs = [(y, 0)]
-    >>> graph.node(y).name, graph.users(x), graph.nx.number_of_edges()
-    ('tanh', (1,), 1)
+    >>> graph.node(y).name, graph.operands(y), graph.nx.number_of_edges()
+    ('tanh', ((0, 0),), 1)
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,6 @@ class Graph:
         self._nodes: list[Node] = []
         self._names: set[str] = set()
         self._name_counts: dict[str, int] = {}
-        self._users: list[list[int]] = []
         self._nx: networkx.MultiDiGraph | None = None
 
     def add_input(self, name: str, shape: Sequence[int], dtype: str) -> int:
@@ -100,14 +99,6 @@ class Graph:
 
     def operands(self, node: int) -> tuple[Ref, ...]:
         return self._nodes[node].operands
-
-    def users(self, node: int) -> tuple[int, ...]:
-        """Nodes that read any output of `node`, each once, in trace order."""
-        for user in self._nodes[len(self._users) :]:
-            self._users.append([])
-            for operand in dict.fromkeys(source for source, _ in user.operands):
-                self._users[operand].append(user.id)
-        return tuple(self._users[node])
 
     def __len__(self) -> int:
         return len(self._nodes)

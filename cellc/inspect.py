@@ -18,11 +18,11 @@ from rich.table import Table
 from cellc import export, target
 from cellc.cells import Cell
 from cellc.compiled import Compiled
-from cellc.compiler import Stage
 from cellc.entry import compile
 from cellc.errors import UnsupportedError, UsageError
 from cellc.launch import Backend
 from cellc.options import BackendName
+from cellc.stages import Stage
 from cellc.survey import CellReport, Survey, cell_graph, short_ops, survey
 
 STAGES = ("graph", "rows", "extract", "passes", "plan")

@@ -11,7 +11,7 @@ reads alternates between two places, so that a long chain needs two rows, not on
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -28,9 +28,9 @@ I64 = npt.NDArray[np.int64]
 # Columns of a plan's call table.
 CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST, EVENT = range(9)
 NUM_COLUMNS = 9
-# An event: a call answers a question (whose row has a type, a slot and an owner), or makes rows
-# that are yielded (its type is YIELDED); the expected answer; the question's or yield's number.
-EVENTS = ("call", "type", "slot", "owned", "expected", "number")
+# An event is (call, type, slot, owned, expected, number): a call answers a question (whose row has
+# a type, a slot and an owner), or makes rows that are yielded (its type is YIELDED); the expected
+# answer; the question's or yield's number.
 YIELDED, UNEXPECTED = -1, np.iinfo(np.int32).min
 EVENT_ENTRIES = 4  # in the scheduler's table: type, slot, expected, number
 
@@ -105,7 +105,7 @@ class Plan:
     cells: tuple[int, ...]
     priority: tuple[int, ...]  # a cell's depth: later cells first
     places: Places | None = None
-    events: I32 | None = None  # [E, 6], by call: see `EVENTS`
+    events: I32 | None = None  # [E, 6], by call: see above
 
     @property
     def num_calls(self) -> int:
@@ -228,12 +228,3 @@ def ragged_range(starts: npt.NDArray[np.integer], counts: npt.NDArray[np.integer
     total = int(counts.sum())
     offsets = np.cumsum(counts) - counts
     return np.repeat(starts - offsets, counts) + np.arange(total)
-
-
-def priorities(plans: Mapping[object, Plan]) -> dict[int, int]:
-    """Deepest place of every cell over some plans."""
-    out: dict[int, int] = {}
-    for plan in plans.values():
-        for cell, depth in zip(plan.cells, plan.priority, strict=True):
-            out[cell] = max(out.get(cell, 0), depth)
-    return out

@@ -18,8 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils import _pytree as pytree
 
+from cellc.copier import Copier
 from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
-from cellc.skeleton import Copier
 from cellc.ticket import Ticket
 
 _MISSING: Any = object()

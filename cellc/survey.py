@@ -164,8 +164,8 @@ def _unfolded(compiled: Compiled, request: Any) -> tuple[Entry, Unfold]:
         known = compiler.cached(flat.key, count=False) or known
         return known, Unfold("cell-level unfolding", _a_call(seconds, known), "", slow)
     structure = compiler.arguments.flatten(args, kwargs, exact=True).structure
-    entry, seconds = _fastest(lambda: compiler._traced(structure, args, kwargs))
-    derived, derived_seconds = _fastest(lambda: compiler._derived(structure))
+    entry, seconds = _fastest(lambda: compiler.traced(structure, args, kwargs))
+    derived, derived_seconds = _fastest(lambda: compiler.derived(structure))
     if derived is not None:
         return derived, Unfold("closed form", _a_call(derived_seconds, derived))
     reason = compiler.unfolder.reason or ""

@@ -2,7 +2,7 @@
 
 Duty: walk a `Graph` once; indexing along position dimensions (time, nodes, batch) becomes index
 algebra on references, operations that work row by row are applied to every position, what depends
-on weights alone becomes a named weight expression. Comes in from `frontends.tracer`; goes to
+on weights alone becomes a named weight expression. Comes in from `frontends.tracing`; goes to
 `cellc.extract` as a `RowGraph`. An operation without a rule runs through torch on whole tensors:
 always right, only slower.
 """

@@ -21,7 +21,7 @@ from cellc.frontends.placeholder import modes_off, row_major
 from cellc.frontends.stub import Stub
 
 Ints: TypeAlias = tuple[int, ...]
-FRESH, OUTSIDE, UNKNOWN = -1, -2, -3  # memory of its own; of the model; of nobody knows whom
+FRESH, OUTSIDE = -1, -2  # memory of its own; of the model
 
 
 class Memory:
@@ -55,7 +55,7 @@ class Place(NamedTuple):
 
 class Shown(NamedTuple):
     """What a result of an operation shows: the memory of an argument, by its number, or FRESH (one
-    `group` each), OUTSIDE or UNKNOWN; the offset is counted from where the argument begins.
+    `group` each), or OUTSIDE; the offset is counted from where the argument begins.
     """
 
     source: int

@@ -1,6 +1,6 @@
 """Placeholders: tensors that have a shape and a dtype but no data.
 
-Duty: what a user's forward works on while `frontends.tracer` traces it. A placeholder is a torch
+Duty: what a user's forward works on while `frontends.tracing` traces it. A placeholder is a torch
 tensor in all that Python and torch's own code ask of its shape; every operation on it goes to the
 tracer.
 """

@@ -2,7 +2,7 @@
 
 Duty: parts of a request's structure that are alike (`frontends.memo`), and the nodes of trees and
 DAGs given as arrays (`frontends.fold`). Both are learned by observing one run, and written by numpy
-when a batch of requests is through. Stands between `frontends.writer` and `frontends.unfold`.
+when a batch of requests is through. Stands between `frontends.writer` and `frontends.asking`.
 """
 
 from __future__ import annotations

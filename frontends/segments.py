@@ -16,7 +16,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from cellc.frontends.stub import Stack, Stub, StubType
-from cellc.frontends.tracer import replaying
+from cellc.frontends.tracing import replaying
 
 SPARE = 1 << 48  # rows from here on stand for arguments of an observed function
 
@@ -155,7 +155,6 @@ class Segment:
         self.num_external = max(external, default=-1) + 1
         self.sites = tuple([o.site for o in self.ops])
         self.escaping: set[int] = set()  # outputs (over all its operations) read elsewhere
-        self.templates: dict[Any, Any] = {}
         self.reads: list[int] = []
         self.made: list[int] = []
         self.more_reads: list[Any] = []  # arrays of the same, from memos

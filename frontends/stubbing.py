@@ -13,9 +13,10 @@ from typing import Any, TypeAlias
 
 import torch
 
+from cellc.copier import filler
 from cellc.frontends.drawing import GeneratorStub
 from cellc.frontends.stub import FloatNumber, IntNumber, Stack
-from cellc.skeleton import VALUES, Place, Steering, children, filler
+from cellc.skeleton import VALUES, Place, Steering, children
 
 MAX_SHAPES = 1 << 20
 UNLIKE = -1  # the shape of a part that shares something with another part

@@ -1,8 +1,8 @@
 """Writing: what a forward does on stubs, as instances of segments.
 
 Duty: number the rows of requests, cut what is done into segments, and keep the rows of constants.
-`Writer` is what `frontends.repeats` and `frontends.unfold` add to: a call is first looked up, then
-repeated or run, then written here.
+`Writer` is the lowest layer of `frontends.unfold`: a call is first looked up, then repeated or run,
+then written here.
 """
 
 from __future__ import annotations

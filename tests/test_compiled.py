@@ -875,7 +875,7 @@ def test_kernels_that_fail(model: Words, when: str, how: str) -> None:
     """Every request that needed the kernel fails, none waits for ever, and the engine goes on."""
     compiled = cellc.compile(model, backend="eager")
     backend = _Flaky(when)
-    compiled._compiler.backend = backend
+    compiled._compiler.store.backend = backend
     expected = cellc.BackendError if when == "made" else RuntimeError
     if how == "submit":
         for n in (3, 3, 2):
@@ -900,7 +900,7 @@ def test_kernels_that_cannot_be_made_again(model: Words, how: str) -> None:
     """The compiler is gone when weights change: requests of a known structure fail, none hangs."""
     compiled = cellc.compile(model, backend="eager")
     backend = _Flaky("never")
-    compiled._compiler.backend = backend
+    compiled._compiler.store.backend = backend
     compiled(words(3))
     backend.when = "made"
     calls = {

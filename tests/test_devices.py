@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cellc.frontends import tracer
+from cellc.frontends import tracing
 from cellc.frontends.placeholder import row_major
 from cellc.modules import named_tensors
 from cellc.printer import print_graph
@@ -39,9 +39,9 @@ def traced(model: Model, device: torch.device, monkeypatch: pytest.MonkeyPatch) 
     def placed(shape: Any, dtype: torch.dtype, _: torch.device) -> Any:
         return row_major(shape, dtype, device)
 
-    monkeypatch.setattr(tracer, "row_major", placed)
+    monkeypatch.setattr(tracing, "row_major", placed)
     monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: None)
-    found = tracer.trace(model, named_tensors(model), {}, (torch.randn(3, 8),), {}, ["x"])
+    found = tracing.trace(model, named_tensors(model), {}, (torch.randn(3, 8),), {}, ["x"])
     return print_graph(found.graph)
 
 

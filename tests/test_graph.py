@@ -31,20 +31,9 @@ def test_nodes_are_numbered_in_trace_order() -> None:
     assert graph.node(1).origin == "model.py:3"
 
 
-def test_operands_and_users() -> None:
+def test_operands() -> None:
     graph = diamond()
     assert graph.operands(3) == ((2, 0), (1, 1))
-    assert graph.users(1) == (2, 3)
-    assert graph.users(3) == ()
-
-
-def test_users_sees_nodes_added_later_and_each_once() -> None:
-    graph = diamond()
-    assert graph.users(3) == ()
-    square = graph.add_op(
-        "aten.mul.Tensor", [("t", 0), ("t", 1)], [], [(3, 0), (3, 0)], [((4, 3), "f32")]
-    )
-    assert graph.users(3) == (square,)
 
 
 def test_names_are_unique() -> None:

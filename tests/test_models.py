@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from graphs import told
 from models import LENGTHS, MODELS, H, I, LstmLoop, MatmulLstm, TwoCells, V
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -84,8 +85,10 @@ def check_derived(compiled: cellc.Compiled, requests: list[Any]) -> None:
     for request in requests:
         args, kwargs = compiler.arguments.bind(*as_call(request))
         structure = compiler.arguments.flatten(args, kwargs).structure
-        if compiler._derived(structure) is not None:
-            assert compiler.check_family(structure, args, kwargs)
+        derived = compiler.plans.derive(structure)
+        if derived is not None:
+            names = compiler.arguments.leaf_names(args, kwargs)
+            assert told(derived[0]) == told(compiler.pipeline.calls(args, kwargs, names)[1])
 
 
 @pytest.mark.parametrize("name", MODELS)

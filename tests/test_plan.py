@@ -32,7 +32,6 @@ from cellc.plan import (
     SUCCESSOR,
     Plan,
     Tables,
-    priorities,
     ragged_range,
     record_length,
 )
@@ -280,7 +279,6 @@ def test_chains_and_depths(graph: CallGraph) -> None:
     for k, group in enumerate(graph.groups):
         assert plan.cells[k] == tables.cell(group.cell)
         assert plan.priority[k] == max(depth[starts[k] : starts[k + 1]])
-    assert priorities({0: plan, 1: plan}) == dict(zip(plan.cells, plan.priority, strict=True))
     assert set(plan.ready.tolist()) == {c for c, before in enumerate(needed) if not before}
     assert f"{plan.num_calls} calls" in str(plan)
 

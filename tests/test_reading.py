@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cells import product_in_order
@@ -219,20 +220,6 @@ def _loop(x: Tensor) -> tuple[Tensor, int]:
         x = x * 0.5
         steps += 1
     return x, steps
-
-
-def alike(got: Any, want: Any) -> None:
-    assert type(got) is type(want)
-    if isinstance(want, dict):
-        alike(list(got.items()), list(want.items()))
-    elif isinstance(want, (tuple, list)):
-        assert len(got) == len(want)
-        for a, b in zip(got, want, strict=True):
-            alike(a, b)
-    elif isinstance(want, (Tensor, float)):
-        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    else:
-        assert got == want
 
 
 IDIOMS = [_numbers, _mask, _bounds, _whole, _nothing, _equal, _tries, _loop]

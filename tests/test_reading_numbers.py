@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from comparing import alike
 from torch import Tensor
 
 import cellc
@@ -27,20 +28,6 @@ FLOATS = [
         *([-0.0, 1.0, 0.0], [math.nan, 1.0, 2.0], [math.inf, -1.0, 2.0], [-8.5, 0.25, 3.0, 1.0]),
     )
 ]
-
-
-def alike(got: Any, want: Any) -> None:
-    assert type(got) is type(want)
-    if isinstance(want, dict):
-        alike(list(got.items()), list(want.items()))
-    elif isinstance(want, (tuple, list)):
-        assert len(got) == len(want)
-        for a, b in zip(got, want, strict=True):
-            alike(a, b)
-    elif isinstance(want, (Tensor, float)):
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6, equal_nan=True)
-    else:
-        assert got == want
 
 
 def outcome(function: Callable[[Tensor], Any], x: Tensor) -> Any:

@@ -30,7 +30,7 @@ from cellc.advance import Advanced, advance
 from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell
 from cellc.kernels.native import find_advance
-from cellc.plan import Plan, Tables, priorities, record_length
+from cellc.plan import Plan, Tables, record_length
 from cellc.planner import make_plan
 from cellc.regions import Regions
 from cellc.rows import DataSource, RowOutput
@@ -62,7 +62,10 @@ class Engine:
         # Plans made before a row type was known have no column for it.
         self.plans = [make_plan(g, self.tables) for g in graphs]
         self.scheduler = Scheduler(max_batch=max_batch, policy=policy, advance=both_ways)
-        self.scheduler.priority = priorities(dict(enumerate(self.plans)))
+        for plan in self.plans:
+            for cell, depth in zip(plan.cells, plan.priority, strict=True):
+                priority = self.scheduler.priority
+                priority[cell] = max(priority.get(cell, 0), depth)
         self.cells = {self.tables.cell(g.cell): g.cell for graph in graphs for g in graph.groups}
         self.scheduler.record_lengths = {n: record_length(c) for n, c in self.cells.items()}
         self.memory = Memory(self.tables)

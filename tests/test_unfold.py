@@ -447,7 +447,7 @@ def test_plans_made_together_are_those_made_alone() -> None:
         compiler = compiled._compiler
         requests = [(t,) for t in trees(1)]
         together = [t.entry.plan for t in compiled._tickets([(r, {}) for r in requests])]
-        compiler._plans.clear()
+        compiler.plans.clear()
         for request, plan in zip(requests, together, strict=True):
             assert_same_plan(plan, compiled._tickets([(request, {})])[0].entry.plan)
 

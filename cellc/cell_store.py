@@ -1,0 +1,106 @@
+"""The cell store: the cells of one model, their names, numbers and kernels.
+
+Duty: give cells their names and numbers, and make the kernel of each, once. Filled by
+`cellc.compiler` as requests show cells; read by `cellc.engine`, which launches by number.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from cellc import log
+from cellc.calls import CallGraph
+from cellc.cells import Cell
+from cellc.errors import UnsupportedError
+from cellc.kernels.eager import EagerBackend
+from cellc.launch import Backend, Kernel
+from cellc.naming import suggest_name
+from cellc.params import Params
+from cellc.plan import Plan, Tables, record_length
+
+
+class CellStore:
+    """All cells of a model."""
+
+    def __init__(self, backend: Backend, params: Params, lock: threading.RLock) -> None:
+        self.backend, self.params = backend, params
+        self.tables = Tables()
+        self.cells: dict[str, Cell] = {}  # by key
+        self.by_number: dict[int, Cell] = {}
+        self.kernels: dict[int, Kernel] = {}  # by cell number
+        self.priority: dict[int, int] = {}
+        self.record_lengths: dict[int, int] = {}
+        self._lock = lock
+        self._unfolded: set[str] = set()  # keys of cells that unfolding made
+
+    # -- names and numbers --
+
+    def name(self, calls: CallGraph) -> None:
+        """Name a call graph's cells; those that were named before keep their names."""
+        for group in calls.groups:
+            key = group.cell.key
+            if key not in self.cells:
+                taken = {c.name for c in self.cells.values()}
+                name = base = suggest_name(group.cell, list(self.params.base))
+                count = 1
+                while name in taken:
+                    count += 1
+                    name = f"{base}_{count}"
+                self.cells[key] = group.cell.named(name)
+            elif group.cell.recurrent and not self.cells[key].recurrent:
+                self.cells[key] = replace(self.cells[key], recurrent=True)
+            group.cell = self.cells[key]
+
+    def number(self, graph: CallGraph) -> None:
+        """Note the numbers that a planned graph's cells have."""
+        for group in graph.groups:
+            number = self.tables.cell(group.cell)
+            self.by_number.setdefault(number, self.cells.get(group.cell.key, group.cell))
+            self.record_lengths[number] = record_length(group.cell)
+
+    def keep_unfolded(self, live: set[str]) -> None:
+        """Forget cells that unfolding made and would not make now."""
+        for key in self._unfolded - live:
+            self.cells.pop(key, None)
+        self._unfolded = live
+
+    def note_priority(self, plan: Plan) -> None:
+        """A cell is as deep as in the plan where it is deepest."""
+        for cell, depth in zip(plan.cells, plan.priority, strict=True):
+            self.priority[cell] = max(self.priority.get(cell, 0), depth)
+
+    # -- kernels --
+
+    def kernel(self, number: int) -> Kernel:
+        """The kernel of a cell, made on first use."""
+        kernel = self.kernels.get(number)
+        if kernel is None:
+            with self._lock:
+                if number not in self.kernels:
+                    self.kernels[number] = self._make_kernel(self.by_number[number])
+                kernel = self.kernels[number]
+        return kernel
+
+    def make_kernels(self, plan: Plan) -> None:
+        """Make all kernels of a plan at once: compilers run side by side."""
+        missing = [n for n in dict.fromkeys(plan.cells) if n not in self.kernels]
+        if len(missing) > 1:
+            with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
+                made = pool.map(lambda n: self._make_kernel(self.by_number[n]), missing)
+                self.kernels.update(zip(missing, made, strict=True))
+
+    def _make_kernel(self, cell: Cell) -> Kernel:
+        """From the backend, or from the eager one for a cell that it cannot generate."""
+        try:
+            moves = cell.flops_per_row == 0 and not cell.params and len(cell.ops) < 4
+            kernel = (EagerBackend() if moves else self.backend).kernel(cell, self.params)
+        except UnsupportedError as error:
+            log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")
+            kernel = EagerBackend().kernel(cell, self.params)
+        if log.enabled("kernel"):
+            log.info("kernel", kernel.source)
+        log.dump(f"kernel_{cell.name}", kernel.source)
+        return kernel
