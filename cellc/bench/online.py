@@ -1,0 +1,239 @@
+"""Latency against load: requests come one by one, cellc and a batch server answer the same ones.
+
+Duty: an open loop: arrivals are drawn beforehand and latencies count from them, so that a server
+that falls behind is charged for it. Loads are shares of the peer's own peak. Everything is checked
+against `model(x)`, then timed in alternated rounds as other cases are. Comes in: a `Workload`;
+goes out: an `OnlineOutcome`, plain numbers.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from cellc.bench.arrivals import Load, Trace, make_load
+from cellc.bench.batch_server import Policy
+from cellc.bench.case import TOLERANCE, Differs
+from cellc.bench.measure import (
+    Patience,
+    Served,
+    alternate,
+    burst_rate,
+    no_long_pauses,
+    noise,
+    percentiles,
+    serve,
+)
+from cellc.bench.online_figures import CELLC, LoadFigure, OnlineOutcome, Run, figures_of
+from cellc.bench.online_workloads import Made, Workload
+from cellc.bench.peer_process import PeerProcess
+from cellc.compiled import Compiled
+from cellc.entry import compile
+from cellc.options import BackendName
+from cellc.request import as_call
+
+SHARES = (0.3, 0.7, 0.95)
+BURST = 1024  # requests at once, to measure a peak
+SEARCH = 1000  # seed of the load that policies are searched with
+
+Server = Callable[[Load], Served]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """`seconds` of each load, `rounds` kept of each; a trace stands in place of Poisson arrivals,
+    at its own rate where there are no `shares`.
+    """
+
+    shares: Sequence[float] = SHARES
+    seconds: float = 1.0
+    rounds: int = 5
+    backend: BackendName = "auto"
+    trace: Trace | None = None
+    burst: int = BURST
+
+
+@dataclass
+class Bench:
+    """A workload, and both servers of it."""
+
+    workload: Workload
+    made: Made
+    expected: Sequence[Any]
+    compiled: Compiled
+    peer: PeerProcess
+    conditions: Conditions
+    patience: Patience
+    say: Callable[[str], None]
+    worst: float = 0.0
+    peak: float = 0.0
+    others: list[float] = field(default_factory=list)
+    dropped: int = 0
+
+    def submit(self, request: Any) -> Future[Any]:
+        args, kwargs = as_call(request)
+        future: Future[Any] = self.compiled.submit(*args, **kwargs)
+        return future
+
+    def check(self, who: str, results: Sequence[Any], chosen: Sequence[int] | range) -> None:
+        """Raises Differs where a result is not PyTorch's."""
+        for result, i in zip(results, chosen, strict=True):
+            difference = differ(result, self.expected[i])
+            if difference is None:
+                raise Differs(f"{self.workload.title}: {who} differs from PyTorch at request {i}")
+            self.worst = max(self.worst, difference)
+
+    def name(self, policy: Policy) -> str:
+        return f"{self.workload.peer}, {policy}"
+
+
+def measure_online(
+    workload: Workload, conditions: Conditions, patience: Patience, say: Callable[[str], None]
+) -> OnlineOutcome:
+    """Check, measure the peaks, then each load; `say` is told what is being done."""
+    with torch.no_grad(), _bench(workload, conditions, patience, say) as bench:
+        say("checking that results are equal")
+        requests, every = bench.made.requests, range(len(bench.made.requests))
+        for _ in range(2):  # paths of the first pass are new
+            bench.check(CELLC, bench.compiled.map(requests), every)
+        bench.check(workload.peer, bench.peer.results(), every)
+        say("measuring peaks")
+        own = _peaks(bench)
+        shares: Sequence[float] = conditions.shares
+        if not shares and conditions.trace is not None:
+            shares = [conditions.trace.rate / bench.peak]
+        figures = [figure for share in shares for figure in _load(bench, share)]
+        return OnlineOutcome(
+            workload.title,
+            str(workload.policies[0]),
+            len(requests),
+            bench.peak,
+            own,
+            bench.worst,
+            figures,
+            max(bench.others, default=None),
+            bench.dropped,
+        )
+
+
+@contextmanager
+def _bench(
+    workload: Workload, conditions: Conditions, patience: Patience, say: Callable[[str], None]
+) -> Iterator[Bench]:
+    say("making the model, and the same in another process")
+    made = workload.make()
+    with (
+        PeerProcess(workload.as_made(made), torch.get_num_threads()) as peer,
+        compile(made.model, backend=conditions.backend) as compiled,
+    ):
+        expected = [made.alone(request) for request in made.requests]
+        with no_long_pauses():
+            yield Bench(workload, made, expected, compiled, peer, conditions, patience, say)
+
+
+def _peaks(bench: Bench) -> float:
+    """Requests a second when many are there at once: sets the peer's, returns cellc's."""
+    count, policy = bench.conditions.burst, bench.workload.policies[0]
+    requests = [bench.made.requests[i % len(bench.made.requests)] for i in range(count)]
+    works: list[Callable[[], float]] = [
+        lambda: bench.peer.burst(policy, count),
+        lambda: burst_rate(bench.submit, requests),
+    ]
+    for work in works:
+        work()
+    kept = _alternate(bench, works)
+    bench.peak = statistics.median(peer for peer, _ in kept)
+    return float(statistics.median(own for _, own in kept))
+
+
+def _load(bench: Bench, share: float) -> list[LoadFigure]:
+    """Figures of all servers at one load."""
+    rate, policies = bench.peak * share, bench.workload.policies
+    what = f"{share:.0%} of the peer's peak, {rate:,.0f} requests/s"
+    best = policies[0]
+    if len(policies) > 1:
+        bench.say(f"{what}: searching the peer's best configuration")
+        searched = replace(bench.conditions, seconds=bench.conditions.seconds / 2)
+        load = _draw(bench, searched, rate, SEARCH)
+        runs = [(_peer_run(bench, policy, load).p90, i) for i, policy in enumerate(policies)]
+        best = policies[min(runs)[1]]
+    shown = list(dict.fromkeys([best, *bench.workload.always]))
+    bench.say(f"{what}: {CELLC}, and {'; '.join(map(str, shown))}")
+    number = [0] * (1 + len(shown))
+
+    def next_run(server: int) -> Run:
+        load = _draw(bench, bench.conditions, rate, number[server])  # the same for each server
+        number[server] += 1
+        return _own_run(bench, load) if server == 0 else _peer_run(bench, shown[server - 1], load)
+
+    rounds = _alternate(bench, [partial(next_run, i) for i in range(len(number))])
+    names = [CELLC, *(bench.name(policy) for policy in shown)]
+    return figures_of(share, rate, names, rounds, best=bench.name(best))
+
+
+def _draw(bench: Bench, conditions: Conditions, rate: float, seed: int) -> Load:
+    count = len(bench.made.requests)
+    if conditions.trace is None:
+        return make_load(rate, conditions.seconds, count, seed)
+    return conditions.trace.load(count, rate)
+
+
+def _own_run(bench: Bench, load: Load) -> Run:
+    return _run(bench, CELLC, load, serve(bench.submit, bench.made.requests, load))
+
+
+def _peer_run(bench: Bench, policy: Policy, load: Load) -> Run:
+    return _run(bench, bench.name(policy), load, bench.peer.serve(load, policy))
+
+
+def _run(bench: Bench, who: str, load: Load, served: Served) -> Run:
+    bench.check(who, served.results, served.chosen.tolist())
+    last = float((load.arrivals + served.latencies).max())
+    return Run(*percentiles(served.latencies), len(load.arrivals) / last, len(load.arrivals))
+
+
+def _alternate(bench: Bench, works: Sequence[Callable[[], Any]]) -> list[tuple[Any, ...]]:
+    """Results of the rounds kept; what others took, and how many were dropped, is noted."""
+    ran, rounds = [0], bench.conditions.rounds
+
+    def counted() -> Any:
+        ran[0] += 1
+        return works[0]()
+
+    kept = alternate(
+        [counted, *works[1:]], rounds, 3 * rounds, bench.patience, pids=[bench.peer.pid]
+    )
+    share = noise(kept)
+    bench.others += [] if share is None else [share]
+    bench.dropped += ran[0] - len(kept)
+    return [r.results for r in kept]
+
+
+def differ(got: Any, want: Any) -> float | None:
+    """The largest difference of two results; None where they are not equal up to rounding."""
+    (a, form), (b, other) = pytree.tree_flatten(got), pytree.tree_flatten(want)
+    if form != other:
+        return None
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(y, (Tensor, float)):
+            if x != y:
+                return None
+            continue
+        x, y = torch.as_tensor(x), torch.as_tensor(y)
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return None
+        if not torch.allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True):
+            return None
+        if x.is_floating_point() and x.numel():
+            worst = max(worst, float((x - y).abs().nan_to_num().max()))
+    return worst
