@@ -107,7 +107,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
                 for one in online.run(name, lengths, console):
                     served.append(one)
                     found["online"].append({"workload": name, **one.as_json()})
-                _write(found, args)
+                    _write(found, args)
     if args.plot:
         plots.draw(args.plot, outcomes, served)
     return 0

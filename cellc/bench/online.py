@@ -42,7 +42,7 @@ from cellc.options import BackendName
 from cellc.request import as_call
 
 SHARES = (0.3, 0.7, 0.95)
-BURST = 1024  # requests at once, to measure a peak
+FEW, MANY = 64, 4096  # requests at once: the first, which says how many measure a peak; the most
 SEARCH = 1000  # seed of the load that policies are searched with
 
 Server = Callable[[Load], Served]
@@ -59,7 +59,6 @@ class Conditions:
     rounds: int = 5
     backend: BackendName = "auto"
     trace: Trace | None = None
-    burst: int = BURST
 
 
 @dataclass
@@ -114,6 +113,7 @@ def measure_online(
         figures = [figure for share in shares for figure in _load(bench, share)]
         return OnlineOutcome(
             workload.title,
+            workload.peer,
             str(workload.policies[0]),
             len(requests),
             bench.peak,
@@ -141,8 +141,12 @@ def _bench(
 
 
 def _peaks(bench: Bench) -> float:
-    """Requests a second when many are there at once: sets the peer's, returns cellc's."""
-    count, policy = bench.conditions.burst, bench.workload.policies[0]
+    """Requests a second when there are as many at once as the peer answers in the seconds of a
+    load, so that sending them is a small part: sets the peer's, returns cellc's.
+    """
+    policy, seconds = bench.workload.policies[0], bench.conditions.seconds
+    bench.peer.burst(policy, FEW)
+    count = min(MANY, max(FEW, round(bench.peer.burst(policy, FEW) * seconds)))
     requests = [bench.made.requests[i % len(bench.made.requests)] for i in range(count)]
     works: list[Callable[[], float]] = [
         lambda: bench.peer.burst(policy, count),

@@ -7,7 +7,7 @@ measured. Called by `command`.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +55,11 @@ class Online:
         """Whether latency against load is measured."""
         return bool(self.args.online) or is_target(name)
 
-    def run(self, name: str, lengths: Sequence[int], console: Console) -> list[OnlineOutcome]:
-        """Measure a name's workloads, print their tables."""
+    def run(self, name: str, lengths: Sequence[int], console: Console) -> Iterator[OnlineOutcome]:
+        """Measure a name's workloads one by one, print their tables."""
         trace = self.conditions.trace
-        return [
-            self._measured(workload, console)
-            for workload in self._workloads(name, trace.lengths if trace else lengths)
-        ]
+        for workload in self._workloads(name, trace.lengths if trace else lengths):
+            yield self._measured(workload, console)
 
     def _workloads(self, name: str, lengths: Sequence[int]) -> list[Workload]:
         if is_target(name):

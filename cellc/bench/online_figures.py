@@ -55,6 +55,7 @@ class OnlineOutcome:
     """
 
     title: str
+    peer: str
     policy: str
     distinct: int  # requests
     peak: float

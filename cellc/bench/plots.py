@@ -67,9 +67,8 @@ def _bars(axes: Any, outcome: Outcome) -> None:
 
 
 def _curves(axes: Any, outcome: OnlineOutcome) -> None:
-    servers = list(dict.fromkeys(_server(f) for f in outcome.figures))
-    for server, color in zip(servers, _colors(servers), strict=True):
-        of = sorted((f for f in outcome.figures if _server(f) == server), key=lambda f: f.share)
+    for (label, figures), color in zip(_servers(outcome), _colors(), strict=False):
+        of = sorted(figures, key=lambda f: f.offered)
         for name, style in LINES.items():
             axes.plot(
                 [f.offered for f in of],
@@ -78,7 +77,7 @@ def _curves(axes: Any, outcome: OnlineOutcome) -> None:
                 marker="o",
                 markersize=3,
                 color=color,
-                label=server if name == "p90" else None,
+                label=label if name == "p90" else None,
             )
     axes.set_yscale("log")
     axes.set_xlabel("requests/s offered")
@@ -91,14 +90,19 @@ def _curves(axes: Any, outcome: OnlineOutcome) -> None:
 _DRAWN = {":": "dotted", "-": "solid", "--": "dashed"}
 
 
-def _server(figure: LoadFigure) -> str:
-    """The best configuration may be another at each load: it is one curve."""
-    return f"{figure.server.partition(',')[0]}, best" if figure.best else figure.server
+def _servers(outcome: OnlineOutcome) -> list[tuple[str, list[LoadFigure]]]:
+    """Curves: cellc, the peer at its best, which may be another configuration at each load, and
+    configurations that were measured in any case.
+    """
+    figures = outcome.figures
+    always = dict.fromkeys(f.server for f in figures if not f.best)
+    curves = [(name, [f for f in figures if f.server == name]) for name in always]
+    curves.insert(1, (f"{outcome.peer}, at its best", [f for f in figures if f.best]))
+    return curves
 
 
-def _colors(servers: Sequence[str]) -> list[str]:
-    others = iter(c for c in COLORS * len(servers) if c != OURS)
-    return [OURS if server == CELLC else next(others) for server in servers]
+def _colors() -> list[str]:
+    return [OURS, *(color for color in COLORS if color != OURS)]
 
 
 def _titled(title: str, quiet: bool) -> str:

@@ -27,7 +27,8 @@ def is_target(name: str) -> bool:
 
 def target_case(name: str, inputs: str | None, count: int, backend: str = "auto") -> Case:
     """`count` requests, the example requests in turn."""
-    made = TargetWorkload(name, inputs).make()
+    workload = TargetWorkload(name, inputs)
+    made = workload.make()
     requests = [made.requests[i % len(made.requests)] for i in range(count)]
     sample = min(SAMPLE, count)
     compiled = compile(made.model, backend=backend)  # type: ignore[arg-type]
@@ -35,7 +36,7 @@ def target_case(name: str, inputs: str | None, count: int, backend: str = "auto"
         Way(ALONE, lambda: [_tensor(made.alone(x)) for x in requests[:sample]], sample),
         Way(CELLC, lambda: [_tensor(y) for y in compiled.map(requests)]),
     ]
-    title = f"{name}, {count} requests at once"
+    title = f"{workload.name}, {count} requests at once"
     return Case(title, count, ways, ALONE, close=compiled.close)
 
 
