@@ -50,9 +50,9 @@ yours with its example_inputs() (see cellc inspect --help), against PyTorch one 
 --online serves requests as they come, in place of many at once: p50, p90 and p99 of latency from
 the arrival that was drawn, not from when the request was sent, at shares of the peak of the peer, a
 dynamic batcher of padded batches; of lstm-256, lstm-1024, gru-256, seq2seq-256, seq2seq-1024 and
-TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's best queues and timeout are searched
-for at each load, and shown beside buckets of 10 with a timeout of 10 ms. A TARGET is measured both
-ways."""
+TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's two best configurations (buckets of 10
+or one queue, timeouts of 0 to 10 ms) are searched for at each load, and measured beside buckets of
+10 with a timeout of 10 ms. A TARGET is measured both ways."""
 _BENCH_EPILOG = """\
 examples:
   cellc bench lstm-256

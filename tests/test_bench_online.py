@@ -184,7 +184,7 @@ def outcome(others: float | None = 0.01) -> OnlineOutcome:
         (Run(1.5, 4.0, 5.0, 97.0, 50), Run(2.5, 8.0, 9.5, 96.0, 50)),
         (Run(1.2, 3.0, 4.0, 98.0, 50), Run(2.2, 6.0, 9.2, 97.0, 50)),
     ]
-    figures = figures_of(0.7, 100.0, ["cellc", "peer, a"], rounds, best="peer, a")
+    figures = figures_of(0.7, 100.0, ["cellc", "peer, a"], rounds)
     return OnlineOutcome("t", "peer", "a", 6, 143.0, 300.0, 1e-7, figures, others, 1)
 
 

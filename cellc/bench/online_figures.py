@@ -45,7 +45,7 @@ class LoadFigure:
     p90_most: float
     p90_to_cellc: float  # the median over rounds
     rounds: int
-    best: bool  # of the peer's configurations that were searched
+    best: bool  # of the peer's configurations
 
 
 @dataclass(frozen=True)
@@ -75,13 +75,18 @@ class OnlineOutcome:
 
 
 def figures_of(
-    share: float, offered: float, names: Sequence[str], rounds: Sequence[Sequence[Run]], best: str
+    share: float, offered: float, names: Sequence[str], rounds: Sequence[Sequence[Run]]
 ) -> list[LoadFigure]:
-    """Of servers by name, the first being cellc, from rounds of one run each."""
+    """Of servers by name from rounds of one run each: cellc, then configurations of the peer, of
+    which the one with the least median p90 is its best.
+    """
     base = [runs[0].p90 for runs in rounds]
+    columns = list(zip(*rounds, strict=True))
+    p90 = [statistics.median(run.p90 for run in runs) for runs in columns]
+    best = p90.index(min(p90[1:]), 1)
     return [
-        _figure(name, share, offered, runs, base, name == best)
-        for name, runs in zip(names, zip(*rounds, strict=True), strict=True)
+        _figure(name, share, offered, runs, base, i == best)
+        for i, (name, runs) in enumerate(zip(names, columns, strict=True))
     ]
 
 

@@ -26,7 +26,7 @@ from cellc.bench.recurrent import Kind, LastState, Torch, make_requests
 from cellc.request import as_call
 
 TIMEOUTS_MS = (0.0, 1.0, 2.0, 5.0, 10.0)
-BATCHED = (*(Policy(ms) for ms in TIMEOUTS_MS), Policy(0.0, width=None), Policy(5.0, width=None))
+BATCHED = (*(Policy(ms) for ms in TIMEOUTS_MS), Policy(0.0, width=None))
 ALONE = (Policy(max_batch=1, width=None),)
 STATED = Policy(10.0)  # is shown beside the best
 

@@ -11,7 +11,9 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -40,7 +42,8 @@ class PeerProcess:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_run, args=(workload, threads, other), daemon=True)
-        self._process.start()
+        with _without_interrupts():
+            self._process.start()
         other.close()
 
     @property
@@ -89,6 +92,20 @@ class PeerProcess:
             self._process.terminate()
             self._process.join()
         self._process.close()
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """A process that is started here never sees one; ours comes afterwards."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # its start would let them through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def plain(result: Any) -> Any:

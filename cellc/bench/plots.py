@@ -91,14 +91,17 @@ _DRAWN = {":": "dotted", "-": "solid", "--": "dashed"}
 
 
 def _servers(outcome: OnlineOutcome) -> list[tuple[str, list[LoadFigure]]]:
-    """Curves: cellc, the peer at its best, which may be another configuration at each load, and
-    configurations that were measured in any case.
+    """Curves: cellc; the peer at its best, which may be another configuration at each load; and
+    configurations that were measured at every load.
     """
-    figures = outcome.figures
-    always = dict.fromkeys(f.server for f in figures if not f.best)
-    curves = [(name, [f for f in figures if f.server == name]) for name in always]
-    curves.insert(1, (f"{outcome.peer}, at its best", [f for f in figures if f.best]))
-    return curves
+    figures, loads = outcome.figures, {f.share for f in outcome.figures}
+    curves = []
+    for name in dict.fromkeys(f.server for f in figures):
+        of = [f for f in figures if f.server == name]
+        if {f.share for f in of} == loads and not all(f.best for f in of):
+            curves.append((name, of))
+    best = f"{outcome.peer}, the best at each load"
+    return [curves[0], (best, [f for f in figures if f.best]), *curves[1:]]
 
 
 def _colors() -> list[str]:
