@@ -107,7 +107,7 @@ def measure_online(
             bench.check(CELLC, bench.compiled.map(requests), every)
         bench.check(workload.peer, bench.peer.results(), every)
         say("measuring peaks")
-        own = _peaks(bench)
+        policy, own = _peaks(bench)
         shares: Sequence[float] = conditions.shares
         if not shares and conditions.trace is not None:
             shares = [conditions.trace.rate / bench.peak]
@@ -115,7 +115,7 @@ def measure_online(
         return OnlineOutcome(
             workload.title,
             workload.peer,
-            str(workload.policies[0]),
+            str(policy),
             len(requests),
             bench.peak,
             own,
@@ -141,23 +141,25 @@ def _bench(
             yield Bench(workload, made, expected, compiled, peer, conditions, patience, say)
 
 
-def _peaks(bench: Bench) -> float:
-    """Requests a second when there are as many at once as the peer answers in the seconds of a
-    load, so that sending them is a small part: sets the peer's, returns cellc's.
+def _peaks(bench: Bench) -> tuple[Policy, float]:
+    """Requests a second when many are there at once: sets the peer's, returns its configuration,
+    the faster of those that do not wait, and cellc's. There are as many as the peer answers in the
+    seconds of a load, each request once at least, so that batches are full, and sending is little.
     """
-    policy, seconds = bench.workload.policies[0], bench.conditions.seconds
-    bench.peer.burst(policy, FEW)
-    count = min(MANY, max(FEW, round(bench.peer.burst(policy, FEW) * seconds)))
-    requests = [bench.made.requests[i % len(bench.made.requests)] for i in range(count)]
+    requests, peer = bench.made.requests, bench.peer
+    policies = [p for p in bench.workload.policies if not p.timeout_ms]
+    rate = max(peer.burst(policies[0], FEW) for _ in range(2))
+    count = max(FEW, len(requests), min(MANY, round(rate * bench.conditions.seconds)))
+    policy = max(policies, key=lambda p: peer.burst(p, count))
+    requests = [requests[i % len(requests)] for i in range(count)]
     works: list[Callable[[], float]] = [
-        lambda: bench.peer.burst(policy, count),
+        lambda: peer.burst(policy, count),
         lambda: burst_rate(bench.submit, requests),
     ]
-    for work in works:
-        work()
+    works[1]()
     kept = _alternate(bench, works)
-    bench.peak = statistics.median(peer for peer, _ in kept)
-    return float(statistics.median(own for _, own in kept))
+    bench.peak = statistics.median(theirs for theirs, _ in kept)
+    return policy, float(statistics.median(own for _, own in kept))
 
 
 def _load(bench: Bench, share: float) -> list[LoadFigure]:

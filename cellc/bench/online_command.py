@@ -68,7 +68,7 @@ class Online:
 
     def _measured(self, workload: Workload, console: Console) -> OnlineOutcome:
         patience = Patience(self.args.patience)
-        with console.status(workload.title) as status:
+        with console.status(workload.title, refresh_per_second=1) as status:  # it takes time, too
             outcome = measure_online(
                 workload,
                 self.conditions,

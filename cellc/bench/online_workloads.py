@@ -47,8 +47,8 @@ class Made:
 
 
 class Workload(Protocol):
-    """Can be pickled. The first of `policies` is the one whose peak loads are shares of; the best
-    of them is searched for. `always`: shown in any case.
+    """Can be pickled. The best of `policies` are searched for; loads are shares of the peak of
+    those that do not wait. `always`: shown in any case.
     """
 
     @property
