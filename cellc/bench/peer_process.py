@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import signal
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -118,7 +119,8 @@ def _run(workload: Workload, threads: int, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)
     try:
-        made = workload.make()
+        with ThreadPoolExecutor(1) as maker:  # its OpenMP helpers end with it
+            made = maker.submit(workload.make).result()
     except Exception as error:
         pipe.recv_bytes()
         pipe.send_bytes(pickle.dumps((False, repr(error))))
