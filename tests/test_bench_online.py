@@ -6,6 +6,7 @@ import builtins
 import json
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from cellc.bench import plots
+from cellc.bench import online_command, plots
 from cellc.bench.arrivals import LEAST, make_load, read_trace
 from cellc.bench.batch_server import Batcher, BatchServer, Policy
 from cellc.bench.case import Figure, Outcome
@@ -317,9 +318,13 @@ def test_command_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert plot.stat().st_size > 0
 
 
-def test_command_online(tmp_path: Path) -> None:
+def test_command_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def small(lengths: Sequence[int]) -> list[Workload]:
+        return [DecodeWorkload(lengths, 16)]
+
+    monkeypatch.setitem(online_command.WORKLOADS, "seq2seq-256", small)
     figures = tmp_path / "figures.json"
-    wanted = ["--online", "--loads", "0.2", "--json", str(figures)]
+    wanted = ["--online", "--loads", "0.8", "--json", str(figures)]
     assert main(["bench", "seq2seq-256", *SMALL, *wanted]) == 0
     found = json.loads(figures.read_text())
     assert found["cases"] == []
@@ -330,7 +335,7 @@ def test_command_online(tmp_path: Path) -> None:
     assert own["server"] == "cellc" and [f["best"] for f in others].count(True) == 1
     assert others[0]["server"].removeprefix("PyTorch, padded, ") in map(str, BATCHED)
     for f in online["figures"]:
-        assert f["share"] == 0.2 and f["offered"] == pytest.approx(0.2 * online["peak"])
+        assert f["share"] == 0.8 and f["offered"] == pytest.approx(0.8 * online["peak"])
         assert 0 < f["p50"] <= f["p90"] <= f["p99"] and f["rounds"] == 1
         assert f["requests"] >= LEAST and f["achieved"] > 0
     names = {t.name for t in threading.enumerate()}
