@@ -52,7 +52,7 @@ the arrival that was drawn, not from when the request was sent, at shares of the
 dynamic batcher of padded batches; of lstm-256, lstm-1024, gru-256, seq2seq-256, seq2seq-1024 and
 TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's two best configurations (buckets of 10
 or one queue, timeouts of 0 to 10 ms) are searched for at each load, and measured beside buckets of
-10 with a timeout of 10 ms. A TARGET is measured both ways."""
+10 with a timeout of 10 ms. Without --online a TARGET is measured both ways."""
 _BENCH_EPILOG = """\
 examples:
   cellc bench lstm-256
