@@ -44,12 +44,23 @@ ways are checked for equal results, then timed in alternated rounds; rounds in w
 machine are dropped, and a table that has too few quiet ones is not quoted.
 
 Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024, treelstm-256,
-treelstm-1024, sessions. Without a name, all of them."""
+treelstm-1024, sessions. Without a name, all of them. A TARGET, path/to/file.py:name, is a model of
+yours with its example_inputs() (see cellc inspect --help), against PyTorch one request at a time.
+
+--online serves requests as they come, in place of many at once: p50, p90 and p99 of latency from
+the arrival that was drawn, not from when the request was sent, at shares of the peak of the peer, a
+dynamic batcher of padded batches; of lstm-256, lstm-1024, gru-256, seq2seq-256, seq2seq-1024 and
+TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's two best configurations (buckets of 10
+or one queue, timeouts of 0 to 10 ms) are searched for at each load, and measured beside buckets of
+10 with a timeout of 10 ms. Without --online a TARGET is measured both ways."""
 _BENCH_EPILOG = """\
 examples:
   cellc bench lstm-256
   cellc bench lstm-256 sessions --rounds 9 --json figures.json
-  cellc bench gru-256 --lengths lengths.txt --requests 1024"""
+  cellc bench gru-256 --lengths lengths.txt --requests 1024
+  cellc bench lstm-256 --online --loads 0.3,0.7,0.95 --plot latency.png
+  cellc bench lstm-256 --online --trace trace.txt
+  cellc bench examples/tagger.py:model"""
 _TARGET = """\
 TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
 arguments that returns one, or a function of tensors, which is then the model itself. Requests come
@@ -185,7 +196,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=_BENCH_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    bench.add_argument("workload", nargs="*", metavar="WORKLOAD", help="see above")
+    bench.add_argument("workload", nargs="*", metavar="WORKLOAD", help="see above, or a TARGET")
     bench.add_argument(
         "--requests", type=_count, default=512, metavar="N", help="at once (default 512)"
     )
@@ -195,7 +206,7 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         type=_positive,
         default=1.0,
         metavar="S",
-        help="of each way in a round (default 1)",
+        help="of each way, or load, in a round (default 1)",
     )
     bench.add_argument(
         "--patience",
@@ -208,6 +219,29 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     bench.add_argument("--backend", choices=BACKENDS, default="auto", help="cellc's (default auto)")
     bench.add_argument("--noisy", action="store_true", help="quote disturbed figures as well")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
+    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png, .svg or .pdf)")
+    bench.add_argument("--input", metavar="FILE:NAME", help="requests of a TARGET")
+    bench.add_argument("--online", action="store_true", help="latency against load")
+    bench.add_argument(
+        "--loads",
+        type=_shares,
+        metavar="X,Y",
+        help="shares of the peer's peak (default 0.3,0.7,0.95)",
+    )
+    bench.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
+        "or stretched to give --loads",
+    )
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(_positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not as 0.3,0.7: shares above 0") from None
 
 
 def _count(text: str) -> int:

@@ -19,7 +19,8 @@ from rich.console import Console
 from torch import Tensor
 
 from cellc.bench import measure as bench
-from cellc.bench.measure import Load, Patience, Round, Served
+from cellc.bench.arrivals import Load, make_load
+from cellc.bench.measure import Patience, Round, Served
 from cellc.compiled import Compiled
 from cellc.demo_padded import run_bucketed
 from cellc.demo_process import PaddedProcess, Setting
@@ -178,7 +179,7 @@ def _load(
     kept = []
     for number in range(chosen.load_rounds):
         seconds = chosen.seconds / chosen.load_rounds
-        load = bench.make_load(rate, seconds, len(sentences), seed=number)
+        load = make_load(rate, seconds, len(sentences), seed=number)
         works = [partial(serve, load) for serve in servers.values()]
         kept += bench.alternate(works, 1, 2, demo.patience, demo.pids)
         tick()

@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 
 from cellc.bench import measure as bench
-from cellc.bench.measure import Load, Served
+from cellc.bench.arrivals import Load
+from cellc.bench.batch_server import BatchServer, Policy
+from cellc.bench.measure import Served
 from cellc.demo_padded import PaddedServer
 from cellc.demo_text import load_corpus, make_model
 
@@ -105,13 +107,14 @@ def _run(setting: Setting, pipe: Connection) -> None:
 
 
 def _answer(
-    server: PaddedServer, sentences: Sequence[Tensor], what: str, *arguments: Any
+    server: BatchServer, sentences: Sequence[Tensor], what: str, *arguments: Any
 ) -> tuple[bool, Any]:
     """(True, the answer) or (False, what went wrong)."""
     try:
         if what == "burst":
             return True, bench.burst_rate(server.submit, sentences)
-        load, server.timeout = arguments
+        load, timeout = arguments
+        server.configure(Policy(timeout * 1e3))
         served = bench.serve(server.submit, sentences, load)
         return True, (served.latencies, torch.stack(list(served.results)).numpy())
     except Exception as error:

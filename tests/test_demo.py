@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cellc import demo
 from cellc.bench import measure as bench
+from cellc.bench.arrivals import Load, make_load
 from cellc.demo_padded import PaddedServer, make_buckets, run_bucketed, run_padded
 from cellc.demo_text import load_corpus, make_corpus, make_model, split_sentences, tokenise
 from cellc.report import Comparison, Findings, LoadRow, caveats, page, sentence
@@ -89,7 +90,7 @@ def test_padded_server(timeout: float) -> None:
         results = [f.result(30) for f in [server.submit(x) for x in requests]]
     with torch.inference_mode():
         torch.testing.assert_close(results, [model(x) for x in requests])
-    assert not any(t.name == "padded-server" for t in threading.enumerate())
+    assert not any(t.name == "batch-server" for t in threading.enumerate())
     with pytest.raises(RuntimeError, match="closed"):
         server.submit(requests[0])
 
@@ -151,12 +152,12 @@ def test_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_load_is_poisson_and_the_same_each_time() -> None:
-    load = bench.make_load(1000, 20, 7, seed=1)
+    load = make_load(1000, 20, 7, seed=1)
     gaps = np.diff(load.arrivals)
     assert len(gaps) == 19_999 and gaps.mean() == pytest.approx(1e-3, rel=0.05)
     assert gaps.std() == pytest.approx(1e-3, rel=0.05)
     assert set(load.chosen.tolist()) == set(range(7))
-    assert np.array_equal(load.arrivals, bench.make_load(1000, 20, 7, seed=1).arrivals)
+    assert np.array_equal(load.arrivals, make_load(1000, 20, 7, seed=1).arrivals)
 
 
 def test_latency_counts_from_the_scheduled_arrival() -> None:
@@ -168,7 +169,7 @@ def test_latency_counts_from_the_scheduled_arrival() -> None:
         future.set_result(sentence)
         return future
 
-    load = bench.Load(np.arange(5) * 1e-3, np.array([0, 1, 0, 1, 0]))
+    load = Load(np.arange(5) * 1e-3, np.array([0, 1, 0, 1, 0]))
     served = bench.serve(slow, sentences([3, 4]), load)
     assert [len(r) for r in served.results] == [3, 4, 3, 4, 3]
     assert (np.diff(served.latencies) > 0.015).all() and served.latencies[-1] > 0.08
@@ -248,7 +249,7 @@ def test_quick_demo(tmp_path: Path) -> None:
     assert "lstm.l0" in said and "equal: all 64 results" in said and "quick run" in said
     assert Page(output.read_text()).open == []
     assert list(tmp_path.iterdir()) == [output]
-    assert not any(t.name in ("padded-server", "cellc-engine") for t in threading.enumerate())
+    assert not any(t.name in ("batch-server", "cellc-engine") for t in threading.enumerate())
 
 
 def test_a_wrong_result_exits_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

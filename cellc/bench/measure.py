@@ -1,4 +1,4 @@
-"""Measurements: alternated rounds, a Poisson load generator, percentiles.
+"""Measurements: alternated rounds, a load generator, percentiles.
 
 Duty: time several pieces of work against each other on a machine that may be shared. Works
 alternate A B A B; what other programs took of the machine is read from /proc/stat where there is
@@ -16,12 +16,12 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
+from cellc.bench.arrivals import Load
 from cellc.report import QUIET
 
 T = TypeVar("T")
@@ -105,42 +105,24 @@ class Served:
     """One run of a load: latencies in seconds from the scheduled arrival, and the results."""
 
     latencies: npt.NDArray[np.float64]
-    results: Sequence[Tensor]
-    chosen: npt.NDArray[np.int64]  # which sentence each request was
+    results: Sequence[Any]
+    chosen: npt.NDArray[np.int64]  # which of the requests each was
 
 
-@dataclass(frozen=True)
-class Load:
-    """Poisson arrivals: request i is sentence `chosen[i]`, due at `arrivals[i]` seconds."""
-
-    arrivals: npt.NDArray[np.float64]
-    chosen: npt.NDArray[np.int64]
-
-
-def make_load(rate: float, seconds: float, num_sentences: int, seed: int) -> Load:
-    """`rate` requests a second for about `seconds`, at least 8; the same for a seed."""
-    generator = np.random.default_rng(seed)
-    count = max(8, round(rate * seconds))
-    arrivals = np.cumsum(generator.exponential(1 / rate, count))
-    return Load(arrivals, generator.integers(0, num_sentences, count))
-
-
-def serve(
-    submit: Callable[[Tensor], Future[Tensor]], sentences: Sequence[Tensor], load: Load
-) -> Served:
+def serve(submit: Callable[[Any], Future[Any]], requests: Sequence[Any], load: Load) -> Served:
     """Send each request when it is due, whether or not earlier ones are done (open loop)."""
     finished = np.zeros(len(load.arrivals))
 
-    def record(i: int, _: Future[Tensor]) -> None:
+    def record(i: int, _: Future[Any]) -> None:
         finished[i] = time.perf_counter()
 
-    futures: list[Future[Tensor]] = []
+    futures: list[Future[Any]] = []
     due = time.perf_counter() + 0.01 + load.arrivals
     for i, (at, which) in enumerate(zip(due.tolist(), load.chosen.tolist(), strict=True)):
         delay = at - time.perf_counter()
         if delay > 0:
             time.sleep(delay)
-        future = submit(sentences[which])
+        future = submit(requests[which])
         future.add_done_callback(partial(record, i))
         futures.append(future)
     wait(futures)
@@ -162,11 +144,11 @@ def no_long_pauses() -> Iterator[None]:
         gc.unfreeze()
 
 
-def burst_rate(submit: Callable[[Tensor], Future[Tensor]], sentences: Sequence[Tensor]) -> float:
+def burst_rate(submit: Callable[[Any], Future[Any]], requests: Sequence[Any]) -> float:
     """Requests a second when all are there at once."""
     start = time.perf_counter()
-    wait([submit(sentence) for sentence in sentences])
-    return len(sentences) / (time.perf_counter() - start)
+    wait([submit(request) for request in requests])
+    return len(requests) / (time.perf_counter() - start)
 
 
 def percentiles(latencies: npt.NDArray[np.float64]) -> tuple[float, float, float]:
