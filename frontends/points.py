@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from types import FrameType
+from types import CodeType, FrameType
 
 import torch
 
@@ -106,7 +106,12 @@ def where(error: BaseException) -> str:
     found, tb = "", error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if not path.startswith((TORCH, HERE, "<string>")):
+        if not (path.startswith((TORCH, HERE)) or is_generated(tb.tb_frame.f_code)):
             found = f"{os.path.basename(path)}:{tb.tb_lineno}"
         tb = tb.tb_next
     return found
+
+
+def is_generated(code: CodeType) -> bool:
+    """Was it made from text by `dataclasses` or `collections`? A user's own has other names."""
+    return code.co_filename == "<string>" and code.co_name.startswith("__")

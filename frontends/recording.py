@@ -26,6 +26,7 @@ from cellc.frontends.callees import Callee, Callees, RefusedCell
 from cellc.frontends.choosing import CHOOSING, has_bounds, is_number_tensor
 from cellc.frontends.drawing import Draw, GeneratorStub, drawn
 from cellc.frontends.learning import TRANSPARENT, Learner, ReadsValue, StudyAlone
+from cellc.frontends.points import is_generated
 from cellc.frontends.reads import holds_read
 from cellc.frontends.signature import (
     ARITHMETIC,
@@ -134,8 +135,7 @@ class Recording(Learner):
             raise CannotUnfold("a value of the request is used from outside")
         if stubs.current.ended is not None:  # and the forward went on all the same
             raise stubs.current.ended
-        while not self._is_user(frame.f_code):
-            frame = frame.f_back
+        frame = self._user_frame_of(frame)
         if kwargs.get("out") is not None:
             raise CannotUnfold("out= writes in place; assign the result", line_of(frame))
         if name_of(func).startswith("as_strided"):
@@ -273,16 +273,19 @@ class Recording(Learner):
     # -- whose code --
 
     def user_frame(self) -> Any:
-        frame: Any = sys._getframe(1)
-        while not self._is_user(frame.f_code):
+        return self._user_frame_of(sys._getframe(1))
+
+    def _user_frame_of(self, innermost: Any) -> Any:
+        frame = innermost
+        while frame is not None and not self._is_user(frame.f_code):
             frame = frame.f_back
-        return frame
+        return innermost if frame is None else frame  # a model of cellc's own
 
     def _is_user(self, code: Any) -> bool:
         known = self._user_code.get(id(code))
         if known is None:
             self._codes.append(code)
-            known = not code.co_filename.startswith((_TORCH, _HERE, "<string>"))
+            known = not (is_generated(code) or code.co_filename.startswith((_TORCH, _HERE)))
             self._user_code[id(code)] = known
         return known
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -518,3 +520,38 @@ def test_a_weight_is_returned(shape: tuple[int, ...]) -> None:
             for x, got in zip(requests, compiled.map(requests), strict=True):
                 torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
                 got[0].zero_()  # no weight's memory
+
+
+TYPED = """
+import torch, cellc
+from torch import nn
+
+class Greedy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell = nn.GRUCell(4, 4)
+
+    def forward(self, x):
+        h, told = x.new_zeros(4), []
+        for _ in range(9):
+            h = self.cell(x, h)
+            told.append(int(h.argmax()))
+            if h.sum() > 0.5: break
+        return told
+
+model = Greedy().eval()
+with torch.no_grad(), cellc.compile(model, backend="eager") as compiled:
+    for _ in range(5):
+        x = torch.randn(4)
+        assert compiled(x) == model(x)
+print(cellc.errors.__name__, compiled.stats()["failed"])
+"""
+
+
+def test_a_model_that_is_in_no_file() -> None:
+    """As typed at a prompt: the innermost line of the user's is still told from generated code."""
+    done = subprocess.run(
+        [sys.executable, "-c", TYPED], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["cellc.errors", "0"]
