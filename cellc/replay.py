@@ -12,6 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,8 +62,17 @@ class _Call:
         return self.kernel(self.launch, self.arenas)
 
 
+class Recording(NamedTuple):
+    """What a plan does alone: where its regions are, and its launches."""
+
+    entry: Entry  # kept, so that no other has its id
+    generation: int
+    bases: npt.NDArray[np.int64]  # [1, row types]
+    launches: Sequence[Bound]
+
+
 class Replays:
-    """Recorded launches by plan; the least recently used are dropped."""
+    """Recordings by plan; the least recently used are dropped."""
 
     def __init__(
         self,
@@ -74,33 +84,43 @@ class Replays:
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._launcher, self._flight = launcher, flight
-        self._kept: OrderedDict[int, tuple[Entry, int, Sequence[Bound]]] = OrderedDict()
+        self._kept: OrderedDict[int, Recording] = OrderedDict()
 
     def run(self, ticket: Ticket) -> None:
         """Run the only request there is from the launches recorded when its plan last ran alone;
         where there are none, record them.
         """
-        plan = ticket.entry.plan
-        bases = self._arenas.allocate([plan])
-        replay = self._get(ticket.entry)
+        known = self._get(ticket.entry)
         try:
-            errors = self._flight.copy_in([ticket], bases)
-            if errors:
-                error: BaseException | None = errors[0]
-            elif replay is None:
-                error = self._record(ticket, bases)
-            else:
-                error = self._replay(replay)
-            made = (
-                []
-                if error
-                else self._arenas.read([(o, int(bases[0, o.type])) for o in plan.outputs])
-            )
+            if known is None:
+                error, made = self._recorded(ticket)
+            else:  # its regions are nobody's: they need not be given out
+                error, made = self._through(ticket, known.bases, lambda: self._replay(known))
         except Exception as raised:
             error, made = raised, []
+        self._flight.finish(ticket, None if error else ticket.entry.rebuild(made), error)
+
+    def _recorded(self, ticket: Ticket) -> tuple[BaseException | None, Sequence[torch.Tensor]]:
+        plan = ticket.entry.plan
+        bases = self._arenas.allocate([plan])
+        try:
+            return self._through(ticket, bases, lambda: self._record(ticket, bases))
         finally:
             self._arenas.free([plan], bases)
-        self._flight.finish(ticket, None if error else ticket.entry.rebuild(made), error)
+
+    def _through(
+        self,
+        ticket: Ticket,
+        bases: npt.NDArray[np.int64],
+        run: Callable[[], BaseException | None],
+    ) -> tuple[BaseException | None, Sequence[torch.Tensor]]:
+        """Copy in, run, read."""
+        errors = self._flight.copy_in([ticket], bases)
+        error = errors[0] if errors else run()
+        if error is not None:
+            return error, []
+        outputs = ticket.entry.plan.outputs
+        return None, self._arenas.read([(o, int(bases[0, o.type])) for o in outputs])
 
     def _record(self, ticket: Ticket, bases: npt.NDArray[np.int64]) -> BaseException | None:
         """Run one admitted request by itself, keeping its launches."""
@@ -124,32 +144,32 @@ class Replays:
             finally:
                 scheduler.cancel([number])
         if not failed and time.perf_counter() - start < 2 * ALONE:
-            self._put(entry, launches)
+            self._put(Recording(entry, self._arenas.generation, bases, launches))
         return next(iter(failed.values()), None)
 
-    def _replay(self, launches: Sequence[Bound]) -> BaseException | None:
+    def _replay(self, known: Recording) -> BaseException | None:
         start = time.perf_counter()
-        for bound in launches:
+        counters = self._flight.counters
+        for bound in known.launches:
             if len(bound.run()):
                 return bad_index(bound.cell)
-        counters = self._flight.counters
+            counters.rows += bound.rows
+            counters.steps += bound.steps
         counters.seconds += time.perf_counter() - start
-        counters.launches += len(launches)
-        counters.rows += sum(b.rows for b in launches)
-        counters.steps += sum(b.steps for b in launches)
+        counters.launches += len(known.launches)
         return None
 
-    def _get(self, entry: Entry) -> Sequence[Bound] | None:
+    def _get(self, entry: Entry) -> Recording | None:
         found = self._kept.get(id(entry))
-        if found is None or found[1] != self._arenas.generation:
+        if found is None or found.generation != self._arenas.generation:
             return None
         self._kept.move_to_end(id(entry))
-        return found[2]
+        return found
 
-    def _put(self, entry: Entry, launches: Sequence[Bound]) -> None:
-        if len(launches) > MAX_LAUNCHES:
+    def _put(self, made: Recording) -> None:
+        if len(made.launches) > MAX_LAUNCHES:
             return
-        self._kept[id(entry)] = (entry, self._arenas.generation, launches)
+        self._kept[id(made.entry)] = made
         if len(self._kept) > MAX_REPLAYS:
             self._kept.popitem(last=False)
 

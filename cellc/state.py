@@ -344,6 +344,8 @@ def _outside(
 
 def _arrange(flat: torch.Tensor, rows: OutputRows, count: int) -> Sequence[torch.Tensor]:
     """[count * positions flattened, *row] as tensors with dimensions in the model's order."""
+    if count == 1 and rows.order is None:
+        return (flat.view((*rows.positions, *flat.shape[1:])),)
     shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
     if rows.order is not None:
         shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()
