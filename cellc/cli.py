@@ -20,11 +20,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BACKENDS = ("auto", "triton", "cpp", "eager")
+FLOATS = ("f32", "f64", "bf16", "f16")
 _EPILOG = """\
 examples:
   cellc demo                                 the whole idea on real text, in about a minute
   cellc inspect model.py:model               which cells a model has
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
+  cellc check model.py:model                 results and kernels compared with PyTorch
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
 exit codes: 0 good, 1 a check failed, 2 wrong use."""
@@ -56,6 +58,21 @@ arguments that returns one, or a function of tensors, which is then the model it
 from example_inputs() in that file: a list of requests (a tuple is positional arguments, a dict
 keywords, anything else one argument); or from --input file.py:name, a list or a function that
 returns one.
+"""
+_CHECK = """\
+Compare with plain PyTorch. Every example request runs by each backend that can run here, together
+with all others and alone; then the generated kernel of every cell is launched on rows that the cell
+was given, at several batch sizes and dtypes, against the same cell as torch calls. Exits with 1 if
+anything differs by more than atol + rtol * |value|: 1e-5 and 1e-4 in f32, 1e-9 and 1e-7 in f64,
+2e-2 and 2e-2 in halves, nothing in whole numbers. Where a cell's largest value is above 1, its atol
+is of that value."""
+_CHECK_EPILOG = f"""{_TARGET}
+examples:
+  cellc check model.py:model
+  cellc check model.py:model --backend cpp --dtype f32 --batch 1 --batch 512
+  cellc check model.py:model --input requests.py:requests --rtol 1e-5 --atol 1e-6
+  TRITON_INTERPRET=1 cellc check model.py:model --backend triton     without a GPU, slowly
+  cellc check model.py:model --json
 """
 _INSPECT_EPILOG = f"""{_TARGET}
 examples:
@@ -104,6 +121,10 @@ def _run(args: argparse.Namespace) -> int:
         from cellc.bench import command
 
         return command.run(args, _console())
+    if args.command == "check":
+        from cellc import check_command
+
+        return check_command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -127,6 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_check(commands)
     _add_bench(commands)
     return parser
 
@@ -177,6 +199,40 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     what.add_argument("--graph", metavar="FILE", help="draw the cells into a .svg, .dot or .html")
 
 
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="compare results and kernels with PyTorch",
+        description=_CHECK,
+        epilog=_CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    check.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    check.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKENDS[1:],
+        help="may be given more than once (default: all that can run here)",
+    )
+    check.add_argument(
+        "--dtype",
+        action="append",
+        choices=FLOATS,
+        help="of cells, may be given more than once (default: all that kernels are written for)",
+    )
+    check.add_argument(
+        "--batch",
+        action="append",
+        type=_count,
+        metavar="B",
+        help="rows a step of cells, may be given more than once (default 1, 3, 64)",
+    )
+    check.add_argument("--rtol", type=_tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--atol", type=_tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+
+
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     bench = commands.add_parser(
         "bench",
@@ -214,6 +270,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
 
 
 def _positive(text: str) -> float:
