@@ -27,6 +27,7 @@ examples:
   cellc inspect model.py:model               which cells a model has
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
   cellc check model.py:model                 results and kernels compared with PyTorch
+  cellc kernels model.py:model               its Triton kernels, compiled for GPUs not here
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
 exit codes: 0 good, 1 a check failed, 2 wrong use."""
@@ -73,6 +74,24 @@ examples:
   cellc check model.py:model --input requests.py:requests --rtol 1e-5 --atol 1e-6
   TRITON_INTERPRET=1 cellc check model.py:model --backend triton     without a GPU, slowly
   cellc check model.py:model --json
+"""
+_KERNELS = """\
+Compile the Triton kernels of a model's cells, truly, for GPUs that need not be here, and print what
+came out: registers and spilled bytes a thread, shared memory of a program, an upper bound of
+occupancy and what sets it, matrix instructions in the assembly, FLOPs and bytes a row, and the
+least time that B rows take by the GPU's data sheet. Exits with 1 if a kernel does not compile or
+fit. Kernels are compiled once: reports are kept in the cache.
+
+Targets: cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942 (MI300X)."""
+_KERNELS_EPILOG = f"""{_TARGET}
+examples:
+  cellc kernels model.py:model --target cuda:90
+  cellc kernels model.py:model --target cuda:90 --target cuda:100 --dtype bf16 --batch 256
+  cellc kernels model.py:model --json
+  cellc kernels model.py:model --repro lstm_0_fused --output repro.py
+
+A file that --repro writes needs torch and Triton alone: it runs on a GPU where there is one, in
+Triton's interpreter with TRITON_INTERPRET=1, and else compiles for the first target.
 """
 _INSPECT_EPILOG = f"""{_TARGET}
 examples:
@@ -125,6 +144,10 @@ def _run(args: argparse.Namespace) -> int:
         from cellc import check_command
 
         return check_command.run(args, _console())
+    if args.command == "kernels":
+        from cellc import kernels_command
+
+        return kernels_command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -149,6 +172,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_inspect(commands)
     _add_check(commands)
+    _add_kernels(commands)
     _add_bench(commands)
     return parser
 
@@ -231,6 +255,42 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument("--rtol", type=_tolerance, metavar="X", help="in place of each dtype's own")
     check.add_argument("--atol", type=_tolerance, metavar="X", help="in place of each dtype's own")
     check.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+
+
+def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = commands.add_parser(
+        "kernels",
+        help="Triton kernels, compiled for GPUs that need not be here",
+        description=_KERNELS,
+        epilog=_KERNELS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    kernels.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    kernels.add_argument(
+        "--target",
+        dest="target_gpu",
+        action="append",
+        metavar="GPU",
+        help="see above; may be given more than once (default: all of them)",
+    )
+    kernels.add_argument(
+        "--dtype", choices=("f32", "bf16", "f16"), help="in place of f32 (default: the model's own)"
+    )
+    kernels.add_argument(
+        "--tf32", action="store_true", help="f32 products may use tf32, as options={'tf32': True}"
+    )
+    kernels.add_argument(
+        "--batch",
+        type=_count,
+        default=64,
+        metavar="B",
+        help="rows of the roofline and of --repro (default 64); tiles do not depend on it",
+    )
+    what = kernels.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+    what.add_argument("--repro", metavar="KERNEL", help="write a standalone file of one kernel")
+    kernels.add_argument("--output", metavar="FILE", help="of --repro (default KERNEL_repro.py)")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
