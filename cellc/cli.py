@@ -28,6 +28,7 @@ examples:
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
   cellc check model.py:model                 results and kernels compared with PyTorch
   cellc kernels model.py:model               its Triton kernels, compiled for GPUs not here
+  cellc tune model.py:model                  its cells measured here, for the scheduler
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
 exit codes: 0 good, 1 a check failed, 2 wrong use."""
@@ -93,6 +94,17 @@ examples:
 A file that --repro writes needs torch and Triton alone: it runs on a GPU where there is one, in
 Triton's interpreter with TRITON_INTERPRET=1, and else compiles for the first target.
 """
+_TUNE = """\
+Measure the kernel of every cell at many numbers of rows, on rows that the cell was given, and keep
+the curves in the cache: the scheduler then knows what a launch costs before its first. On a GPU,
+tiles of kernels with products are measured first, and the best are kept: later runs use them.
+Curves hold for one cell, backend, device and number of threads."""
+_TUNE_EPILOG = f"""{_TARGET}
+examples:
+  cellc tune model.py:model
+  cellc tune model.py:model --backend cpp --batch 1 --batch 64 --batch 512
+  cellc tune model.py:model --seconds 0.1 --json
+"""
 _INSPECT_EPILOG = f"""{_TARGET}
 examples:
   cellc inspect model.py:model
@@ -148,6 +160,10 @@ def _run(args: argparse.Namespace) -> int:
         from cellc import kernels_command
 
         return kernels_command.run(args, _console())
+    if args.command == "tune":
+        from cellc import tune_command
+
+        return tune_command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -173,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_check(commands)
     _add_kernels(commands)
+    _add_tune(commands)
     _add_bench(commands)
     return parser
 
@@ -291,6 +308,35 @@ def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     what.add_argument("--repro", metavar="KERNEL", help="write a standalone file of one kernel")
     kernels.add_argument("--output", metavar="FILE", help="of --repro (default KERNEL_repro.py)")
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure cells here, and keep it for the scheduler",
+        description=_TUNE,
+        epilog=_TUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    tune.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    tune.add_argument("--backend", choices=BACKENDS, default="auto", help="(default auto)")
+    tune.add_argument(
+        "--batch",
+        action="append",
+        type=_count,
+        metavar="B",
+        help="rows of a step, may be given more than once (default 1, 2, 4 to 512)",
+    )
+    tune.add_argument(
+        "--seconds",
+        type=_positive,
+        default=0.02,
+        metavar="S",
+        help="of each launch in a round (default 0.02)",
+    )
+    tune.add_argument("--no-tiles", action="store_true", help="on a GPU, leave tiles as they are")
+    tune.add_argument("--json", action="store_true", help="one JSON object in place of tables")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -25,9 +25,11 @@ import torch
 
 from cellc import background, log
 from cellc.compiler import Compiler
+from cellc.costs import Costs
 from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, distinct, twin
 from cellc.launch import Launch, Ragged
 from cellc.legs import Branch, Entry, Leg
+from cellc.machines import place
 from cellc.onward import Onward
 from cellc.paths import Replan
 from cellc.plan import DataRows, OutputRows, ragged_range
@@ -73,6 +75,7 @@ class Engine:
         self._numbers: list[int] = []
         self._next_number = 0
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
+        self._costs = Costs(place(compiler.backend.name, compiler.device))  # before that
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
         self._loop = threading.Lock()  # held by whoever runs the loop
@@ -581,7 +584,8 @@ class Engine:
         if chosen is None:
             return None
         cell, rows = chosen
-        seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
+        measured = self._seconds.get((cell, rows.bit_length()))
+        seconds = measured or self._costs.seconds(self.compiler.by_number[cell], rows)
         shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
         budget = shared if self._futures or self._waiting else ALONE
         steps = max(1, int(budget / max(seconds, 1e-7)))
