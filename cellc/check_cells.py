@@ -26,6 +26,9 @@ GENERATED: Mapping[str, tuple[str, ...]] = {
     "triton": ("f32", "bf16", "f16"),
 }
 """Float dtypes that a backend writes kernels for."""
+MOST_OTHERS = (
+    32  # cells that are checked in other dtypes than their own, unless those are asked for
+)
 _STEPWISE = frozenset(
     "argmax argmin floor ceil round trunc sign floor_div remainder fmod".split()
 ) | (ops.COMPARE - {"ne"})
@@ -49,12 +52,16 @@ def plan(
     samples: Sequence[Sample], backend: str, dtypes: Sequence[str] | None
 ) -> list[tuple[Sample, str]]:
     """Which cells are to be checked in which dtypes: each in its own, or in those asked for, if it
-    has f32 values that may be replaced.
+    has f32 values that may be replaced. Where none are asked for, the largest cells in all.
     """
     work = []
+    costs = sorted((s.cell.flops_per_row for s in samples), reverse=True)
+    least = costs[MOST_OTHERS - 1] if len(costs) > MOST_OTHERS else -1
     for sample in samples:
         own = own_dtype(sample.cell)
-        wanted = [own] if own != "f32" else list(dtypes or GENERATED[backend])
+        large = sample.cell.flops_per_row > least or len(samples) <= MOST_OTHERS
+        wanted = list(dtypes or (GENERATED[backend] if large else [own]))
+        wanted = wanted if own == "f32" else [own]
         for dtype in wanted:
             if dtype == own or (dtype in GENERATED[backend] and may_change(sample.cell, dtype)):
                 work.append((sample, dtype))

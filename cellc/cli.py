@@ -260,7 +260,8 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--dtype",
         action="append",
         choices=FLOATS,
-        help="of cells, may be given more than once (default: all that kernels are written for)",
+        help="of cells, may be given more than once (default: the model's own, and of the 32 "
+        "largest cells all that kernels are written for)",
     )
     check.add_argument(
         "--batch",

@@ -16,7 +16,7 @@ MIN_DOT = 16  # the least size of each side of tl.dot
 TILE_ELEMENTS = 1024  # of a map without products, and of a reduction
 RAGGED_ELEMENTS = 512  # of a reduction over vectors, which keeps their lengths and slots as well
 THREADS = 128  # of a program with four warps
-ADDRESS_REGISTERS = 96  # of a thread's 255, at most
+ADDRESS_REGISTERS = 56  # of a thread: with 64, ptxas (of triton 3.6) spills a few maps
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import cellc
-from cellc import checking, entry
+from cellc import check_cells, checking, entry
 from cellc.cells import Cell
 from cellc.cli import main
 from cellc.comparing import Tolerance, compare, compare_tensors
@@ -163,6 +163,16 @@ def test_halves_in_the_interpreter() -> None:
 def test_cells_of_every_kind(name: str) -> None:
     report = cellc.check(kc.CELLS[name](), backends=["cpp"], batch_sizes=[1, 4])
     assert report.equal and report.cells, report
+
+
+def test_of_many_cells_the_largest_are_checked_in_other_dtypes() -> None:
+    samples = [drawn(kc.lstm_cell(2, size), 2) for size in range(1, 40)]
+    work = check_cells.plan(samples, "cpp", None)
+    others = {s.cell.flops_per_row for s, dtype in work if dtype == "f64"}
+    assert len(work) - len(samples) == len(others) < check_cells.MOST_OTHERS
+    assert min(others) > samples[5].cell.flops_per_row
+    assert len(check_cells.plan(samples, "cpp", ["f64"])) == len(samples)
+    assert len(check_cells.plan(samples[:30], "cpp", None)) == 60
 
 
 def test_samples_are_rows_that_ran() -> None:

@@ -261,7 +261,7 @@ def test_a_map_of_many_rows_has_fewer_lanes() -> None:
     b = kc.Builder()
     cell = b.cell("wide", b("cat", *[b.input(f"x{i}", 1) for i in range(16)], dim=0))
     (kernel,) = print_cell(cell)[1].kernels
-    assert kernel.constants["BM"] < pointwise_tile(1, 6)["BM"] == 1024
+    assert kernel.constants["BM"] < pointwise_tile(1, 3)["BM"] == 1024
     (report,) = kernels_of([cell], ["cuda:90"])
     assert report.good and report.spill_bytes == 0
 
