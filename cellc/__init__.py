@@ -22,6 +22,7 @@ from cellc.errors import (
 )
 
 if TYPE_CHECKING:
+    from cellc.checking import CheckReport, check
     from cellc.compiled import Compiled
     from cellc.entry import compile
     from cellc.marks import cell
@@ -34,6 +35,7 @@ __all__ = [
     "BackendError",
     "CellView",
     "CellcError",
+    "CheckReport",
     "ClosedError",
     "Compiled",
     "Dag",
@@ -46,15 +48,18 @@ __all__ = [
     "ValueReadError",
     "__version__",
     "cell",
+    "check",
     "compile",
 ]
 _HOMES = {
     "CellView": "cellc.views",
+    "CheckReport": "cellc.checking",
     "Compiled": "cellc.compiled",
     "Dag": "cellc.trees",
     "Options": "cellc.options",
     "Tree": "cellc.trees",
     "cell": "cellc.marks",
+    "check": "cellc.checking",
     "compile": "cellc.entry",
 }
 

@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BACKENDS = ("auto", "triton", "cpp", "eager")
+FLOATS = ("f32", "f64", "bf16", "f16")
 _EPILOG = """\
 examples:
   cellc demo                                 the whole idea on real text, in about a minute
   cellc inspect model.py:model               which cells a model has
   cellc inspect model.py:model --code lstm   the kernel that was generated for one of them
+  cellc check model.py:model                 results and kernels compared with PyTorch
+  cellc kernels model.py:model               its Triton kernels, compiled for GPUs not here
+  cellc tune model.py:model                  its cells measured here, for the scheduler
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
 exit codes: 0 good, 1 a check failed, 2 wrong use."""
@@ -67,6 +71,50 @@ arguments that returns one, or a function of tensors, which is then the model it
 from example_inputs() in that file: a list of requests (a tuple is positional arguments, a dict
 keywords, anything else one argument); or from --input file.py:name, a list or a function that
 returns one.
+"""
+_CHECK = """\
+Compare with plain PyTorch. Every example request runs by each backend that can run here, together
+with all others and alone; then the generated kernel of every cell is launched on rows that the cell
+was given, at several batch sizes and dtypes, against the same cell as torch calls. Exits with 1 if
+anything differs by more than atol + rtol * |value|: 1e-5 and 1e-4 in f32, 1e-9 and 1e-7 in f64,
+2e-2 and 2e-2 in halves, nothing in whole numbers. Where a cell's largest value is above 1, its atol
+is of that value."""
+_CHECK_EPILOG = f"""{_TARGET}
+examples:
+  cellc check model.py:model
+  cellc check model.py:model --backend cpp --dtype f32 --batch 1 --batch 512
+  cellc check model.py:model --input requests.py:requests --rtol 1e-5 --atol 1e-6
+  TRITON_INTERPRET=1 cellc check model.py:model --backend triton     without a GPU, slowly
+  cellc check model.py:model --json
+"""
+_KERNELS = """\
+Compile the Triton kernels of a model's cells, truly, for GPUs that need not be here, and print what
+came out: registers and spilled bytes a thread, shared memory of a program, an upper bound of
+occupancy and what sets it, matrix instructions in the assembly, FLOPs and bytes a row, and the
+least time that B rows take by the GPU's data sheet. Exits with 1 if a kernel does not compile or
+fit. Kernels are compiled once: reports are kept in the cache.
+
+Targets: cuda:80 (A100), cuda:90 (H100), cuda:100 (B200), hip:gfx942 (MI300X)."""
+_KERNELS_EPILOG = f"""{_TARGET}
+examples:
+  cellc kernels model.py:model --target cuda:90
+  cellc kernels model.py:model --target cuda:90 --target cuda:100 --dtype bf16 --batch 256
+  cellc kernels model.py:model --json
+  cellc kernels model.py:model --repro lstm_0_fused --output repro.py
+
+A file that --repro writes needs torch and Triton alone: it runs on a GPU where there is one, in
+Triton's interpreter with TRITON_INTERPRET=1, and else compiles for the first target.
+"""
+_TUNE = """\
+Measure the kernel of every cell at many numbers of rows, on rows that the cell was given, and keep
+the curves in the cache: the scheduler then knows what a launch costs before its first. On a GPU,
+tiles of kernels with products are measured first, and the best are kept: later runs use them.
+Curves hold for one cell, backend, device and number of threads."""
+_TUNE_EPILOG = f"""{_TARGET}
+examples:
+  cellc tune model.py:model
+  cellc tune model.py:model --backend cpp --batch 1 --batch 64 --batch 512
+  cellc tune model.py:model --seconds 0.1 --json
 """
 _INSPECT_EPILOG = f"""{_TARGET}
 examples:
@@ -115,6 +163,18 @@ def _run(args: argparse.Namespace) -> int:
         from cellc.bench import command
 
         return command.run(args, _console())
+    if args.command == "check":
+        from cellc import check_command
+
+        return check_command.run(args, _console())
+    if args.command == "kernels":
+        from cellc import kernels_command
+
+        return kernels_command.run(args, _console())
+    if args.command == "tune":
+        from cellc import tune_command
+
+        return tune_command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -138,6 +198,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_inspect(commands)
+    _add_check(commands)
+    _add_kernels(commands)
+    _add_tune(commands)
     _add_bench(commands)
     return parser
 
@@ -186,6 +249,106 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--code", nargs="?", const="", metavar="CELL", help="print the kernels, or one cell's"
     )
     what.add_argument("--graph", metavar="FILE", help="draw the cells into a .svg, .dot or .html")
+
+
+def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    check = commands.add_parser(
+        "check",
+        help="compare results and kernels with PyTorch",
+        description=_CHECK,
+        epilog=_CHECK_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    check.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    check.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    check.add_argument(
+        "--backend",
+        action="append",
+        choices=BACKENDS[1:],
+        help="may be given more than once (default: all that can run here)",
+    )
+    check.add_argument(
+        "--dtype",
+        action="append",
+        choices=FLOATS,
+        help="of cells, may be given more than once (default: the model's own, and of the 32 "
+        "largest cells all that kernels are written for)",
+    )
+    check.add_argument(
+        "--batch",
+        action="append",
+        type=_count,
+        metavar="B",
+        help="rows a step of cells, may be given more than once (default 1, 3, 64)",
+    )
+    check.add_argument("--rtol", type=_tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--atol", type=_tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+
+
+def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    kernels = commands.add_parser(
+        "kernels",
+        help="Triton kernels, compiled for GPUs that need not be here",
+        description=_KERNELS,
+        epilog=_KERNELS_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kernels.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    kernels.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    kernels.add_argument(
+        "--target",
+        dest="target_gpu",
+        action="append",
+        metavar="GPU",
+        help="see above; may be given more than once (default: all of them)",
+    )
+    kernels.add_argument(
+        "--dtype", choices=("f32", "bf16", "f16"), help="in place of f32 (default: the model's own)"
+    )
+    kernels.add_argument(
+        "--tf32", action="store_true", help="f32 products may use tf32, as options={'tf32': True}"
+    )
+    kernels.add_argument(
+        "--batch",
+        type=_count,
+        default=64,
+        metavar="B",
+        help="rows of the roofline and of --repro (default 64); tiles do not depend on it",
+    )
+    what = kernels.add_mutually_exclusive_group()
+    what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
+    what.add_argument("--repro", metavar="KERNEL", help="write a standalone file of one kernel")
+    kernels.add_argument("--output", metavar="FILE", help="of --repro (default KERNEL_repro.py)")
+
+
+def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    tune = commands.add_parser(
+        "tune",
+        help="measure cells here, and keep it for the scheduler",
+        description=_TUNE,
+        epilog=_TUNE_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    tune.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
+    tune.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
+    tune.add_argument("--backend", choices=BACKENDS, default="auto", help="(default auto)")
+    tune.add_argument(
+        "--batch",
+        action="append",
+        type=_count,
+        metavar="B",
+        help="rows of a step, may be given more than once (default 1, 2, 4 to 512)",
+    )
+    tune.add_argument(
+        "--seconds",
+        type=_positive,
+        default=0.02,
+        metavar="S",
+        help="of each launch in a round (default 0.02)",
+    )
+    tune.add_argument("--no-tiles", action="store_true", help="on a GPU, leave tiles as they are")
+    tune.add_argument("--json", action="store_true", help="one JSON object in place of tables")
 
 
 def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -248,6 +411,16 @@ def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
     return int(text)
+
+
+def _tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
 
 
 def _positive(text: str) -> float:

@@ -13,7 +13,9 @@ import numpy as np
 
 from cellc import log
 from cellc.compiler import Compiler
+from cellc.costs import Costs
 from cellc.launch import Launch, Ragged
+from cellc.machines import place
 from cellc.onward import Onward
 from cellc.plan import ragged_range
 from cellc.scheduler import Batch, Scheduler
@@ -40,6 +42,7 @@ class Launcher:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._onward, self._counters = onward, counters
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
+        self._costs = Costs(place(compiler.backend.name, compiler.device))  # before that
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
 
@@ -66,7 +69,8 @@ class Launcher:
         if chosen is None:
             return None
         cell, rows = chosen
-        seconds = self._seconds.get((cell, rows.bit_length()), 20e-6 * rows)
+        measured = self._seconds.get((cell, rows.bit_length()))
+        seconds = measured or self._costs.seconds(self._compiler.by_number[cell], rows)
         shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
         budget = shared if joined or waited else ALONE
         steps = max(1, int(budget / max(seconds, 1e-7)))

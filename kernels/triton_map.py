@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cellc.kernels.tile_ir import Index, Instr, Map, Product, Ref, Target
+from cellc.kernels.tile_ir import Index, Instr, Map, Product, Ref, Target, read, written
 from cellc.kernels.triton_body import (
     COL_COORDINATES,
     BodyPrinter,
@@ -55,7 +55,7 @@ def print_map(
 ) -> PrintedKernel:
     """A map over rows (`mult` of them a call) and columns, with its products."""
     size, accs = math.prod(stage.space) // mult, accumulators(stage, products)
-    constants = _constants(kernel, accs, products, size)
+    constants = _constants(stage, accs, products, size)
     inner = stage.space[1:] if mult > 1 else stage.space
     cols = ("unit",) if len(inner) == 1 else COL_COORDINATES[: len(inner)]
     tile = Tile(("m",) * (mult > 1), cols, "cols" if size % constants["BN"] else "")
@@ -112,10 +112,11 @@ def accumulators(stage: Map, products: Sequence[Product]) -> list[Accumulator]:
 
 
 def _constants(
-    kernel: Kernel, accs: Sequence[Accumulator], products: Sequence[Product], size: int
+    stage: Map, accs: Sequence[Accumulator], products: Sequence[Product], size: int
 ) -> dict[str, int]:
     if not products:
-        return {**pointwise_tile(size), "BK": 1}
+        rows = {r for r in (*read(stage), *written(stage)) if r.kind != "param"}
+        return {**pointwise_tile(size, len(rows)), "BK": 1}
     deepest = max(p.depth for p in products)
     return product_tile(size, len(accs), deepest, _item_bytes(products))
 

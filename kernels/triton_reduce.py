@@ -21,7 +21,14 @@ from cellc.kernels.triton_body import (
     coordinates,
     register_type,
 )
-from cellc.kernels.triton_tiles import MIN_DOT, TILE_ELEMENTS, Grid, PrintedKernel, padded
+from cellc.kernels.triton_tiles import (
+    MIN_DOT,
+    RAGGED_ELEMENTS,
+    TILE_ELEMENTS,
+    Grid,
+    PrintedKernel,
+    padded,
+)
 
 INT_BITS = {"i8": 7, "i16": 15, "i32": 31, "i64": 63}
 
@@ -189,7 +196,7 @@ def print_ragged(kernel: Kernel, stage: RaggedReduce) -> PrintedKernel:
     head.append("    unit = tl.program_id(1) * BN + tl.arange(0, BN)")
     head += [f"    cols = (unit < {stage.size})[None, :]"] if mask else []
     kernel.lines[:0] = head + kernel.addresses()
-    rows = max(1, TILE_ELEMENTS // columns)
+    rows = max(1, RAGGED_ELEMENTS // columns)
     grid = Grid(1, rows, -(-stage.size // columns))
     return PrintedKernel("", grid, {"BM": rows, "BN": columns}, ragged=(ref,))
 

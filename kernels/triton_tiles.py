@@ -14,6 +14,9 @@ from cellc.kernels.tile_ir import Ref
 
 MIN_DOT = 16  # the least size of each side of tl.dot
 TILE_ELEMENTS = 1024  # of a map without products, and of a reduction
+RAGGED_ELEMENTS = 512  # of a reduction over vectors, which keeps their lengths and slots as well
+THREADS = 128  # of a program with four warps
+ADDRESS_REGISTERS = 56  # of a thread: with 64, ptxas (of triton 3.6) spills a few maps
 
 
 @dataclass(frozen=True)
@@ -113,9 +116,15 @@ def padded(size: int, least: int = 1, most: int = 1 << 30) -> int:
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))
 
 
-def pointwise_tile(size: int) -> dict[str, int]:
+def pointwise_tile(size: int, num_refs: int = 1) -> dict[str, int]:
+    """The more rows in memory a map touches, the fewer lanes a thread has: each lane may hold an
+    address of two registers for each of them.
+    """
+    elements = TILE_ELEMENTS
+    while elements > THREADS and 2 * num_refs * (elements // THREADS) > ADDRESS_REGISTERS:
+        elements //= 2
     columns = padded(size, most=TILE_ELEMENTS // 4)
-    return {"BM": max(1, TILE_ELEMENTS // columns), "BN": columns}
+    return {"BM": max(1, elements // columns), "BN": columns}
 
 
 def product_tile(size: int, num_accumulators: int, depth: int, item_bytes: int) -> dict[str, int]:
