@@ -21,7 +21,7 @@ from cellc import background
 from cellc.compiler import Compiler
 from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, twin
 from cellc.flight import Flight
-from cellc.kernels.native import find_advance
+from cellc.kernels.native import find_arithmetic
 from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.moves import Moves
@@ -51,7 +51,7 @@ class Engine:
         self.compiler = compiler
         self.counters = Counters()
         self._scheduler = Scheduler(
-            max_batch=max_batch or 512, policy=policy, advance=find_advance()
+            max_batch=max_batch or 512, policy=policy, arithmetic=find_arithmetic()
         )
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority

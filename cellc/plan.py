@@ -172,6 +172,12 @@ class Plan:
         return np.array(entries), np.array(added), np.array(first)
 
     @cached_property
+    def addresses(self) -> tuple[int, int, int]:
+        """Where both arrays of the block begin, and how long they are."""
+        block, added = self.block
+        return block.ctypes.data, added.ctypes.data, len(block)
+
+    @cached_property
     def num_rows(self) -> int:
         """Table rows that the block takes."""
         return len(self.block[0]) // NUM_COLUMNS

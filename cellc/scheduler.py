@@ -2,7 +2,7 @@
 
 Duty: hold every live request's calls as flat arrays, and decide launches. Pure: no torch, no
 threads, no clock of its own; numpy in, numpy out. The engine admits requests with `add`, asks
-`next` for launches and runs them in order. What a launch means for the arrays is `cellc.advance`.
+`next` for launches and runs them in order. What that means for the arrays is `cellc.arithmetic`.
 
 A call's successors are told at once when it is scheduled, before its kernel has run: one worker
 runs launches first in, first out.
@@ -24,7 +24,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from cellc.advance import SCHEDULED, Advance, advance
+from cellc.arithmetic import SCHEDULED, Arithmetic, Numpy
 from cellc.plan import (
     CELL,
     FIRST_CALL,
@@ -35,7 +35,6 @@ from cellc.plan import (
     REGION,
     REQUEST,
     Plan,
-    ragged_range,
 )
 from cellc.regions import Flat
 
@@ -92,9 +91,13 @@ class Scheduler:
     """See the module. `record_lengths` and `priority` are looked up by cell number and may grow."""
 
     def __init__(
-        self, *, max_batch: int = 512, policy: Policy = "cellular", advance: Advance = advance
+        self,
+        *,
+        max_batch: int = 512,
+        policy: Policy = "cellular",
+        arithmetic: Arithmetic | None = None,
     ) -> None:
-        self.max_batch, self.policy, self._advance = max_batch, policy, advance
+        self.max_batch, self.policy, self._arithmetic = max_batch, policy, arithmetic or Numpy()
         self.record_lengths: dict[int, int] = {}
         self.priority: dict[int, int] = {}
         self._table = Flat(np.zeros((8192, NUM_COLUMNS), np.int32))  # blocks of plans
@@ -143,20 +146,10 @@ class Scheduler:
         bases: npt.NDArray[np.int64],
     ) -> None:
         """Copy the blocks of plans into the table, and queue the calls that are ready."""
-        first_entries = first_calls * NUM_COLUMNS
         added = np.zeros((len(plans), REGION + bases.shape[1]), np.int32)
-        added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_entries, first_calls
+        added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
         added[:, NUMBER], added[:, REGION:] = numbers, bases
-        block = np.concatenate([plan.block[0] for plan in plans])
-        which = np.concatenate([plan.block[1] for plan in plans])
-        sizes = np.array([len(plan.block[0]) for plan in plans])
-        which += np.repeat(np.arange(len(plans), dtype=np.int32) * added.shape[1], sizes)
-        block += added.reshape(-1)[which]
-        if (first_entries[1:] == first_entries[:-1] + sizes[:-1]).all():
-            start = int(first_entries[0])
-            self.entries[start : start + len(block)] = block
-        else:
-            self.entries[ragged_range(first_entries, sizes)] = block
+        self._arithmetic.place(self._table.data, plans, first_calls, added)
         ready = np.concatenate([plan.ready for plan in plans])
         self._push(ready + np.repeat(first_calls, [len(plan.ready) for plan in plans]))
 
@@ -215,7 +208,7 @@ class Scheduler:
             self._cut = cell
         elif cell == self._cut:
             self._cut = -1
-        done = self._advance(
+        done = self._arithmetic.advance(
             self._table.data, self._left, heads, max_steps, self.record_lengths[cell]
         )
         self._push(done.ready)

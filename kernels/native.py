@@ -1,48 +1,64 @@
 """The scheduler's arithmetic in C++.
 
-Duty: `cellc.advance.Advance` by a library that is compiled once a machine (`advance.cpp`); where
-there is no compiler, numpy does the same. Used by the engine.
+Duty: `cellc.arithmetic.Arithmetic` by a library that is compiled once a machine (`native.cpp`);
+where there is no compiler, numpy does the same. Used by the engine.
 """
 
 from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 
-from cellc.advance import I32, I64, Advance, Advanced, advance
+from cellc.arithmetic import I32, I64, Advanced, Arithmetic, Numpy
 from cellc.errors import BackendError
 from cellc.kernels import cpp_build
+from cellc.plan import Plan
 
 _NO_LIMIT = 1 << 40
 _pack = struct.Struct("11q").pack
 
 
 @lru_cache
-def find_advance() -> Advance:
+def find_arithmetic() -> Arithmetic:
     """The fastest that this machine has."""
     if cpp_build.find_compiler() is None:
-        return advance
+        return Numpy()
     try:
-        return NativeAdvance()
+        return Native()
     except (BackendError, OSError):
-        return advance
+        return Numpy()
 
 
-class NativeAdvance:
+class Native:
     """See the module."""
 
     def __init__(self) -> None:
-        library = cpp_build.load((cpp_build.HERE / "advance.cpp").read_text(), "advance")
+        library = cpp_build.load((cpp_build.HERE / "native.cpp").read_text(), "native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
+        self._place = library.cellc_place
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
-        self._expand.restype = self._advance.restype = None
+        self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._expand.restype = self._advance.restype = self._place.restype = None
 
-    def __call__(
+    def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
+        blocks = np.array([plan.addresses for plan in plans], np.int64)
+        firsts = np.ascontiguousarray(first_calls, np.int64)
+        self._place(
+            table.ctypes.data,
+            len(plans),
+            firsts.ctypes.data,
+            blocks.ctypes.data,
+            added.ctypes.data,
+            added.shape[1],
+        )
+
+    def advance(
         self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
     ) -> Advanced:
         found = (ctypes.c_int64 * 3)()

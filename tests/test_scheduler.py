@@ -26,10 +26,10 @@ from test_plan import (
     starts_of,
 )
 
-from cellc.advance import Advanced, advance
+from cellc.arithmetic import Advanced, Numpy
 from cellc.calls import CallGraph, CallGroup
 from cellc.cells import Cell
-from cellc.kernels.native import find_advance
+from cellc.kernels.native import find_arithmetic
 from cellc.plan import Plan, Tables, record_length
 from cellc.planner import make_plan
 from cellc.regions import Regions
@@ -41,16 +41,27 @@ checked = settings(deadline=None, derandomize=True, max_examples=40)
 policies = st.sampled_from(POLICIES)
 
 
-def both_ways(table: Any, left: Any, *given: Any) -> Advanced:
+class Both:
     """By numpy and, where there is a compiler, in C++: all that is made and changed is equal."""
-    other_table, other_left = table.copy(), left.copy()
-    made = find_advance()(other_table, other_left, *given)
-    want = advance(table, left, *given)
-    assert np.array_equal(table, other_table) and np.array_equal(left, other_left)
-    for a, b in zip(made, want, strict=True):
-        assert np.array_equal(a, b)
-        assert isinstance(b, list) or a.dtype == b.dtype
-    return want
+
+    def __init__(self) -> None:
+        self.one, self.other = Numpy(), find_arithmetic()
+
+    def place(self, table: Any, *given: Any) -> None:
+        copied = table.copy()
+        self.other.place(copied, *given)
+        self.one.place(table, *given)
+        assert np.array_equal(table, copied)
+
+    def advance(self, table: Any, left: Any, *given: Any) -> Advanced:
+        other_table, other_left = table.copy(), left.copy()
+        made = self.other.advance(other_table, other_left, *given)
+        want = self.one.advance(table, left, *given)
+        assert np.array_equal(table, other_table) and np.array_equal(left, other_left)
+        for a, b in zip(made, want, strict=True):
+            assert np.array_equal(a, b)
+            assert isinstance(b, list) or a.dtype == b.dtype
+        return want
 
 
 class Engine:
@@ -61,7 +72,7 @@ class Engine:
         self.plans = [make_plan(g, self.tables) for g in graphs]
         # Plans made before a row type was known have no column for it.
         self.plans = [make_plan(g, self.tables) for g in graphs]
-        self.scheduler = Scheduler(max_batch=max_batch, policy=policy, advance=both_ways)
+        self.scheduler = Scheduler(max_batch=max_batch, policy=policy, arithmetic=Both())
         for plan in self.plans:
             for cell, depth in zip(plan.cells, plan.priority, strict=True):
                 priority = self.scheduler.priority

@@ -1,8 +1,9 @@
-// What one launch means for the table of calls: `cellc/advance.py` in C++, entry by entry the same.
+// Arithmetic on the table of calls: `cellc/arithmetic.py` in C++, entry by entry the same.
 //
-// Duty: two calls a launch, so that the caller gives arrays of the right size. `cellc_expand`
-// follows the chains of the heads and changes nothing; `cellc_advance` fills the arrays and tells
-// successors and requests. Between them the lengths that were found wait in memory of the thread.
+// Duty: blocks of plans placed; and two calls a launch, so that the caller gives arrays of the right
+// size: `cellc_expand` follows the chains of the heads and changes nothing; `cellc_advance` fills
+// the arrays and tells successors and requests. Between them the lengths that were found wait in
+// memory of the thread.
 #include <stdint.h>
 
 #include <algorithm>
@@ -107,4 +108,16 @@ extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
     for (int64_t i = before; i < num_ready; ++i) table[a->ready[i] * COLUMNS + MISSING] = 0;
     std::sort(a->finished, a->finished + num_finished);
     out[0] = num_ready, out[1] = num_finished, out[2] = num_events;
+}
+
+// In: table, plans, the first call of each, and of each block where its entries and their kinds
+// begin and how many there are; what is added, [plans, kinds].
+extern "C" void cellc_place(int32_t* table, int64_t plans, const int64_t* first_calls,
+                            const int64_t* blocks, const int32_t* added, int64_t kinds) {
+    for (int64_t i = 0; i < plans; ++i, blocks += 3, added += kinds) {
+        const auto* entries = reinterpret_cast<const int32_t*>(blocks[0]);
+        const auto* kind = reinterpret_cast<const int32_t*>(blocks[1]);
+        int32_t* to = table + first_calls[i] * COLUMNS;
+        for (int64_t k = 0; k < blocks[2]; ++k) to[k] = entries[k] + added[kind[k]];
+    }
 }

@@ -1,8 +1,9 @@
-"""Advance: what one launch means for the table of calls.
+"""Arithmetic on the table of calls: requests come, launches advance them.
 
-Duty: from the calls that a launch begins with, follow their chains, look up the slots of all rows,
-tell successors, count down requests. The arithmetic of `cellc.scheduler`, which says what the table
-holds. `advance` is numpy; `kernels.native` has the same in C++ for machines with a compiler.
+Duty: what costs the scheduler time (`cellc.scheduler` says what the table holds). `place` copies
+blocks of plans into it. `advance`, from the calls that a launch begins with, follows their chains,
+looks up the slots of all rows, tells successors, counts down requests. Here by numpy;
+`kernels.native` has the same in C++ for machines with a compiler.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from cellc.plan import (
     EDGES,
     EVENT,
     MISSING,
+    NUM_COLUMNS,
     NUM_SUCCESSORS,
     RECORD,
     REQUEST,
     SUCCESSOR,
+    Plan,
     ragged_range,
 )
 
@@ -44,30 +47,55 @@ class Advanced(NamedTuple):
     answering: I32  # the request of each of these calls
 
 
-class Advance(Protocol):
-    """`heads` are ready calls of one cell, whose records have `length` entries; `table`, [calls,
-    columns], and `left`, calls that each request still has, are written to.
-    """
+class Arithmetic(Protocol):
+    """`table` [calls, columns] is written to."""
 
-    def __call__(
+    def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
+        """Write each plan's block from its first call's row on, adding to every entry what `added`
+        [plans, kinds] has for the entry's kind.
+        """
+        ...
+
+    def advance(
         self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
-    ) -> Advanced: ...
+    ) -> Advanced:
+        """`heads` are ready calls of one cell, whose records have `length` entries; `left`, calls
+        that each request still has, is written to.
+        """
+        ...
 
 
-def advance(table: I32, left: I64, heads: I64, max_steps: int | None, length: int) -> Advanced:
-    """See `Advance`; by numpy."""
-    calls, steps, ends = _expand(table, heads, max_steps)
-    rows = table[calls]
-    entries = table.reshape(-1)
-    slots = entries[rows[:, RECORD] + np.arange(length)[:, None]]
-    ready = _wake(table, calls, rows, ends)
-    events, requests = rows[:, EVENT], rows[:, REQUEST]
-    if events.any():
-        having = events > 0
-        events, answering = events[having], requests[having]
-    else:
-        events = answering = _NONE
-    return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
+class Numpy:
+    """By numpy."""
+
+    def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
+        block = np.concatenate([plan.block[0] for plan in plans])
+        which = np.concatenate([plan.block[1] for plan in plans])
+        sizes = np.array([len(plan.block[0]) for plan in plans])
+        which += np.repeat(np.arange(len(plans), dtype=np.int32) * added.shape[1], sizes)
+        block += added.reshape(-1)[which]
+        entries, first_entries = table.reshape(-1), first_calls * NUM_COLUMNS
+        if (first_entries[1:] == first_entries[:-1] + sizes[:-1]).all():
+            start = int(first_entries[0])
+            entries[start : start + len(block)] = block
+        else:
+            entries[ragged_range(first_entries, sizes)] = block
+
+    def advance(
+        self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
+    ) -> Advanced:
+        calls, steps, ends = _expand(table, heads, max_steps)
+        rows = table[calls]
+        entries = table.reshape(-1)
+        slots = entries[rows[:, RECORD] + np.arange(length)[:, None]]
+        ready = _wake(table, calls, rows, ends)
+        events, requests = rows[:, EVENT], rows[:, REQUEST]
+        if events.any():
+            having = events > 0
+            events, answering = events[having], requests[having]
+        else:
+            events = answering = _NONE
+        return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
 
 
 def _expand(table: I32, heads: I64, max_steps: int | None) -> tuple[I64, I32, I64]:
