@@ -72,9 +72,8 @@ class Recording(Learner):
         form: list[Any] = [id(frame.f_code), frame.f_lasti, callee]
         rows: list[int] = []
         add = form.append
+        odd = False  # is there anything but stubs in tuples
         try:
-            if callee.row_arguments:
-                args = self._weights_as_rows(callee, args)
             for x in args:
                 kind = type(x)
                 if kind is Stub:
@@ -89,8 +88,10 @@ class Recording(Learner):
                             add(y.type)
                             rows.append(y.id)
                         else:
+                            odd = True
                             sign(y, form, rows, self.parts)
                 else:
+                    odd = True
                     sign(x, form, rows, self.parts)
             for name in sorted(kwargs):
                 add(name)
@@ -104,6 +105,10 @@ class Recording(Learner):
                 ) from None
             callee.transparent = self.relearn = True
             return self._body(callee, args, kwargs)
+        if odd and callee.row_arguments:
+            changed = self._weights_as_rows(callee, args)
+            if changed is not args:
+                return self.call(callee, changed, kwargs, frame)
         if not rows and not callee.marked:
             return callee.run(*args, **kwargs)  # nothing of the request in it
         op = self.ops.get(tuple(form))
