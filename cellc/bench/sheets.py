@@ -1,0 +1,104 @@
+"""Outcomes as tables of text, for the console and for Markdown.
+
+Duty: words for figures and facts. What was measured while others used the machine is not quoted,
+unless `anyway`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table
+
+from cellc.bench.case import Outcome
+from cellc.report import QUIET
+
+DISTURBED = "disturbed"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """One table; `right` says whether columns but the first are numbers."""
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: str = ""
+    right: bool = True
+
+
+def sheets_of(outcome: Outcome, *, anyway: bool = False) -> list[Sheet]:
+    """The rates, then the facts; what was not measured is named in the first."""
+    quoted = outcome.quiet or anyway
+    notes = _notes(outcome, anyway)
+    sheets = []
+    if outcome.figures:
+        sheets.append(_rates(outcome, quoted, notes))
+    if outcome.facts or not outcome.figures:
+        rows = [(k, number(v) if quoted else DISTURBED) for k, v in outcome.facts.items()]
+        if not outcome.figures:
+            rows += outcome.missing.items()
+        title = outcome.title + (": costs and counts" if outcome.figures else "")
+        sheets.append(Sheet(title, ("what", "value"), rows, "" if outcome.figures else notes))
+    return sheets
+
+
+def _rates(outcome: Outcome, quoted: bool, notes: str) -> Sheet:
+    bases = [outcome.base, *outcome.against]
+    rows: list[list[str]] = []
+    for f in outcome.figures:
+        if quoted:
+            ratios = [_times(outcome.ratio(f.way, base)) for base in bases]
+            rows.append([f.way, f"{f.rate:,.0f}", f"{f.least:,.0f} to {f.most:,.0f}", *ratios])
+        else:
+            rows.append([f.way, DISTURBED, *[""] * (1 + len(bases))])
+    rows += [[way, why, *[""] * (1 + len(bases))] for way, why in outcome.missing.items()]
+    columns = ("way", f"{outcome.unit}/s", "least to most", *(f"to {base}" for base in bases))
+    return Sheet(outcome.title, columns, rows, notes)
+
+
+def _notes(outcome: Outcome, anyway: bool) -> str:
+    parts = []
+    if outcome.figures:
+        parts.append(f"medians of {outcome.figures[0].rounds} alternated rounds")
+    parts.append(f"{outcome.dropped} rounds dropped")
+    share = outcome.others
+    quiet = "what else ran is not known" if share is None else f"others took up to {share:.0%}"
+    if not outcome.quiet:
+        quiet += f" of the machine, more than the {QUIET:.0%} of a quiet one"
+        quiet += "" if anyway else ": not quoted (--noisy does)"
+    parts.append(quiet)
+    if outcome.figures:
+        parts.append(f"largest difference {outcome.largest_difference:.1e}")
+    return "; ".join(parts)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"
+
+
+def number(value: float) -> str:
+    """Three digits, or all before the point.
+
+    >>> number(1234.5), number(3.14159), number(0.0)
+    ('1,234', '3.14', '0')
+    """
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def as_table(sheet: Sheet) -> Table:
+    table = Table(title=sheet.title, caption=sheet.notes)
+    for i, column in enumerate(sheet.columns):
+        table.add_column(column, justify="right" if i and sheet.right else "left")
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
+
+
+def as_markdown(sheet: Sheet) -> str:
+    """The table alone, with what is to be said of it below."""
+    rows = [sheet.columns, ["---"] * len(sheet.columns), *sheet.rows]
+    lines = [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows]
+    notes = f"\n\n{sheet.notes[0].upper()}{sheet.notes[1:]}." if sheet.notes else ""
+    return "\n".join(lines) + notes
