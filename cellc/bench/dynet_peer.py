@@ -52,4 +52,7 @@ class DynetLSTM:
         return np.stack([o.npvalue() for o in outputs]).astype(np.float32)
 
     def _last(self, row: Array) -> Any:
-        return self._lstm.initial_state().transduce([self._dy.inputTensor(x) for x in row])[-1]
+        dy = self._dy
+        x = dy.inputTensor(row.T)  # one node a sequence: faster than one a step
+        steps = [dy.pick(x, t, dim=1) for t in range(len(row))]
+        return self._lstm.initial_state().transduce(steps)[-1]

@@ -34,7 +34,7 @@ ONNX, ONNX_ALONE = "onnxruntime", "onnxruntime, one at a time"
 ONNX_BUCKETS = f"onnxruntime, buckets of {WIDTH}"
 OPENVINO = f"OpenVINO, buckets of {WIDTH}"
 TENSORFLOW = f"TensorFlow, Keras masked, {BATCH} of like lengths"
-DYNET = f"DyNet autobatching, {BATCH} of like lengths"
+DYNET = "DyNet autobatching, all at once"
 CELLC = "cellc"
 
 
@@ -160,7 +160,7 @@ class Others:
         self.add(OPENVINO, ["openvino"], cache(lambda: OpenvinoLSTM(rnn)), _buckets)
         tensorflow, dynet = cache(lambda: TensorflowLSTM(rnn)), cache(lambda: DynetLSTM(rnn))
         self.add(TENSORFLOW, ["tensorflow"], tensorflow, lambda rows: by_length(rows, BATCH))
-        self.add(DYNET, ["dynet"], dynet, lambda rows: by_length(rows, BATCH))
+        self.add(DYNET, ["dynet"], dynet, lambda rows: by_length(rows, len(rows)))
 
 
 def _buckets(rows: Sequence[Array]) -> list[list[int]]:
