@@ -120,7 +120,7 @@ def test_page() -> None:
     text = page(found(), [])
     assert "`cellc bench lstm-256 --rounds 3`, 2026-01-02" in text
     assert f"| {CELLC} | 260 | 240 to 300 | 2.60x |" in text
-    assert f"| {ONNX_BUCKETS} | not installed: pip install onnx |  |  |" in text
+    assert f"; {ONNX_BUCKETS}: not installed: pip install onnx." in text
     assert f"| {BUCKETS} | disturbed |  |  |" in text
     assert as_markdown(targets.sheet(found())).count("\n") == 2 + len(targets.TARGETS) - 1
 

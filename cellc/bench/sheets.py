@@ -29,7 +29,7 @@ class Sheet:
 
 
 def sheets_of(outcome: Outcome, *, anyway: bool = False) -> list[Sheet]:
-    """The rates, then the facts; what was not measured is named in the first."""
+    """The rates, then the facts; notes of the first name what was not measured."""
     quoted = outcome.quiet or anyway
     notes = _notes(outcome, anyway)
     sheets = []
@@ -37,8 +37,6 @@ def sheets_of(outcome: Outcome, *, anyway: bool = False) -> list[Sheet]:
         sheets.append(_rates(outcome, quoted, notes))
     if outcome.facts or not outcome.figures:
         rows = [(k, number(v) if quoted else DISTURBED) for k, v in outcome.facts.items()]
-        if not outcome.figures:
-            rows += outcome.missing.items()
         title = outcome.title + (": costs and counts" if outcome.figures else "")
         sheets.append(Sheet(title, ("what", "value"), rows, "" if outcome.figures else notes))
     return sheets
@@ -53,7 +51,6 @@ def _rates(outcome: Outcome, quoted: bool, notes: str) -> Sheet:
             rows.append([f.way, f"{f.rate:,.0f}", f"{f.least:,.0f} to {f.most:,.0f}", *ratios])
         else:
             rows.append([f.way, DISTURBED, *[""] * (1 + len(bases))])
-    rows += [[way, why, *[""] * (1 + len(bases))] for way, why in outcome.missing.items()]
     columns = ("way", f"{outcome.unit}/s", "least to most", *(f"to {base}" for base in bases))
     return Sheet(outcome.title, columns, rows, notes)
 
@@ -71,6 +68,7 @@ def _notes(outcome: Outcome, anyway: bool) -> str:
     parts.append(quiet)
     if outcome.figures:
         parts.append(f"largest difference {outcome.largest_difference:.1e}")
+    parts += [f"{way}: {why}" for way, why in outcome.missing.items()]
     return "; ".join(parts)
 
 
