@@ -56,7 +56,7 @@ def test_targets() -> None:
     disturbed = held["LSTM, 1024 units, 512 requests at once, tokens in, to PyTorch in buckets"]
     assert disturbed.held is None and disturbed.why.startswith("disturbed")
     assert held["a cell of a new tree unfolded from plain recursion"].held
-    memory = held["memory beyond weights and live rows, the most of all workloads"]
+    memory = held["memory beyond weights and the arenas of rows, the most of all workloads"]
     assert memory.why == "not measured: cellc bench memory"
     assert set(targets.workloads()) <= set(NAMES)
 

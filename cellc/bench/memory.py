@@ -2,7 +2,8 @@
 
 Each workload runs in a process of its own. There requests, the model and PyTorch's own way come
 first; from then on the peak of resident memory is counted (Linux only), while cellc's ways run
-twice. Taken off are one copy of the weights, and the arenas of rows at their largest.
+twice. Taken off are one copy of the weights, and the arenas of rows at their largest: whole, with
+rows that are no longer live, and pages never written, so that less than nothing may be left.
 `python -m cellc.bench.memory` is that process: settings by its input, figures by its output.
 """
 

@@ -142,7 +142,7 @@ TARGETS: Sequence[Target] = [
         _fact("treelstm-256", trees.UNFOLD.format(trees.ARRAYS)), at_least=False,
     ),
     Target(
-        "memory beyond weights and live rows, the most of all workloads",
+        "memory beyond weights and the arenas of rows, the most of all workloads",
         200.0, " MB", "memory", _most_memory, at_least=False,
     ),
     Target(
