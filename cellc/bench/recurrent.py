@@ -143,7 +143,10 @@ class Others:
         if why := why_not(*modules):
             self.missing[name] = why
             return
-        run = lambda: in_batches(peer(), self._rows(), batches(self._rows()))  # noqa: E731
+
+        def run() -> list[Tensor]:
+            return in_batches(peer(), self._rows(), batches(self._rows()))
+
         self.ways.append(Way(name, run, sample))
 
     def add_onnx(self, bucketed: str, alone: str, sample: int) -> None:
