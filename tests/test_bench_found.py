@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,17 @@ def test_targets_online() -> None:
     lacks = held[f"greedy decoding, {load} its best timeout"]
     assert lacks.why == "not measured: cellc bench seq2seq-256 --online"
     assert set(targets.workloads(online=True)) <= set(WORKLOADS)
+
+
+def test_figures_of_another_size_are_named() -> None:
+    ours = found()
+    assert targets.sheet(ours).notes == ""
+    small = [replace(m, requests=8, units=16) for m in found().of("lstm-256")]
+    ours.add(small)
+    ours.add_online([replace(m, requests=8, units=16) for m in ours.online[:2]])
+    ours.add([replace(small[0], workload="a.py:model"), *ours.cases])
+    said = "lstm-256 tokens: 8 requests, 16 units; lstm-256 vectors: 8 requests, 16 units"
+    assert targets.sheet(ours).notes == f"not as targets are meant: {said}"
 
 
 def test_latency_needs_its_load() -> None:

@@ -52,7 +52,8 @@ def _introduction(found: Found) -> str:
         "written by `cellc bench --targets --paper --markdown FILE`, and by its parts: "
         "`cellc bench WORKLOAD --from figures.json --json figures.json` adds one (`--online` its "
         "latencies), `cellc bench --from figures.json --targets --paper --markdown FILE` writes "
-        "what is there. GPU: `gpu.md`. What varies in latencies: `online.md`."
+        "what is there, and `--plot` a picture beside it (with `--online`, of latencies only). "
+        "GPU: `gpu.md`. What varies in latencies: `online.md`."
     )
 
 

@@ -203,9 +203,11 @@ def sheet(found: Found) -> Sheet:
 
 def _unlike(found: Found) -> str:
     """What was measured otherwise than targets say."""
+    decide = {t.workload for t in TARGETS}
     notes = [
         f"{m.key}: {m.requests} requests" + (f", {m.units} units" if m.units else "")
         for m in found.all
-        if m.requests != REQUESTS or m.units
+        if m.workload in decide and (m.requests != REQUESTS or m.units)
     ]
+    notes = list(dict.fromkeys(notes))  # at once and as they come
     return f"not as targets are meant: {'; '.join(notes)}" if notes else ""
