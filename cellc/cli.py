@@ -43,13 +43,15 @@ arithmetic and bytes of a row, kernels; how much of the arithmetic they cover; h
 new structure becomes cell calls, and what that costs."""
 _BENCH = """\
 Requests a second of workloads, cellc against what else a user would pick, on the same weights:
-PyTorch one at a time, padded, in buckets, packed, by hand; onnxruntime where it is installed. All
-ways are checked for equal results, then timed in alternated rounds; rounds in which others used the
-machine are dropped, and a table that has too few quiet ones is not quoted.
+PyTorch one at a time, padded, in buckets, packed, by hand; onnxruntime, OpenVINO, TensorFlow, DyNet
+and torchfold where they are installed. All ways are checked for equal results, then timed in
+alternated rounds; rounds in which others used the machine are dropped, and a table that has too few
+quiet ones is not quoted.
 
-Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024, treelstm-256,
-treelstm-1024, sessions. Without a name, all of them. A TARGET, path/to/file.py:name, is a model of
-yours with its example_inputs() (see cellc inspect --help), against PyTorch one request at a time.
+Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024,
+seq2seq-attention, treelstm-256, treelstm-1024, sessions; what cellc itself costs: host, saturation,
+startup, memory. Without a name, all of them. A TARGET, path/to/file.py:name, is a model of yours
+with its example_inputs() (see cellc inspect --help), against PyTorch one request at a time.
 
 --online serves requests as they come, in place of many at once: p50, p90 and p99 of latency from
 the arrival that was drawn, not from when the request was sent, at shares of the peak of the peer, a
@@ -62,9 +64,13 @@ examples:
   cellc bench lstm-256
   cellc bench lstm-256 sessions --rounds 9 --json figures.json
   cellc bench gru-256 --lengths lengths.txt --requests 1024
+  cellc bench treelstm-256 --trees parses.txt
   cellc bench lstm-256 --online --loads 0.3,0.7,0.95 --plot latency.png
   cellc bench lstm-256 --online --trace trace.txt
-  cellc bench examples/tagger.py:model"""
+  cellc bench examples/tagger.py:model
+  cellc bench --targets                                what cellc is built to, held or not
+  cellc bench gru-256 --from figures.json --json figures.json        one more workload
+  cellc bench --from figures.json --targets --paper --markdown benchmarks.md"""
 _TARGET = """\
 TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
 arguments that returns one, or a function of tensors, which is then the model itself. Requests come
@@ -378,12 +384,26 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="S",
         help="for rounds in place of disturbed ones, a table (default 60)",
     )
+    bench.add_argument(
+        "--units", type=_count, metavar="N", help="hidden units, in place of a workload's own"
+    )
     bench.add_argument("--lengths", type=Path, metavar="FILE", help="of requests, one a line")
+    bench.add_argument(
+        "--trees",
+        type=Path,
+        metavar="FILE",
+        help="in brackets, as treebanks have them: (S (NP a)...)",
+    )
     bench.add_argument("--backend", choices=BACKENDS, default="auto", help="cellc's (default auto)")
     bench.add_argument("--noisy", action="store_true", help="quote disturbed figures as well")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
-    bench.add_argument("--plot", type=Path, metavar="FILE", help="draw them (.png, .svg or .pdf)")
     bench.add_argument("--input", metavar="FILE:NAME", help="requests of a TARGET")
+    _add_bench_online(bench)
+    _add_bench_reports(bench)
+
+
+def _add_bench_online(bench: argparse.ArgumentParser) -> None:
+    """Requests as they come."""
     bench.add_argument("--online", action="store_true", help="latency against load")
     bench.add_argument(
         "--loads",
@@ -397,6 +417,28 @@ def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="FILE",
         help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
         "or stretched to give --loads",
+    )
+
+
+def _add_bench_reports(bench: argparse.ArgumentParser) -> None:
+    """What is made of the figures."""
+    bench.add_argument(
+        "--from",
+        dest="given",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="start from figures that --json wrote; only workloads that are named are measured",
+    )
+    bench.add_argument("--targets", action="store_true", help="what cellc is built to, held or not")
+    bench.add_argument("--paper", action="store_true", help="BatchMaker's claims, measured here")
+    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write all tables as a page")
+    bench.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="draw them (.png, .svg or .pdf); with --online, latencies only",
     )
 
 

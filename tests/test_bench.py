@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from cellc.bench import command
-from cellc.bench.case import Case, Differs, Way, check, measure, table_of
+from cellc.bench import command, memory
+from cellc.bench.case import Case, Differs, Outcome, Way, check, measure
 from cellc.bench.lengths import LONGEST, draw_lengths
 from cellc.bench.measure import Patience
-from cellc.bench.others import decode_case, sessions_case, tagger_case
-from cellc.bench.recurrent import alone_case, recurrent_case
+from cellc.bench.recurrent import CELLC, ONNX_BUCKETS, recurrent_case
+from cellc.bench.sheets import sheets_of
+from cellc.bench.tree_data import num_leaves
+from cellc.bench.trees import Forest
+from cellc.bench.workloads import NAMES
 from cellc.cli import main
+
+TINY = "--units 8 --requests 3 --rounds 1 --seconds 0.001 --patience 0.001 --noisy".split()
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -25,20 +31,22 @@ def test_recurrent_ways_agree(kind: str, tokens: bool) -> None:
     with torch.no_grad():
         assert check(case) < 1e-5
     case.close()
-    assert not case.missing and len(case.ways) == 8
+    names = [way.name for way in case.ways]
+    assert len(names) + len(case.missing) == (11 if kind == "lstm" else 8)
+    assert ONNX_BUCKETS in names and names[-1] == CELLC
 
 
-def test_other_ways_agree() -> None:
-    cases = [
-        alone_case("lstm", 16, 24),
-        tagger_case(16, draw_lengths(12)),
-        decode_case(16, 12),
-        sessions_case(16, 6),
-    ]
-    with torch.no_grad():
-        for case in cases:
-            check(case)
-            case.close()
+@pytest.mark.parametrize("name", NAMES)
+def test_workload(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "BATCHED", ("gru-256", "treelstm-256"))
+    path = tmp_path / "figures.json"
+    assert main(["bench", name, *TINY, "--json", str(path)]) == 0
+    cases = [Outcome.from_json(case) for case in json.loads(path.read_text())["cases"]]
+    assert cases
+    for outcome in cases:
+        assert outcome.facts or any(f.way.startswith("cellc") for f in outcome.figures)
+        assert outcome.largest_difference < 1e-4
+        assert all(f.rate > 0 for f in outcome.figures)
 
 
 def test_a_wrong_way_is_found() -> None:
@@ -57,11 +65,76 @@ def test_figures() -> None:
     assert outcome.figures[0].ratio == 1.0
     for f in outcome.figures:
         assert 0 < f.least <= f.rate <= f.most and f.rounds == 2
-    disturbed = table_of(
-        type(outcome)(**{**vars(outcome), "others": 0.5}),
+    (sheet,) = sheets_of(replace(outcome, others=0.5))
+    assert [row[1] for row in sheet.rows] == ["disturbed"] * 2
+    assert "not quoted" in sheet.notes
+
+
+def test_fresh_requests_and_facts() -> None:
+    now, ran, checked = [0], [0], [0]
+
+    def fresh() -> None:
+        now[0] += 1
+
+    def run() -> list[Tensor]:
+        ran[0] += 1
+        return [torch.ones(())]
+
+    def again() -> None:
+        checked[0] += 1
+        assert now[0] == 0 and ran[0] == 1  # checks run on the shared requests
+
+    case = Case(
+        "a case",
+        1,
+        [Way("one", lambda: [torch.ones(())]), Way("two", run, fresh=fresh)],
+        "one",
+        again=again,
+        facts=lambda: {"answers": 42.0},
     )
-    assert list(disturbed.columns[1].cells) == ["disturbed"] * 2
-    assert "not quoted" in str(disturbed.caption)
+    outcome = measure(case, 1, 0.0, Patience(0.0))
+    assert checked == [1] and now[0] == ran[0] - 2 > 0
+    assert outcome.facts == {"answers": 42.0}
+    assert [sheet.rows[0][0] for sheet in sheets_of(outcome, anyway=True)] == ["one", "answers"]
+
+
+def test_results_beyond_a_sample_are_checked() -> None:
+    ways = [
+        Way("sample", lambda: [torch.ones(1)], 1),
+        Way("all", lambda: [torch.ones(1)] * 2),
+        Way("wrong", lambda: [torch.ones(1), torch.zeros(1)]),
+    ]
+    with pytest.raises(Differs, match="wrong differs from sample at 1"):
+        check(Case("a case", 2, ways, "all"))
+    with pytest.raises(Differs, match="all gives 2 results"):
+        check(Case("a case", 3, ways, "all"))
+
+
+def test_results_that_differ_end_in_1(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong() -> Case:
+        ways = [Way("right", lambda: [torch.ones(2)]), Way("wrong", lambda: [torch.zeros(2)])]
+        return Case("a case", 1, ways, "right")
+
+    def right() -> Case:
+        return Case("another case", facts=lambda: {"answers": 42.0})
+
+    monkeypatch.setattr(command, "_cases", lambda name, settings: [wrong, right])
+    assert main(["bench", "host", *TINY]) == 1
+    said = capsys.readouterr().out
+    assert "wrong differs from right at 0" in said and "another case" in said
+
+
+@pytest.mark.parametrize("text", ["", "(S (A a) (B (C c) (D d)) (E (F f)))\n(A one)"])
+def test_forest(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "trees.txt"
+    path.write_text(text)
+    forest = Forest(9, path if text else None)
+    sizes = [num_leaves(t) for t in forest.now.nested]
+    fresh = [forest.fresh() for _ in range(4)]
+    assert all([num_leaves(t) for t in batch.nested] == sizes for batch in fresh)
+    assert any(batch.nested != forest.now.nested for batch in fresh)
 
 
 def test_lengths() -> None:
@@ -96,4 +169,4 @@ def test_unknown_workload(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_names_every_workload(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in command.NAMES)
+    assert all(name in text for name in NAMES)

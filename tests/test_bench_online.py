@@ -7,6 +7,7 @@ import json
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from cellc.bench.batch_server import Batcher, BatchServer, Policy
 from cellc.bench.case import Figure, Outcome
 from cellc.bench.measure import percentiles
 from cellc.bench.online import differ
-from cellc.bench.online_figures import OnlineOutcome, Run, figures_of, table_of
+from cellc.bench.online_figures import OnlineOutcome, Run, figures_of
 from cellc.bench.online_workloads import (
     BATCHED,
     DecodeWorkload,
@@ -28,7 +29,8 @@ from cellc.bench.online_workloads import (
     TargetWorkload,
     Workload,
 )
-from cellc.bench.targets import target_case
+from cellc.bench.sheets import as_table, online_sheet
+from cellc.bench.user_model import target_case
 from cellc.cli import main
 from cellc.errors import UsageError
 
@@ -198,9 +200,14 @@ def test_figures_are_medians_over_runs() -> None:
 
 
 def test_disturbed_figures_are_not_quoted() -> None:
-    assert list(table_of(outcome(0.5)).columns[2].cells) == ["disturbed"] * 2
-    assert list(table_of(outcome(0.5), anyway=True).columns[5].cells) == ["3", "8"]
-    assert list(table_of(outcome()).columns[5].cells) == ["3", "8"]
+    disturbed = online_sheet(outcome(0.5))
+    assert [row[2] for row in disturbed.rows] == ["disturbed"] * 2
+    assert "not quoted" in disturbed.notes
+    assert [row[5] for row in online_sheet(outcome(0.5), anyway=True).rows] == ["3", "8"]
+    table = as_table(online_sheet(outcome()))
+    assert list(table.columns[0].cells) == ["70%", ""]
+    assert list(table.columns[5].cells) == ["3", "8"] and table.columns[5].justify == "right"
+    assert list(table.columns[1].cells) == ["cellc", "peer, a (best)"]
 
 
 def test_differ() -> None:
@@ -225,13 +232,16 @@ def test_plot(tmp_path: Path) -> None:
     ]
     case = Outcome("t", "PyTorch", "requests", 0.0, figures, 0.0, 0, {})
     plots.check(path)
-    plots.draw(path, [case], [outcome(), outcome(0.5)])
+    costs = replace(case, figures=[], facts={"us a launch": 3.0})
+    more = [replace(f, share=0.9, offered=130.0) for f in outcome().figures]
+    loads = replace(outcome(), figures=[*outcome().figures, *more])
+    plots.draw(path, [case, costs], [loads, outcome(0.5)])
     assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 100_000
     for wrong in (tmp_path / "plot.txt", tmp_path / "none" / "plot.png"):
         with pytest.raises(UsageError, match="--plot"):
             plots.check(wrong)
     with pytest.raises(UsageError, match="nothing"):
-        plots.draw(path, [], [])
+        plots.draw(path, [costs], [])
 
 
 def test_plot_without_matplotlib(
@@ -315,22 +325,28 @@ def test_command_of_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [f["server"] for f in online["figures"]] == ["cellc", "PyTorch, one at a time"]
     assert all(f["requests"] == 9 for f in online["figures"])
     assert online["figures"][0]["offered"] == pytest.approx(200.0)
+    assert online["arrivals"] == "as in trace.txt" and online["lengths"] == "lengths from trace.txt"
+    assert "--trace trace.txt" in online["command"] and "--online" not in case["command"]
     assert plot.stat().st_size > 0
 
 
 def test_command_online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def small(lengths: Sequence[int]) -> list[Workload]:
-        return [RecurrentWorkload(lengths, "lstm", 16, True)]
+    def small(hidden: int, lengths: Sequence[int]) -> list[Workload]:
+        return [RecurrentWorkload(lengths, "lstm", hidden, True)]
 
-    monkeypatch.setitem(online_command.WORKLOADS, "lstm-256", small)
+    monkeypatch.setitem(online_command.WORKLOADS, "lstm-256", (256, small))
     monkeypatch.setattr(RecurrentWorkload, "policies", BATCHED[::2])
     figures = tmp_path / "figures.json"
-    wanted = ["--online", "--loads", "0.8", "--json", str(figures)]
+    wanted = ["--online", "--units", "16", "--loads", "0.8", "--json", str(figures)]
     assert main(["bench", "lstm-256", *SMALL, *wanted]) == 0
     found = json.loads(figures.read_text())
     assert found["cases"] == []
     (online,) = found["online"]
     assert online["workload"] == "lstm-256" and online["distinct"] == 6
+    assert online["name"] == "tokens" and online["arrivals"] == "Poisson"
+    assert "LSTM, 16 units" in online["title"]
+    command = "cellc bench lstm-256 --online --loads 0.8 --requests 6 --units 16 --rounds 1"
+    assert online["command"].startswith(command)
     assert online["largest_difference"] < 1e-5 and online["peak"] > 0 and online["own_peak"] > 0
     own, *others = online["figures"]
     assert own["server"] == "cellc" and [f["best"] for f in others].count(True) == 1
@@ -351,7 +367,7 @@ def test_a_wrong_peer_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "def example_inputs():\n    return [torch.full((2,), float(os.getpid()))]\n"
     )
     assert main(["bench", f"{path}:model", *SMALL, "--online"]) == 1
-    assert "PyTorch differs from PyTorch at request 0" in capsys.readouterr().err
+    assert "PyTorch differs from PyTorch at request 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

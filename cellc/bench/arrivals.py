@@ -46,6 +46,7 @@ class Trace:
 
     seconds: npt.NDArray[np.float64]
     lengths: Sequence[int]
+    name: str  # of the file
 
     @property
     def rate(self) -> float:
@@ -79,7 +80,7 @@ def read_trace(path: Path) -> Trace:
     if len(found) < 2 or found[-1][0] <= found[0][0]:
         raise UsageError(f"--trace {path}: expected at least two requests at different times")
     seconds = np.array([at for at, _ in found])
-    return Trace(seconds - seconds[0], [length for _, length in found])
+    return Trace(seconds - seconds[0], [length for _, length in found], path.name)
 
 
 def _arrival(line: str, before: float) -> tuple[float, int]:

@@ -1,137 +1,228 @@
-"""`cellc bench`: workloads by name, in tables and JSON.
+"""`cellc bench`: workloads by name, in tables, JSON, Markdown and pictures.
 
-Duty: make the cases of the workloads asked for, measure them one after the other, print tables and
-write figures. Comes in from `cellc.cli`; the cases are in `recurrent`, `others`,
-`targets` and `trees`, latency against load in `online`.
+Duty: measure the workloads asked for one after the other, print their tables as they come, then the
+targets or the paper's claims, and write files. Comes in from `cellc.cli`; the cases are in
+`workloads`, `memory` and `user_model`, latency against load in `online_command`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+import os
+import shlex
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 
-from cellc.bench import plots, trees
-from cellc.bench.case import Case, Outcome, measure, table_of
+from cellc.bench import online_command, page, paper, plots, targets
+from cellc.bench.case import Case, Differs, Outcome, measure
+from cellc.bench.found import SHARE, Found, Measured
 from cellc.bench.lengths import DISTRIBUTION, draw_lengths, read_lengths
-from cellc.bench.measure import Patience, machine_name
-from cellc.bench.online_command import DEFAULT, online_of
+from cellc.bench.measure import Patience
+from cellc.bench.memory import memory_case
+from cellc.bench.online import SHARES
+from cellc.bench.online_command import Online, online_of
 from cellc.bench.online_figures import OnlineOutcome
-from cellc.bench.others import decode_case, sessions_case, tagger_case
-from cellc.bench.recurrent import alone_case, recurrent_case
-from cellc.bench.targets import is_target, target_case
+from cellc.bench.sheets import Sheet, as_table, online_sheet, sheets_of
+from cellc.bench.user_model import is_target, target_case
+from cellc.bench.workloads import MEMORY, NAMES, Settings, cases_of
 from cellc.errors import UsageError
 
-ALONE = 24  # steps of a request alone
+T = TypeVar("T", Outcome, OnlineOutcome)
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What all workloads share."""
+class Asked:
+    """Names of what is measured with requests at once, and as they come; `shares` are the loads
+    where none are given.
+    """
 
-    lengths: Sequence[int]
-    backend: str
-
-    @property
-    def count(self) -> int:
-        return len(self.lengths)
-
-
-def _lstm(kind: Any, hidden: int) -> Callable[[Settings], list[Callable[[], Case]]]:
-    return lambda s: [
-        lambda: recurrent_case(kind, hidden, True, s.lengths, s.backend),
-        lambda: recurrent_case(kind, hidden, False, s.lengths, s.backend),
-        lambda: alone_case(kind, hidden, ALONE, s.backend),
-    ]
+    at_once: Sequence[str]
+    served: Sequence[str]
+    shares: Sequence[float] = SHARES
 
 
-WORKLOADS: dict[str, Callable[[Settings], list[Callable[[], Case]]]] = {
-    "lstm-256": _lstm("lstm", 256),
-    "lstm-1024": _lstm("lstm", 1024),
-    "gru-256": _lstm("gru", 256),
-    "bilstm-tagger": lambda s: [lambda: tagger_case(256, s.lengths, s.backend)],
-    "seq2seq-256": lambda s: [lambda: decode_case(256, s.count, s.backend)],
-    "seq2seq-1024": lambda s: [lambda: decode_case(1024, s.count, s.backend)],
-    "sessions": lambda s: [lambda: sessions_case(256, s.count, s.backend)],
-}
-TREES = {"treelstm-256": 256, "treelstm-1024": 1024}
-NAMES = (*WORKLOADS, *TREES)
+@dataclass
+class Bench:
+    """What is being measured; `code` is the exit code: 1 where results differ."""
+
+    args: argparse.Namespace
+    console: Console
+    found: Found
+    settings: Settings
+    lengths: str
+    code: int = 0
+
+    def at_once(self, name: str) -> None:
+        works = (partial(self._measured, make) for make in _cases(name, self.settings))
+        measured = partial(self._with_command, name, _command(name, self.args), self.lengths)
+        new: list[Measured[Outcome]] = []
+        for outcome in self._outcomes(works, partial(sheets_of, anyway=self.args.noisy)):
+            new.append(measured(outcome))
+            self.found.add(new)
+            self._write()
+
+    def served(self, name: str, online: Online) -> None:
+        command = _command(name, self.args, online.conditions.shares)
+        measured = partial(self._with_command, name, command, online.stated(self.lengths))
+        new: list[Measured[OnlineOutcome]] = []
+        works = online.runs_of(name, self.console)
+        for outcome in self._outcomes(works, lambda o: [online_sheet(o, anyway=self.args.noisy)]):
+            new.append(measured(outcome))
+            self.found.add_online(new)
+            self._write()
+
+    def _outcomes(
+        self, works: Iterable[Callable[[], T]], sheets: Callable[[T], Sequence[Sheet]]
+    ) -> Iterator[T]:
+        """One by one, printed; those that differ are told."""
+        for work in works:
+            try:
+                outcome = work()
+            except Differs as error:
+                self.console.print(f"cellc: {error}", markup=False)
+                self.code = 1
+                continue
+            for sheet in sheets(outcome):
+                self.console.print(as_table(sheet))
+            yield outcome
+
+    def _measured(self, make: Callable[[], Case]) -> Outcome:
+        case, args = make(), self.args
+        try:
+            with self.console.status(case.title):
+                return measure(case, args.rounds, args.seconds, Patience(args.patience))
+        finally:
+            case.close()
+
+    def _with_command(self, name: str, command: str, lengths: str, outcome: T) -> Measured[T]:
+        settings, today = self.settings, date.today().isoformat()
+        return Measured(name, command, today, settings.count, settings.units, lengths, outcome)
+
+    def _write(self) -> None:
+        """As far as it came."""
+        if self.args.json:
+            self.found.write(self.args.json)
 
 
 def run(args: argparse.Namespace, console: Console) -> int:
-    """Measure; returns the exit code."""
-    names = args.workload or (DEFAULT if args.online else NAMES)
-    for name in names:
-        if name not in NAMES and not is_target(name):
-            raise UsageError(f"workload {name!r} is not known; there are {', '.join(NAMES)}")
-    online = online_of(args, names)
+    """Measure; returns the exit code: 1 where results differ."""
+    found = Found(noisy=args.noisy)
+    for path in args.given:
+        found.read(path)
+    asked = _asked(args)
+    online_command.check(args, asked.served)
     if args.plot:
         plots.check(args.plot)
+    settings, stated = _settings(args)
+    online = online_of(args, settings, asked.shares)
+    console.print(
+        f"{found.machine}, {found.threads} threads, torch {found.torch}; "
+        f"{settings.count} requests, {stated}"
+    )
+    bench = Bench(args, console, found, settings, stated)
+    with torch.no_grad():
+        for name in dict.fromkeys([*asked.at_once, *asked.served]):
+            if name in asked.at_once:
+                bench.at_once(name)
+            if name in asked.served:
+                bench.served(name, online)
+    _finish(args, found, console)
+    return bench.code
+
+
+def _asked(args: argparse.Namespace) -> Asked:
+    """What to measure: what is named; else what is asked about; else all, or nothing where earlier
+    figures are given.
+    """
+    for name in args.workload:
+        if name not in NAMES and not is_target(name):
+            raise UsageError(f"workload {name!r} is not known; there are {', '.join(NAMES)}")
+    if args.workload or args.given:
+        names = list(dict.fromkeys(args.workload))
+        if args.online:
+            return Asked((), names)
+        return Asked(names, [name for name in names if is_target(name)])
+    if args.online:
+        return Asked((), online_command.DEFAULT)
+    at_once = [
+        *(targets.workloads() if args.targets else ()),
+        *(paper.WORKLOADS if args.paper else ()),
+    ]
+    served = [
+        *(targets.workloads(online=True) if args.targets else ()),
+        *(paper.ONLINE if args.paper else ()),
+    ]
+    return Asked(NAMES if args.markdown else at_once or NAMES, served, [SHARE])
+
+
+def _settings(args: argparse.Namespace) -> tuple[Settings, str]:
+    """(what workloads share, what lengths they have)."""
     count = args.requests
     lengths = read_lengths(args.lengths, count) if args.lengths else draw_lengths(count)
-    settings = Settings(lengths, args.backend)
     stated = f"lengths from {args.lengths.name}" if args.lengths else DISTRIBUTION
-    found: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "machine": machine_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "lengths": stated,
-        "cases": [],
-        "online": [],
-    }
-    outcomes: list[Outcome] = []
-    served: list[OnlineOutcome] = []
-    console.print(
-        f"{found['machine']}, {found['threads']} threads, torch {found['torch']}; "
-        f"{count} requests, {stated}"
-    )
-    with torch.no_grad():
-        for name in names:
-            if name in TREES:
-                _trees(TREES[name], args, console)
-                continue
-            for make in [] if args.online else _cases(name, settings, args):
-                outcome = _measured(make(), args, console)
-                console.print(table_of(outcome, anyway=args.noisy))
-                outcomes.append(outcome)
-                found["cases"].append({"workload": name, **outcome.as_json()})
-                _write(found, args)  # as far as it came
-            if online.serves(name):
-                for one in online.run(name, lengths, console):
-                    served.append(one)
-                    found["online"].append({"workload": name, **one.as_json()})
-                    _write(found, args)
-    if args.plot:
-        plots.draw(args.plot, outcomes, served)
-    return 0
+    return Settings(lengths, args.backend, args.units, args.trees, args.input), stated
 
 
-def _cases(name: str, settings: Settings, args: argparse.Namespace) -> list[Callable[[], Case]]:
+def _cases(name: str, settings: Settings) -> Sequence[Callable[[], Case]]:
     if is_target(name):
-        return [lambda: target_case(name, args.input, settings.count, settings.backend)]
-    return WORKLOADS[name](settings)
+        return [partial(target_case, name, settings.inputs, settings.count, settings.backend)]
+    return [partial(memory_case, settings)] if name == MEMORY else cases_of(name, settings)
 
 
-def _write(found: dict[str, Any], args: argparse.Namespace) -> None:
+def _command(name: str, args: argparse.Namespace, shares: Sequence[float] | None = None) -> str:
+    """The command that measures a workload again; `shares`: as requests come, under these loads."""
+    served = shares is not None
+    words = ["cellc", "bench", name, *(["--online"] if served else [])]
+    loads = ",".join(f"{share:g}" for share in shares or ())
+    for option, value in (
+        ("--loads", loads if tuple(shares or ()) != SHARES else None),
+        ("--trace", served and args.trace and args.trace.name),
+        ("--input", args.input),
+        ("--requests", args.requests if args.requests != 512 else None),
+        ("--units", args.units),
+        ("--rounds", args.rounds),
+        ("--seconds", f"{args.seconds:g}"),
+        ("--lengths", args.lengths and args.lengths.name),
+        ("--trees", args.trees and args.trees.name),
+        ("--backend", args.backend if args.backend != "auto" else None),
+    ):
+        words += [option, str(value)] if value else []
+    return shlex.join(words)
+
+
+def _finish(args: argparse.Namespace, found: Found, console: Console) -> None:
+    """Summaries and files."""
+    summaries = list(_summaries(args, found))
+    for _, sheet in summaries:
+        console.print(as_table(sheet))
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        found.write(args.json)
+        if args.targets:
+            written = json.loads(args.json.read_text(encoding="utf-8"))
+            written["targets"] = targets.as_json(targets.judge(found))
+            args.json.write_text(json.dumps(written, indent=1), encoding="utf-8")
+    if args.plot:
+        cases = [] if args.online else [m.outcome for m in found.cases]
+        plots.draw(args.plot, cases, [m.outcome for m in found.online])
+    if args.markdown:
+        picture = _link(args.plot, args.markdown) if args.plot else ""
+        args.markdown.write_text(page.page(found, summaries, picture), encoding="utf-8")
 
 
-def _measured(case: Case, args: argparse.Namespace, console: Console) -> Outcome:
-    try:
-        with console.status(case.title):
-            return measure(case, args.rounds, args.seconds, Patience(args.patience))
-    finally:
-        case.close()
+def _link(to: Path, page: Path) -> str:
+    return Path(os.path.relpath(to, page.resolve().parent)).as_posix()
 
 
-def _trees(hidden: int, args: argparse.Namespace, console: Console) -> None:
-    given = ["--size", str(hidden), "--batch", str(args.requests), "--rounds", str(args.rounds)]
-    trees.main(given)
+def _summaries(args: argparse.Namespace, found: Found) -> Iterator[tuple[str, Sheet]]:
+    if args.targets:
+        yield "cellc bench --targets", targets.sheet(found)
+    if args.paper:
+        yield "cellc bench --paper", paper.sheet(found)

@@ -1,31 +1,22 @@
-"""Decoding: greedy sequence-to-sequence with an end token, cellc against padded PyTorch batches.
-`python -m cellc.bench.decode`.
-
-Results are checked against each other before anything is timed; rounds alternate. Also printed:
-what the host costs a launch while 64 requests decode and nobody comes or goes (all but kernels, in
-turns of one step), and how often the forward's own Python ran: never, on paths seen.
-"""
+"""Greedy decoding with an end token: an LSTM to an LSTM, and the same in padded PyTorch batches."""
 
 from __future__ import annotations
 
-import argparse
 import random
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
-from cellc.compiled import Compiled
+from cellc.bench.case import Case, Way
+from cellc.bench.recurrent import ALONE, SAMPLE
 from cellc.entry import compile
 
 VOCABULARY, EOS, LONGEST = 1000, 3, 40
-IN_FLIGHT, STEPS = 64, 100
-EAGER, PADDED, CELLC = "PyTorch, one at a time", "PyTorch, padded batches", "cellc, paths seen"
+PADDED, CELLC = "PyTorch, padded batches", "cellc, paths seen"
 RUNS = [0]  # of the forward's own Python
+PYTHON_RUNS = "runs of the forward's own Python in a pass of cellc"
+SAID = "tokens said on average"
 
 
 class Translator(nn.Module):
@@ -100,86 +91,23 @@ def padded_batches(model: Translator, requests: Sequence[Tensor], size: int = 12
     return [found[i] for i in range(len(requests))]
 
 
-def throughput(count: int, rounds: int, backend: str) -> Table:
-    """Requests a second, each way in turn."""
+def decode_case(hidden: int, count: int, backend: str = "auto") -> Case:
+    """Greedy decoding until the end token; paths seen."""
     torch.manual_seed(0)
-    model = Translator(bias=1.6).eval().requires_grad_(False)
+    model = Translator(hidden, bias=1.6).eval().requires_grad_(False)
     requests = make_requests(count)
-    rates: dict[str, list[float]] = {EAGER: [], PADDED: [], CELLC: []}
-    with compile(model, backend=backend) as compiled:  # type: ignore[arg-type]
+    sample = min(SAMPLE, count)
+    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
 
-        def timed(text: str, way: Callable[[], list[Tensor]]) -> list[Tensor]:
-            start = time.perf_counter()
-            results = way()
-            rates[text].append(len(results) / (time.perf_counter() - start))
-            return results
-
-        want = padded_batches(model, requests)
-        for _ in range(2):
-            if not all(map(torch.equal, compiled.map(requests), want)):
-                raise SystemExit("cellc and the padded batches say different tokens")
+    def facts() -> dict[str, float]:
         ran = RUNS[0]
-        for _ in range(rounds):
-            timed(PADDED, lambda: padded_batches(model, requests))
-            timed(CELLC, lambda: compiled.map(requests))
-        again = RUNS[0] - ran
-        timed(EAGER, lambda: [model(x) for x in requests[:64]])
-    said = statistics.mean(len(x) for x in want)
-    table = Table("", "requests/s", "to padded")
-    for text, found in rates.items():
-        rate = statistics.median(found)
-        table.add_row(text, f"{rate:,.0f}", f"{rate / statistics.median(rates[PADDED]):.2f}x")
-    table.caption = (
-        f"{count} requests, {said:.1f} tokens said on average; medians of {rounds} rounds; "
-        f"runs of the forward's own Python in cellc's rounds: {again}"
-    )
-    return table
+        said = compiled.map(requests)
+        return {PYTHON_RUNS: RUNS[0] - ran, SAID: sum(map(len, said)) / count}
 
-
-def host_cost(backend: str) -> tuple[float, float]:
-    """Microseconds of a launch besides its kernel, while 64 decode; and rows a step."""
-    torch.manual_seed(0)
-    model = Translator(limit=STEPS, bias=-1e4).eval().requires_grad_(False)
-    requests = [torch.randint(VOCABULARY, (8,)) for _ in range(IN_FLIGHT)]
-    with compile(model, backend=backend) as compiled:  # type: ignore[arg-type]
-        for _ in range(3):
-            compiled.map(requests)
-        compiled._engine.launcher.ahead = lambda seconds: 1  # type: ignore[method-assign]
-        costs = [_decode(compiled, requests) for _ in range(5)]
-    return statistics.median(cost for cost, _ in costs), costs[-1][1]
-
-
-def _decode(compiled: Compiled, requests: Sequence[Tensor]) -> tuple[float, float]:
-    """Host cost of the turns in the middle of a decode."""
-    engine = compiled._engine
-    tickets = [compiled._ticket((x,), {}) for x in requests]
-    engine.enqueue(tickets)
-    for _ in range(20):  # they are admitted, and have read
-        engine.step()
-    before, start = compiled.stats(), time.perf_counter()
-    for _ in range(STEPS // 2):
-        engine.step()
-    seconds, after = time.perf_counter() - start, compiled.stats()
-    engine.run(tickets)
-    launches = after["launches"] - before["launches"]
-    kernels = after["kernel_seconds"] - before["kernel_seconds"]
-    rows = (after["rows"] - before["rows"]) / max(after["steps"] - before["steps"], 1)
-    return (seconds - kernels) / launches * 1e6, rows
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m cellc.bench.decode", description=__doc__)
-    parser.add_argument("--requests", type=int, default=512, metavar="N")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N")
-    parser.add_argument("--backend", default="auto")
-    args, console = parser.parse_args(), Console(highlight=False)
-    try:
-        console.print(throughput(max(1, args.requests), max(1, args.rounds), args.backend))
-        cost, rows = host_cost(args.backend)
-        console.print(f"host, a launch of one step at {rows:.0f} rows: {cost:.0f} us")
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted") from None
-
-
-if __name__ == "__main__":
-    main()
+    ways = [
+        Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
+        Way(PADDED, lambda: padded_batches(model, requests)),
+        Way(CELLC, lambda: compiled.map(requests)),
+    ]
+    title = f"LSTM to LSTM, greedy, {hidden} units, {count} requests at once"
+    return Case(title, count, ways, PADDED, compiled=[compiled], facts=facts)

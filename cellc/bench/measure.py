@@ -75,15 +75,22 @@ def noise(rounds: Sequence[Round[T]]) -> float | None:
     return max(known, default=None)
 
 
-def repeat_for(work: Callable[[], object], seconds: float) -> Callable[[], float]:
-    """A work that returns its seconds a run: the median of runs for `seconds` in all. Warms up."""
+def repeat_for(
+    work: Callable[[], object], seconds: float, prepare: Callable[[], None] | None = None
+) -> Callable[[], float]:
+    """A work that returns its seconds a run: the median of runs for `seconds` in all. Warms up.
+    `prepare` goes before every run, and is not timed.
+    """
+    prepare = prepare or (lambda: None)
     for _ in range(2):
+        prepare()
         work()
 
     def timed() -> float:
         times: list[float] = []
         end = time.perf_counter() + seconds
         while not times or time.perf_counter() < end:
+            prepare()
             start = time.perf_counter()
             work()
             times.append(time.perf_counter() - start)
@@ -165,7 +172,9 @@ def percentiles(latencies: npt.NDArray[np.float64]) -> tuple[float, float, float
 
 
 def _cpu_seconds(pids: Sequence[int]) -> tuple[float, float, float] | None:
-    """(wall, busy seconds of all processors, CPU seconds of this process and `pids`), or None."""
+    """(wall, busy seconds of all processors, CPU seconds of this process, of children that have
+    ended and of `pids`), or None.
+    """
     try:
         with open("/proc/stat", encoding="ascii") as file:
             fields = [int(x) for x in file.readline().split()[1:9]]
@@ -174,7 +183,9 @@ def _cpu_seconds(pids: Sequence[int]) -> tuple[float, float, float] | None:
         return None
     second = os.sysconf("SC_CLK_TCK")
     busy = sum(fields) - fields[3] - fields[4]  # less idle, iowait
-    return time.perf_counter(), busy / second, time.process_time() + ticks / second
+    ended = os.times()
+    own = time.process_time() + ended.children_user + ended.children_system
+    return time.perf_counter(), busy / second, own + ticks / second
 
 
 def _ticks_of(pid: int) -> int:

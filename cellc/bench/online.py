@@ -33,7 +33,14 @@ from cellc.bench.measure import (
     percentiles,
     serve,
 )
-from cellc.bench.online_figures import CELLC, LoadFigure, OnlineOutcome, Run, figures_of
+from cellc.bench.online_figures import (
+    CELLC,
+    POISSON,
+    LoadFigure,
+    OnlineOutcome,
+    Run,
+    figures_of,
+)
 from cellc.bench.online_workloads import Made, Workload
 from cellc.bench.peer_process import PeerProcess
 from cellc.compiled import Compiled
@@ -123,6 +130,8 @@ def measure_online(
             figures,
             max(bench.others, default=None),
             bench.dropped,
+            workload.case,
+            f"as in {conditions.trace.name}" if conditions.trace else POISSON,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -16,30 +17,32 @@ from rich.console import Console
 from cellc.bench.arrivals import Trace, read_trace
 from cellc.bench.measure import Patience
 from cellc.bench.online import SHARES, Conditions, measure_online
-from cellc.bench.online_figures import OnlineOutcome, table_of
+from cellc.bench.online_figures import OnlineOutcome
 from cellc.bench.online_workloads import (
     DecodeWorkload,
     RecurrentWorkload,
     TargetWorkload,
     Workload,
 )
-from cellc.bench.targets import is_target
+from cellc.bench.user_model import is_target
+from cellc.bench.workloads import Settings
 from cellc.errors import UsageError
 
 
-def _recurrent(kind: Any, hidden: int) -> Callable[[Sequence[int]], list[Workload]]:
-    return lambda lengths: [
-        RecurrentWorkload(lengths, kind, hidden, True),
-        RecurrentWorkload(lengths, kind, hidden, False),
-    ]
+def _recurrent(kind: Any, hidden: int, lengths: Sequence[int]) -> list[Workload]:
+    return [RecurrentWorkload(lengths, kind, hidden, tokens) for tokens in (True, False)]
 
 
-WORKLOADS: dict[str, Callable[[Sequence[int]], list[Workload]]] = {
-    "lstm-256": _recurrent("lstm", 256),
-    "lstm-1024": _recurrent("lstm", 1024),
-    "gru-256": _recurrent("gru", 256),
-    "seq2seq-256": lambda lengths: [DecodeWorkload(lengths, 256)],
-    "seq2seq-1024": lambda lengths: [DecodeWorkload(lengths, 1024)],
+def _decode(hidden: int, lengths: Sequence[int]) -> list[Workload]:
+    return [DecodeWorkload(lengths, hidden)]
+
+
+WORKLOADS: dict[str, tuple[int, Callable[[int, Sequence[int]], list[Workload]]]] = {
+    "lstm-256": (256, partial(_recurrent, "lstm")),
+    "lstm-1024": (1024, partial(_recurrent, "lstm")),
+    "gru-256": (256, partial(_recurrent, "gru")),
+    "seq2seq-256": (256, _decode),
+    "seq2seq-1024": (1024, _decode),
 }
 DEFAULT = ("lstm-256", "seq2seq-256")  # without a name
 
@@ -50,46 +53,53 @@ class Online:
 
     conditions: Conditions
     args: argparse.Namespace
+    settings: Settings
 
-    def serves(self, name: str) -> bool:
-        """Whether latency against load is measured."""
-        return bool(self.args.online) or is_target(name)
+    def runs_of(self, name: str, console: Console) -> Iterator[Callable[[], OnlineOutcome]]:
+        """The workloads of a name, each measured when it is called."""
+        return (partial(self._measured, w, console) for w in self._workloads(name))
 
-    def run(self, name: str, lengths: Sequence[int], console: Console) -> Iterator[OnlineOutcome]:
-        """Measure a name's workloads one by one, print their tables."""
+    def stated(self, lengths: str) -> str:
+        """Where lengths come from."""
         trace = self.conditions.trace
-        for workload in self._workloads(name, trace.lengths if trace else lengths):
-            yield self._measured(workload, console)
+        return f"lengths from {trace.name}" if trace else lengths
 
-    def _workloads(self, name: str, lengths: Sequence[int]) -> list[Workload]:
+    def _workloads(self, name: str) -> list[Workload]:
         if is_target(name):
             return [TargetWorkload(name, self.args.input)]
-        return WORKLOADS[name](lengths)
+        hidden, makes = WORKLOADS[name]
+        trace = self.conditions.trace
+        lengths = trace.lengths if trace else self.settings.lengths
+        return makes(self.settings.units or hidden, lengths)
 
     def _measured(self, workload: Workload, console: Console) -> OnlineOutcome:
         patience = Patience(self.args.patience)
         with console.status(workload.title, refresh_per_second=1) as status:  # it takes time, too
-            outcome = measure_online(
+            return measure_online(
                 workload,
                 self.conditions,
                 patience,
                 lambda what: status.update(f"{workload.title}: {what}"),
             )
-        console.print(table_of(outcome, anyway=self.args.noisy))
-        return outcome
 
 
-def online_of(args: argparse.Namespace, names: Sequence[str]) -> Online:
-    """Raises UsageError for what does not go together."""
-    for name in names:
-        if args.online and not is_target(name) and name not in WORKLOADS:
+def check(args: argparse.Namespace, served: Sequence[str]) -> None:
+    """Raises UsageError for what does not go together; `served` are the names of what is served."""
+    for name in served:
+        if not is_target(name) and name not in WORKLOADS:
             raise UsageError(f"{name} is not served online; there are {', '.join(WORKLOADS)}")
-    serving = args.online or any(map(is_target, names))
     for option, value in (("--loads", args.loads), ("--trace", args.trace)):
-        if value is not None and not serving:
+        if value is not None and not served:
             raise UsageError(f"{option} is for --online, or a TARGET")
-    if args.input is not None and sum(map(is_target, names)) != 1:
+    if args.input is not None and sum(map(is_target, served)) != 1:
         raise UsageError("--input is for one TARGET")
+
+
+def online_of(
+    args: argparse.Namespace, settings: Settings, shares: Sequence[float] = SHARES
+) -> Online:
+    """`shares` where none are given. Raises UsageError for a trace that is none."""
     trace: Trace | None = read_trace(args.trace) if args.trace else None
-    shares = args.loads or (() if trace else SHARES)
-    return Online(Conditions(shares, args.seconds, args.rounds, args.backend, trace), args)
+    shares = args.loads or (() if trace else shares)
+    conditions = Conditions(shares, args.seconds, args.rounds, args.backend, trace)
+    return Online(conditions, args, settings)

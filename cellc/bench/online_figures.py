@@ -1,19 +1,18 @@
-"""Figures of serving: a run's numbers, medians over rounds, tables.
+"""Figures of serving: a run's numbers, medians over rounds.
 
-Duty: plain data between `online`, which measures, and the console, JSON and plots.
+Duty: plain data between `online`, which measures, and tables (`sheets`), JSON and plots.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-
-from rich.table import Table
 
 from cellc.report import QUIET
 
-CELLC = "cellc"
+CELLC, POISSON = "cellc", "Poisson"
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class LoadFigure:
 @dataclass(frozen=True)
 class OnlineOutcome:
     """All figures of a workload. `peak`: of the peer as `policy` says, `own_peak`: cellc's, in
-    requests a second when many are there at once; `others` and `dropped` as in `Outcome`.
+    requests a second when many are there at once; `others`, `dropped` and `name` as in `Outcome`.
     """
 
     title: str
@@ -64,6 +63,8 @@ class OnlineOutcome:
     figures: Sequence[LoadFigure]
     others: float | None
     dropped: int
+    name: str = ""
+    arrivals: str = POISSON
 
     @property
     def quiet(self) -> bool:
@@ -72,6 +73,19 @@ class OnlineOutcome:
 
     def as_json(self) -> dict[str, object]:
         return {**asdict(self), "quiet": self.quiet}
+
+    @classmethod
+    def from_json(cls, written: Mapping[str, object]) -> OnlineOutcome:
+        """What `as_json` wrote."""
+        given = {k: v for k, v in written.items() if k in cls.__dataclass_fields__}
+        figures = [LoadFigure(**f) for f in given.pop("figures")]  # type: ignore[attr-defined]
+        return cls(**given, figures=figures)  # type: ignore[arg-type]
+
+    def of_peer(self, share: float, policy: str = "") -> LoadFigure | None:
+        """The peer under a load, configured as `policy` says, or at its best."""
+        of = [f for f in self.figures if f.server != CELLC and math.isclose(f.share, share)]
+        wanted = f"{self.peer}, {policy}"
+        return next((f for f in of if (f.server == wanted if policy else f.best)), None)
 
 
 def figures_of(
@@ -108,49 +122,4 @@ def _figure(
         p90_to_cellc=statistics.median(a / b for a, b in zip(p90, base, strict=True)),
         rounds=len(runs),
         best=best,
-    )
-
-
-def table_of(outcome: OnlineOutcome, *, anyway: bool = False) -> Table:
-    """For the console. What was measured while others used the machine is not quoted, unless
-    `anyway`.
-    """
-    table = Table(title=outcome.title)
-    table.add_column("load")
-    table.add_column("server")
-    for column in ("requests/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "p90 least to most"):
-        table.add_column(column, justify="right")
-    table.add_column(f"p90 to {CELLC}'s", justify="right")
-    above = None
-    for f in outcome.figures:
-        if above not in (None, f.share):
-            table.add_section()
-        load = f"{f.share:.0%}" if f.share != above else ""
-        above = f.share
-        server = f"{f.server} (best)" if f.best else f.server
-        if outcome.quiet or anyway:
-            table.add_row(load, server, *_cells(f))
-        else:
-            table.add_row(load, server, "disturbed")
-    table.caption = _caption(outcome, anyway)
-    return table
-
-
-def _cells(f: LoadFigure) -> list[str]:
-    spread = f"{f.p90_least:.3g} to {f.p90_most:.3g}"
-    latencies = (f"{ms:.3g}" for ms in (f.p50, f.p90, f.p99))
-    return [f"{f.offered:,.0f}", f"{f.achieved:,.0f}", *latencies, spread, f"{f.p90_to_cellc:.2f}x"]
-
-
-def _caption(outcome: OnlineOutcome, anyway: bool) -> str:
-    share = outcome.others
-    quiet = "what else ran is not known" if share is None else f"others took up to {share:.0%}"
-    if not outcome.quiet:
-        quiet += f" of the machine, more than the {QUIET:.0%} of a quiet one"
-        quiet += "" if anyway else ": not quoted (--noisy does)"
-    return (
-        f"load: of the peer's peak, {outcome.peak:,.0f} requests/s ({outcome.policy}); {CELLC}'s "
-        f"own is {outcome.own_peak:,.0f}; medians of {outcome.figures[0].rounds} alternated "
-        f"rounds, {outcome.dropped} dropped; {quiet}; largest difference "
-        f"{outcome.largest_difference:.1e}"
     )

@@ -48,8 +48,11 @@ class Made:
 
 class Workload(Protocol):
     """Can be pickled. The best of `policies` are searched for; loads are shares of the peak of
-    those that do not wait. `always`: shown in any case.
+    those that do not wait. `always`: shown in any case. `case`: among those of its name.
     """
+
+    @property
+    def case(self) -> str: ...
 
     @property
     def title(self) -> str: ...
@@ -76,6 +79,7 @@ class _Batched:
 
     lengths: Sequence[int]
 
+    case = ""
     peer = "PyTorch, padded"
     policies = BATCHED
     always = (STATED,)
@@ -90,9 +94,12 @@ class RecurrentWorkload(_Batched):
     tokens: bool
 
     @property
+    def case(self) -> str:  # type: ignore[override]
+        return "tokens" if self.tokens else "vectors"
+
+    @property
     def title(self) -> str:
-        inputs = "tokens" if self.tokens else "vectors"
-        return f"{self.kind.upper()}, {self.hidden} units, {inputs} in, requests as they come"
+        return f"{self.kind.upper()}, {self.hidden} units, {self.case} in, requests as they come"
 
     def make(self) -> Made:
         torch.manual_seed(0)
@@ -139,6 +146,7 @@ class TargetWorkload:
     inputs: str | None = None
     state: bytes = b""  # of weights
 
+    case = ""
     peer = "PyTorch"
     policies = ALONE
     always = ()

@@ -6,28 +6,16 @@ Gate orders and the place of the reset gate: ONNX operators LSTM-14 and GRU-14.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-Array = npt.NDArray[Any]
-
-
-def why_not() -> str:
-    """Why this peer cannot run here, or nothing."""
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        return f"not installed: pip install {error.name}"
-    return "" if onnx and onnxruntime else "not installed"
+from cellc.bench.peers import Array, pad
 
 
 class RecurrentSession:
-    """The last state of padded sequences [T, B, I] with their lengths."""
+    """Rows [T, I] of a batch to the last states [B, H]."""
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         import onnxruntime
@@ -38,20 +26,10 @@ class RecurrentSession:
             _model(rnn), options, providers=["CPUExecutionProvider"]
         )
 
-    def padded(self, rows: Sequence[Array], batches: Sequence[Sequence[int]]) -> list[Tensor]:
-        """Batch by batch, padded to its longest; results in the order of the batches' members."""
-        found: dict[int, Tensor] = {}
-        for batch in batches:
-            lengths = np.array([len(rows[i]) for i in batch], np.int32)
-            if len(batch) == 1:
-                x = rows[batch[0]][:, None]
-            else:
-                x = np.zeros((int(lengths.max()), len(batch), rows[0].shape[1]), np.float32)
-                for k, i in enumerate(batch):
-                    x[: lengths[k], k] = rows[i]
-            (last,) = self._session.run(None, {"x": x, "lengths": lengths})
-            found |= zip(batch, torch.from_numpy(last[0]).unbind(), strict=True)
-        return [found[i] for i in sorted(found)]
+    def __call__(self, rows: Sequence[Array]) -> Array:
+        x, lengths = pad(rows, time_first=True)
+        last: Array = self._session.run(None, {"x": x, "lengths": lengths})[0][0]
+        return last
 
 
 def _model(rnn: nn.RNNBase) -> bytes:

@@ -1,4 +1,4 @@
-"""Cases beside the plain recurrence: a tagger that reads both ways, decoding, sessions.
+"""Cases beside the plain recurrence: a tagger that reads both ways, sessions.
 
 Each compares cellc with what a user of PyTorch writes by hand, on the same weights.
 """
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
-from cellc.bench import decode
 from cellc.bench.case import Case, Way
 from cellc.bench.recurrent import ALONE, CELLC, SAMPLE, VOCABULARY, buckets_of, make_requests
 from cellc.entry import compile
@@ -65,23 +64,7 @@ def tagger_case(hidden: int, lengths: Sequence[int], backend: str = "auto") -> C
         Way(CELLC, lambda: compiled.map(requests)),
     ]
     title = f"BiLSTM tagger, {hidden} units a direction, {len(requests)} requests at once"
-    return Case(title, len(requests), ways, bucketed, close=compiled.close)
-
-
-def decode_case(hidden: int, count: int, backend: str = "auto") -> Case:
-    """Greedy decoding until the end token; paths seen."""
-    torch.manual_seed(0)
-    model = decode.Translator(hidden, bias=1.6).eval().requires_grad_(False)
-    requests = decode.make_requests(count)
-    sample = min(SAMPLE, count)
-    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
-    ways = [
-        Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
-        Way(decode.PADDED, lambda: decode.padded_batches(model, requests)),
-        Way(decode.CELLC, lambda: compiled.map(requests)),
-    ]
-    title = f"LSTM to LSTM, greedy, {hidden} units, {count} requests at once"
-    return Case(title, count, ways, decode.PADDED, close=compiled.close)
+    return Case(title, len(requests), ways, bucketed, compiled=[compiled])
 
 
 class Step(nn.Module):
@@ -144,4 +127,4 @@ def sessions_case(hidden: int, count: int, backend: str = "auto") -> Case:
         Way("cellc sessions", cellular),
     ]
     title = f"LSTM streams, {hidden} units, {count} sessions of {STEPS} steps"
-    return Case(title, count, ways, hand, unit="streams", close=compiled.close)
+    return Case(title, count, ways, hand, unit="streams", compiled=[compiled])

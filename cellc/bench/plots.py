@@ -39,7 +39,9 @@ def draw(path: Path, outcomes: Sequence[Outcome], online: Sequence[OnlineOutcome
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    heights = [BAR * len(o.figures) + 0.9 for o in outcomes] + [PANEL] * len(online)
+    outcomes = [o for o in outcomes if o.figures]  # costs and counts have no rates
+    heights = [BAR * len(o.figures) + 0.9 for o in outcomes]
+    heights += [PANEL if _num_loads(o) > 1 else BAR * len(o.figures) + 0.9 for o in online]
     if not heights:
         raise UsageError(f"--plot {path}: nothing was measured that can be drawn")
     figure = Figure(figsize=(WIDTH, sum(heights)), layout="constrained")
@@ -48,7 +50,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], online: Sequence[OnlineOutcome
     for axes, outcome in zip(panels, outcomes, strict=False):
         _bars(axes, outcome)
     for axes, one in zip(panels[len(outcomes) :], online, strict=True):
-        _curves(axes, one)
+        (_curves if _num_loads(one) > 1 else _spreads)(axes, one)
     figure.savefig(path, dpi=80)
 
 
@@ -85,6 +87,23 @@ def _curves(axes: Any, outcome: OnlineOutcome) -> None:
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(fontsize="small")
     axes.set_title(_titled(outcome.title, outcome.quiet), fontsize="medium")
+
+
+def _spreads(axes: Any, outcome: OnlineOutcome) -> None:
+    """Of one load: a line a server, from p50 to p99."""
+    of = outcome.figures
+    names = [f"{f.server} (best)" if f.best else f.server for f in of]
+    colors = [OURS if f.server == CELLC else COLORS[0] for f in of]
+    axes.hlines(names, [f.p50 for f in of], [f.p99 for f in of], colors=colors, linewidth=3)
+    axes.scatter([f.p90 for f in of], names, color=colors, zorder=3)
+    axes.invert_yaxis()
+    axes.set_xlim(left=0)
+    axes.set_xlabel(f"ms at {of[0].offered:,.0f} requests/s offered: p50 to p99, p90 a point")
+    axes.set_title(_titled(outcome.title, outcome.quiet), fontsize="medium")
+
+
+def _num_loads(outcome: OnlineOutcome) -> int:
+    return len({f.share for f in outcome.figures})
 
 
 _DRAWN = {":": "dotted", "-": "solid", "--": "dashed"}

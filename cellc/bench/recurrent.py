@@ -1,4 +1,4 @@
-"""LSTM and GRU over sequences: the ways that PyTorch and onnxruntime batch them, and cellc.
+"""LSTM and GRU over sequences: the ways that PyTorch and other libraries batch them, and cellc.
 
 Every way computes the last state of each sequence from the same weights. Requests are vectors
 [T, H], of which nothing can be folded, or tokens [T] behind an embedding, of which cellc folds the
@@ -7,7 +7,8 @@ embedding and the input product into one table.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,7 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
 from cellc.bench.case import Case, Way
-from cellc.bench.onnx_peer import RecurrentSession, why_not
+from cellc.bench.dynet_peer import DynetLSTM
+from cellc.bench.onnx_peer import RecurrentSession
+from cellc.bench.openvino_peer import OpenvinoLSTM
+from cellc.bench.peers import Array, by_length, in_batches, why_not
+from cellc.bench.tensorflow_peer import TensorflowLSTM
 from cellc.demo_padded import MAX_BATCH as BATCH
 from cellc.demo_padded import WIDTH, make_buckets
 from cellc.entry import compile
@@ -25,8 +30,11 @@ Kind = Literal["lstm", "gru"]
 VOCABULARY, SAMPLE = 1000, 64
 BUCKETS = f"PyTorch, buckets of {WIDTH}"
 ALONE = "PyTorch, one at a time"
-ONNX_ALONE = "onnxruntime, one at a time"
+ONNX, ONNX_ALONE = "onnxruntime", "onnxruntime, one at a time"
 ONNX_BUCKETS = f"onnxruntime, buckets of {WIDTH}"
+OPENVINO = f"OpenVINO, buckets of {WIDTH}"
+TENSORFLOW = f"TensorFlow, Keras masked, {BATCH} of like lengths"
+DYNET = "DyNet autobatching, all at once"
 CELLC = "cellc"
 
 
@@ -116,6 +124,52 @@ class Torch:
         return results
 
 
+class Others:
+    """The ways of other libraries on one module, each built when it first runs; and what lacks."""
+
+    def __init__(self, rnn: nn.RNNBase, rows: Callable[[], Sequence[Array]]) -> None:
+        self._rnn, self._rows = rnn, cache(rows)
+        self.ways: list[Way] = []
+        self.missing: dict[str, str] = {}
+
+    def add(
+        self,
+        name: str,
+        modules: Sequence[str],
+        peer: Callable[[], Callable[[Sequence[Array]], Array]],
+        batches: Callable[[Sequence[Array]], list[list[int]]],
+        sample: int = 0,
+    ) -> None:
+        if why := why_not(*modules):
+            self.missing[name] = why
+            return
+
+        def run() -> list[Tensor]:
+            return in_batches(peer(), self._rows(), batches(self._rows()))
+
+        self.ways.append(Way(name, run, sample))
+
+    def add_onnx(self, bucketed: str, alone: str, sample: int) -> None:
+        session = cache(lambda: RecurrentSession(self._rnn))
+        modules = ("onnx", "onnxruntime")
+        if bucketed:
+            self.add(bucketed, modules, session, _buckets)
+        self.add(alone, modules, session, lambda rows: [[i] for i in range(sample)], sample)
+
+    def add_lstms(self) -> None:
+        rnn = self._rnn
+        if not isinstance(rnn, nn.LSTM):
+            return
+        self.add(OPENVINO, ["openvino"], cache(lambda: OpenvinoLSTM(rnn)), _buckets)
+        tensorflow, dynet = cache(lambda: TensorflowLSTM(rnn)), cache(lambda: DynetLSTM(rnn))
+        self.add(TENSORFLOW, ["tensorflow"], tensorflow, lambda rows: by_length(rows, BATCH))
+        self.add(DYNET, ["dynet"], dynet, lambda rows: by_length(rows, len(rows)))
+
+
+def _buckets(rows: Sequence[Array]) -> list[list[int]]:
+    return make_buckets([len(r) for r in rows])
+
+
 def recurrent_case(
     kind: Kind, hidden: int, tokens: bool, lengths: Sequence[int], backend: str = "auto"
 ) -> Case:
@@ -125,6 +179,11 @@ def recurrent_case(
     requests = make_requests(lengths, hidden, tokens)
     count, sample = len(requests), min(SAMPLE, len(requests))
     torch_ways, compiled = Torch(model), compile(model, backend=backend)  # type: ignore[arg-type]
+    others = Others(
+        model.rnn, lambda: [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests]
+    )
+    others.add_onnx(ONNX_BUCKETS, ONNX_ALONE, sample)
+    others.add_lstms()
     ways = [
         Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
         Way(BUCKETS, lambda: torch_ways.padded(requests, buckets_of(requests))),
@@ -134,21 +193,20 @@ def recurrent_case(
         ),
         Way(f"PyTorch, packed {count}", lambda: torch_ways.packed(requests)),
         Way("PyTorch, steps by hand, a shrinking batch", lambda: torch_ways.shrinking(requests)),
+        *others.ways,
+        Way(CELLC, lambda: compiled.map(requests)),
     ]
-    missing = {}
-    if why := why_not():
-        missing = {ONNX_BUCKETS: why, ONNX_ALONE: why}
-    else:
-        session = RecurrentSession(model.rnn)
-        embedded = [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests]
-        ways += [
-            Way(ONNX_BUCKETS, lambda: session.padded(embedded, buckets_of(requests))),
-            Way(ONNX_ALONE, lambda: session.padded(embedded, [[i] for i in range(sample)]), sample),
-        ]
-    ways.append(Way(CELLC, lambda: compiled.map(requests)))
-    inputs = "tokens" if tokens else "vectors"
-    title = f"{kind.upper()}, {hidden} units, {count} requests at once, {inputs} in"
-    return Case(title, count, ways, BUCKETS, missing=missing, close=compiled.close)
+    name = "tokens" if tokens else "vectors"
+    return Case(
+        f"{kind.upper()}, {hidden} units, {count} requests at once, {name} in",
+        count,
+        ways,
+        BUCKETS,
+        missing=others.missing,
+        compiled=[compiled],
+        name=name,
+        against=[way.name for way in others.ways if way.name == ONNX_BUCKETS],
+    )
 
 
 def alone_case(kind: Kind, hidden: int, length: int, backend: str = "auto") -> Case:
@@ -157,13 +215,19 @@ def alone_case(kind: Kind, hidden: int, length: int, backend: str = "auto") -> C
     model = LastState(kind, hidden, False).eval().requires_grad_(False)
     (x,) = make_requests([length], hidden, False)
     compiled = compile(model, backend=backend)  # type: ignore[arg-type]
-    ways, missing, base = [Way("PyTorch", lambda: [model(x)])], {}, "PyTorch"
-    if why := why_not():
-        missing["onnxruntime"] = why
-    else:
-        session, row = RecurrentSession(model.rnn), np.ascontiguousarray(x.numpy())
-        ways.append(Way("onnxruntime", lambda: session.padded([row], [[0]])))
-        base = "onnxruntime"
-    ways.append(Way(CELLC, lambda: [compiled(x)]))
-    title = f"{kind.upper()}, {hidden} units, one request of {length} vectors alone"
-    return Case(title, 1, ways, base, missing=missing, close=compiled.close)
+    others = Others(model.rnn, lambda: [np.ascontiguousarray(x.numpy())])
+    others.add_onnx("", ONNX, 1)
+    ways = [
+        Way("PyTorch", lambda: [model(x)]),
+        *others.ways,
+        Way(CELLC, lambda: [compiled(x)]),
+    ]
+    return Case(
+        f"{kind.upper()}, {hidden} units, one request of {length} vectors alone",
+        1,
+        ways,
+        ways[-2].name,
+        missing=others.missing,
+        compiled=[compiled],
+        name="alone",
+    )
