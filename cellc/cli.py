@@ -10,16 +10,16 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellc import env
+from cellc.cli_bench import add_bench
+from cellc.cli_values import BACKENDS, count, positive, tolerance
 from cellc.errors import BackendError, CellcError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-BACKENDS = ("auto", "triton", "cpp", "eager")
 FLOATS = ("f32", "f64", "bf16", "f16")
 _EPILOG = """\
 examples:
@@ -41,36 +41,6 @@ _INSPECT = """\
 Trace a model's example requests and print the cells that were found: weights, calls, operations,
 arithmetic and bytes of a row, kernels; how much of the arithmetic they cover; how a request of a
 new structure becomes cell calls, and what that costs."""
-_BENCH = """\
-Requests a second of workloads, cellc against what else a user would pick, on the same weights:
-PyTorch one at a time, padded, in buckets, packed, by hand; onnxruntime, OpenVINO, TensorFlow, DyNet
-and torchfold where they are installed. All ways are checked for equal results, then timed in
-alternated rounds; rounds in which others used the machine are dropped, and a table that has too few
-quiet ones is not quoted.
-
-Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024,
-seq2seq-attention, treelstm-256, treelstm-1024, sessions; what cellc itself costs: host, saturation,
-startup, memory. Without a name, all of them. A TARGET, path/to/file.py:name, is a model of yours
-with its example_inputs() (see cellc inspect --help), against PyTorch one request at a time.
-
---online serves requests as they come, in place of many at once: p50, p90 and p99 of latency from
-the arrival that was drawn, not from when the request was sent, at shares of the peak of the peer, a
-dynamic batcher of padded batches; of lstm-256, lstm-1024, gru-256, seq2seq-256, seq2seq-1024 and
-TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's two best configurations (buckets of 10
-or one queue, timeouts of 0 to 10 ms) are searched for at each load, and measured beside buckets of
-10 with a timeout of 10 ms. Without --online a TARGET is measured both ways."""
-_BENCH_EPILOG = """\
-examples:
-  cellc bench lstm-256
-  cellc bench lstm-256 sessions --rounds 9 --json figures.json
-  cellc bench gru-256 --lengths lengths.txt --requests 1024
-  cellc bench treelstm-256 --trees parses.txt
-  cellc bench lstm-256 --online --loads 0.3,0.7,0.95 --plot latency.png
-  cellc bench lstm-256 --online --trace trace.txt
-  cellc bench examples/tagger.py:model
-  cellc bench --targets                                what cellc is built to, held or not
-  cellc bench gru-256 --from figures.json --json figures.json        one more workload
-  cellc bench --from figures.json --targets --paper --markdown benchmarks.md"""
 _TARGET = """\
 TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
 arguments that returns one, or a function of tensors, which is then the model itself. Requests come
@@ -207,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_kernels(commands)
     _add_tune(commands)
-    _add_bench(commands)
+    add_bench(commands)
     return parser
 
 
@@ -220,7 +190,7 @@ def _add_demo(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     )
     demo.add_argument(
         "--seconds",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="how long each server stands each load (default 2)",
     )
@@ -283,12 +253,12 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     check.add_argument(
         "--batch",
         action="append",
-        type=_count,
+        type=count,
         metavar="B",
         help="rows a step of cells, may be given more than once (default 1, 3, 64)",
     )
-    check.add_argument("--rtol", type=_tolerance, metavar="X", help="in place of each dtype's own")
-    check.add_argument("--atol", type=_tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--rtol", type=tolerance, metavar="X", help="in place of each dtype's own")
+    check.add_argument("--atol", type=tolerance, metavar="X", help="in place of each dtype's own")
     check.add_argument("--json", action="store_true", help="one JSON object in place of tables")
 
 
@@ -317,7 +287,7 @@ def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     kernels.add_argument(
         "--batch",
-        type=_count,
+        type=count,
         default=64,
         metavar="B",
         help="rows of the roofline and of --repro (default 64); tiles do not depend on it",
@@ -342,137 +312,19 @@ def _add_tune(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     tune.add_argument(
         "--batch",
         action="append",
-        type=_count,
+        type=count,
         metavar="B",
         help="rows of a step, may be given more than once (default 1, 2, 4 to 512)",
     )
     tune.add_argument(
         "--seconds",
-        type=_positive,
+        type=positive,
         default=0.02,
         metavar="S",
         help="of each launch in a round (default 0.02)",
     )
     tune.add_argument("--no-tiles", action="store_true", help="on a GPU, leave tiles as they are")
     tune.add_argument("--json", action="store_true", help="one JSON object in place of tables")
-
-
-def _add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="throughput against what else there is",
-        description=_BENCH,
-        epilog=_BENCH_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    bench.add_argument("workload", nargs="*", metavar="WORKLOAD", help="see above, or a TARGET")
-    bench.add_argument(
-        "--requests", type=_count, default=512, metavar="N", help="at once (default 512)"
-    )
-    bench.add_argument("--rounds", type=_count, default=5, metavar="N", help="kept (default 5)")
-    bench.add_argument(
-        "--seconds",
-        type=_positive,
-        default=1.0,
-        metavar="S",
-        help="of each way, or load, in a round (default 1)",
-    )
-    bench.add_argument(
-        "--patience",
-        type=_positive,
-        default=60.0,
-        metavar="S",
-        help="for rounds in place of disturbed ones, a table (default 60)",
-    )
-    bench.add_argument(
-        "--units", type=_count, metavar="N", help="hidden units, in place of a workload's own"
-    )
-    bench.add_argument("--lengths", type=Path, metavar="FILE", help="of requests, one a line")
-    bench.add_argument(
-        "--trees",
-        type=Path,
-        metavar="FILE",
-        help="in brackets, as treebanks have them: (S (NP a)...)",
-    )
-    bench.add_argument("--backend", choices=BACKENDS, default="auto", help="cellc's (default auto)")
-    bench.add_argument("--noisy", action="store_true", help="quote disturbed figures as well")
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
-    bench.add_argument("--input", metavar="FILE:NAME", help="requests of a TARGET")
-    _add_bench_online(bench)
-    _add_bench_reports(bench)
-
-
-def _add_bench_online(bench: argparse.ArgumentParser) -> None:
-    """Requests as they come."""
-    bench.add_argument("--online", action="store_true", help="latency against load")
-    bench.add_argument(
-        "--loads",
-        type=_shares,
-        metavar="X,Y",
-        help="shares of the peer's peak (default 0.3,0.7,0.95)",
-    )
-    bench.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
-        "or stretched to give --loads",
-    )
-
-
-def _add_bench_reports(bench: argparse.ArgumentParser) -> None:
-    """What is made of the figures."""
-    bench.add_argument(
-        "--from",
-        dest="given",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="start from figures that --json wrote; only workloads that are named are measured",
-    )
-    bench.add_argument("--targets", action="store_true", help="what cellc is built to, held or not")
-    bench.add_argument("--paper", action="store_true", help="BatchMaker's claims, measured here")
-    bench.add_argument("--markdown", type=Path, metavar="FILE", help="write all tables as a page")
-    bench.add_argument(
-        "--plot",
-        type=Path,
-        metavar="FILE",
-        help="draw them (.png, .svg or .pdf); with --online, latencies only",
-    )
-
-
-def _shares(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(_positive(part) for part in text.split(","))
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"{text} is not as 0.3,0.7: shares above 0") from None
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
-    return int(text)
-
-
-def _tolerance(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,0 +1,43 @@
+"""Values of the command line.
+
+Duty: text to numbers, with argparse's errors. Used by `cellc.cli` and `cellc.cli_bench`.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+BACKENDS = ("auto", "triton", "cpp", "eager")
+
+
+def shares(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(positive(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"{text} is not as 0.3,0.7: shares above 0") from None
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 1")
+    return int(text)
+
+
+def tolerance(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
