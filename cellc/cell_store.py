@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import Counter
+from collections.abc import Hashable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -16,6 +18,7 @@ from cellc.calls import CallGraph
 from cellc.cells import Cell
 from cellc.errors import UnsupportedError
 from cellc.kernels.eager import EagerBackend
+from cellc.kernels.tiered import SIZES, TieredKernel, form_of
 from cellc.launch import Backend, Kernel
 from cellc.naming import suggest_name
 from cellc.params import Params
@@ -35,6 +38,7 @@ class CellStore:
         self.record_lengths: dict[int, int] = {}
         self._lock = lock
         self._unfolded: set[str] = set()  # keys of cells that unfolding made
+        self._sizes: Counter[Hashable] = Counter()  # kernels of each form
 
     # -- names and numbers --
 
@@ -96,7 +100,14 @@ class CellStore:
         """From the backend, or from the eager one for a cell that it cannot generate."""
         try:
             moves = cell.flops_per_row == 0 and not cell.params and len(cell.ops) < 4
-            kernel = (EagerBackend() if moves else self.backend).kernel(cell, self.params)
+            kernel: Kernel
+            if moves:
+                kernel = EagerBackend().kernel(cell, self.params)
+            elif self._one_of_many(cell):
+                first = EagerBackend().kernel(cell, self.params)
+                kernel = TieredKernel(first, lambda: self.backend.kernel(cell, self.params))
+            else:
+                kernel = self.backend.kernel(cell, self.params)
         except UnsupportedError as error:
             log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")
             kernel = EagerBackend().kernel(cell, self.params)
@@ -104,3 +115,13 @@ class CellStore:
             log.info("kernel", kernel.source)
         log.dump(f"kernel_{cell.name}", kernel.source)
         return kernel
+
+    def _one_of_many(self, cell: Cell) -> bool:
+        """Is it the same computation as others, in another size? On other backends than `cpp` all
+        have kernels: there, results are equal bit by bit whenever a request comes.
+        """
+        if self.backend.name != "cpp":
+            return False
+        form = form_of(cell)
+        self._sizes[form] += 1
+        return self._sizes[form] > SIZES
