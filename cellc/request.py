@@ -175,8 +175,8 @@ class Arguments:
             argument=_where(leaf, self.by_name(args, kwargs)),
             got=f"an object of {type(leaf).__name__}",
             expected="tensors, numbers, strings, tuples, lists and dicts of them, and objects that "
-            "hold such in attributes; a class of your own can be registered with "
-            "torch.utils._pytree.register_pytree_node",
+            "hold such in attributes (torch.as_tensor makes a tensor of a numpy array); a class of "
+            "your own can be registered with torch.utils._pytree.register_pytree_node",
         )
 
     def by_name(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Drawing: random numbers of a generator that a request brings, while its forward runs on stubs.
 
 Duty: what `torch.multinomial`, `torch.rand` and `torch.randn` with `generator=` mean: numbers that
-are drawn when the request runs, in the order of its forward, are its data. Drawing one of a
-distribution is the largest of probabilities over exponential noise, which is how PyTorch does it,
-so that the same seed gives the same result. Used by `frontends.unfold`.
+are drawn when the request runs, in the order of its forward, are its data. Drawing of a
+distribution without replacement takes the largest of probabilities over exponential noise, which is
+how PyTorch does it, so that the same seed gives the same result. Used by `frontends.unfold`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _size(args: Any) -> Any:
 def _multinomial(
     number: int, row_of: Any, probabilities: Any, num_samples: int, replacement: bool = False
 ) -> Any:
-    if num_samples != 1:
-        raise CannotUnfold("multinomial of several samples")
+    if num_samples != 1 and replacement:
+        raise CannotUnfold("multinomial of several samples with replacement")
     noise = row_of("exponential", probabilities.type, number)
-    return (probabilities / noise).argmax(-1, keepdim=True)
+    if num_samples == 1:
+        return (probabilities / noise).argmax(-1, keepdim=True)
+    return (probabilities / noise).topk(num_samples, -1).indices

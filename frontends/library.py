@@ -68,6 +68,15 @@ def _direction(
     return torch.stack(outputs), state
 
 
+def packed(origin: str | None = None) -> UnsupportedError:
+    """What is said to a forward that packs sequences."""
+    return UnsupportedError(
+        what="a PackedSequence",
+        remedy="pass each sequence as a request of its own, unpadded",
+        origin=origin,
+    )
+
+
 def _loop(step: Callable[..., State], num_states: int) -> Callable[..., Any]:
     def run(
         x: Tensor,
@@ -83,10 +92,7 @@ def _loop(step: Callable[..., State], num_states: int) -> Callable[..., Any]:
         scope: Scope,
     ) -> Any:
         if isinstance(flat, bool):
-            raise UnsupportedError(
-                what="a PackedSequence",
-                remedy="pass each sequence as a request of its own, unpadded",
-            )
+            raise packed()
         if x.shape[1 if batch_first else 0] == 0:
             raise ValueError("expected a sequence of at least one position")
         states = tuple(hx) if num_states > 1 else (hx,)

@@ -31,6 +31,7 @@ from cellc.frontends.reads import holds_read
 from cellc.frontends.signature import (
     ARITHMETIC,
     MAKERS,
+    NUMBERS,
     ROW_BY_ROW,
     STACKS,
     Structural,
@@ -40,7 +41,7 @@ from cellc.frontends.signature import (
     tells_form,
     tensor_of,
 )
-from cellc.frontends.stub import CannotUnfold, Stack, Stub, StubType
+from cellc.frontends.stub import CannotUnfold, IntNumber, NumberSteers, Stack, Stub, StubType
 
 _TORCH = os.path.dirname(torch.__file__)
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -188,6 +189,8 @@ class Recording(Learner):
             known = self.without_reads(func, args, kwargs)
             if holds_read((args, kwargs)) and not holds_read(known):
                 return self.function(func, *known, frame)
+            if error.row is not None:
+                raise NumberSteers(error.row) from None
             raise CannotUnfold(f"{name_of(func)} of {error}", line_of(frame)) from None
         if not rows and tells_form(func):
             return func(*args, **kwargs)
@@ -233,27 +236,35 @@ class Recording(Learner):
             self.relearn = True
 
     def _scalars(self, site: Any, args: Any) -> Any:
-        """A Python number that differs from call to call is a value, not part of the operation.
+        """A Python number that is data, or differs from call to call, is a value, not part of the
+        operation.
 
-        It becomes a tensor of no dimensions, which acts like it beside tensors that have some.
+        It becomes a tensor of no dimensions, which acts like it beside tensors that have some. Only
+        a float beside whole numbers does not: there it must be of the default dtype already.
         """
-        if not all(x.type.shape for x in args if type(x) in (Stub, Stack)):
+        forms = [x.type for x in args if type(x) in (Stub, Stack)]
+        if not all(form.shape for form in forms):
             return args
-        for k, x in enumerate(args):
-            kind = type(x)
-            if kind is int or kind is float:
-                seen = self._numbers.setdefault((site, k), x)
-                if seen is not _VARIES and seen != x:
-                    self._numbers[site, k] = _VARIES
-                    self.relearn = True
-                    seen = _VARIES
-                if seen is _VARIES:
-                    dtype = torch.int64 if kind is int else torch.float64
-                    name = DTYPE_NAMES[dtype]
-                    form = StubType.of((), dtype, self.device)
-                    row = self._constant_row(("full", (), name, x), form)
-                    args = (*args[:k], Stub(row, form), *args[k + 1 :])
-        return args
+        floats = any(form.dtype.is_floating_point for form in forms)
+        wide = torch.float64 if floats else torch.get_default_dtype()
+        return tuple(self._as_operand(site, k, x, wide) for k, x in enumerate(args))
+
+    def _as_operand(self, site: Any, k: int, x: Any, wide: torch.dtype) -> Any:
+        """Argument `k`; floats become tensors of dtype `wide`."""
+        kind = type(x)
+        if kind in NUMBERS:
+            return x.stub if kind is IntNumber or wide is x.type.dtype else x.stub.to(wide)
+        if kind is not int and kind is not float:
+            return x
+        seen = self._numbers.setdefault((site, k), x)
+        if seen is not _VARIES and seen != x:
+            self._numbers[site, k] = seen = _VARIES
+            self.relearn = True
+        if seen is not _VARIES:
+            return x
+        dtype = torch.int64 if kind is int else wide
+        form = StubType.of((), dtype, self.device)
+        return Stub(self._constant_row(("full", (), DTYPE_NAMES[dtype], x), form), form)
 
     def _draw(self, kind: str, form: StubType, generator: int) -> Stub:
         """A row of numbers that the request will draw."""

@@ -26,7 +26,13 @@ ARITHMETIC = frozenset(
 
 
 class Structural(Exception):
-    """An argument that is neither tensors nor small values."""
+    """An argument that is neither tensors nor small values. `row`: the one that it is, if it is a
+    number of the request.
+    """
+
+    def __init__(self, what: str, row: int | None = None) -> None:
+        super().__init__(what)
+        self.row = row
 
 
 def sign(x: Any, form: list[Any], rows: list[int], parts: Collection[int]) -> None:
@@ -62,7 +68,9 @@ def sign(x: Any, form: list[Any], rows: list[int], parts: Collection[int]) -> No
     elif kind is slice:
         for y in (x.start, x.stop, x.step):
             sign(y, form, rows, parts)
-    elif kind in NUMBERS or hasattr(kind, "known"):
+    elif kind in NUMBERS:
+        raise Structural("a number", x.row)
+    elif hasattr(kind, "known"):
         raise Structural("a number")
     elif kind in STATIC:
         form.append(kind)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -362,7 +362,11 @@ class Number:
 
 
 def _steering(name: str) -> Callable[..., Any]:
-    def used(self: Number, *_: Any) -> NoReturn:
+    reflected = name in ("add", "sub", "mul", "truediv")
+
+    def used(self: Number, *others: Any) -> Any:
+        if reflected and type(others[0]) in (Stub, Stack):
+            return NotImplemented  # the tensor's own operator takes it as data
         raise NumberSteers(self.row)
 
     return used

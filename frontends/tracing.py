@@ -148,6 +148,8 @@ class _Functions(TorchFunctionMode):
                     what="assigning to .data", remedy="use copy_", origin=tracer.points.origin()
                 )
             )
+        if name == "_pack_padded_sequence":
+            raise tracer.refuse(library.packed(tracer.points.origin()))
         loop = library.LOOPS.get(name)
         if loop is not None and tracer.depth == 0:
             with self:

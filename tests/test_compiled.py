@@ -596,6 +596,26 @@ def test_reading_what_cannot_be_asked(name: str) -> None:
             compiled(torch.randn(3))
 
 
+@pytest.mark.parametrize("lengths", [[3, 1], torch.tensor([3, 1])])
+def test_packed_sequences_are_refused(lengths: Any) -> None:
+    lstm = nn.LSTM(I, H, batch_first=True).eval()
+
+    def model(x: Tensor, lengths: Any) -> Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True)
+        return lstm(packed)[1][0]
+
+    with cellc.compile(model, backend="eager") as compiled:
+        match = r"(?s)PackedSequence.*request of its own.*test_compiled\.py:"
+        with pytest.raises(cellc.UnsupportedError, match=match):
+            compiled(torch.randn(2, 3, I), lengths)
+
+
+def test_numpy_arrays_are_refused() -> None:
+    with cellc.compile(lambda x: x + 1, backend="eager") as compiled:
+        with pytest.raises(cellc.RequestError, match="'x'.*ndarray.*torch.as_tensor"):
+            compiled(np.zeros(3))
+
+
 RANDOM = {
     "randn": lambda x: x + torch.randn(3),
     "rand_like": lambda x: torch.rand_like(x),

@@ -466,6 +466,19 @@ def test_sampling_depends_on_the_seed_alone() -> None:
         same([compiled(*request) for request in requests()[::-1]][::-1], want)
 
 
+def test_several_samples() -> None:
+    def forward(x: Tensor, generator: torch.Generator) -> Tensor:
+        total = torch.zeros(())
+        for row in x:
+            total = total + row[torch.multinomial(row.softmax(-1), 2, generator=generator)].sum()
+        return total + torch.multinomial(x.softmax(-1), 3, generator=generator)
+
+    x = torch.randn(3, 6)
+    want = [forward(x, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    with cellc.compile(forward, backend="eager") as compiled:
+        same(compiled.map([(x, torch.Generator().manual_seed(s)) for s in range(20)]), want)
+
+
 class Machine(nn.Module):
     """A little program: states by thresholds on a random recurrence."""
 

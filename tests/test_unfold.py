@@ -738,3 +738,61 @@ def test_many_constants() -> None:
             compiled(torch.randn(SIZE), 99)
         for request, got in zip(requests, compiled.map(requests), strict=True):
             same(got, model(*request))
+
+
+class Weighted(nn.Module):
+    """Numbers of the request beside tensors: weights of edges, on either side of an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(VOCABULARY, SIZE)
+        self.inner = nn.Linear(SIZE, SIZE)
+
+    def forward(self, tree: Any) -> Tensor:
+        token, weight, rank, children = tree
+        h = self.table(torch.tensor(token)) * weight - rank
+        for child in children:
+            h = h + child[1] * self.inner(self.forward(child)) / (1.5 + weight / 2)
+        return torch.tanh(h)
+
+
+def test_numbers_beside_tensors_are_data() -> None:
+    draw = random.Random(1)
+
+    def tree(children: int) -> Any:
+        kids = [tree(draw.randrange(children)) for _ in range(children)]
+        return draw.randrange(VOCABULARY), draw.random(), draw.randrange(4), kids
+
+    class Scaled(Weighted):
+        def forward(self, tree: Any) -> Tensor:
+            token, weight, rank, children = tree
+            h = weight * self.table(torch.tensor(token)) + rank
+            return torch.tanh(sum([self.inner(self.forward(c)) for c in children], h) / 2)
+
+    for kind, data in ((Scaled, True), (Weighted, False)):
+        model = kind().eval()
+        with cellc.compile(model, backend="eager") as compiled:
+            requests = [(tree(draw.randrange(4)),) for _ in range(20)]
+            for request, got in zip(requests, compiled.map(requests), strict=True):
+                same(got, model(*request))
+            assert compiled._compiler.unfolder.reason is None
+            first = compiled.stats()["plans_unfolded"]
+            token, weight, rank, children = requests[0][0]
+            other = (token, weight + 1, rank, children)
+            same(compiled(other), model(other))
+            assert (compiled.stats()["plans_unfolded"] == first) is data
+
+
+def test_floats_beside_whole_numbers() -> None:
+    """A Python float makes integers f32, also where it differs from call to call, or is data."""
+
+    def forward(parts: list[Any]) -> list[Tensor]:
+        return [x * (0.5 + i) + weight for i, (x, weight) in enumerate(parts)]
+
+    with cellc.compile(forward, backend="eager") as compiled:
+        for length in (1, 1, 1, 3, 2):
+            parts = [(torch.arange(4) + i, 0.1 * i) for i in range(length)]
+            same(compiled(parts), forward(parts))
+            whole = [(x, 2) for x, _ in parts]
+            same(compiled(whole), forward(whole))
+        assert compiled._compiler.unfolder.reason is None
