@@ -60,6 +60,7 @@ class Recording(Learner):
         self._callees = Callees(self.call)
         self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
         self._user_code: dict[int, bool] = {}
+        self.raised_in: Any = None  # a frame that an error left, while what it holds is asked for
 
     # -- calls --
 
@@ -273,7 +274,7 @@ class Recording(Learner):
     # -- whose code --
 
     def user_frame(self) -> Any:
-        return self._user_frame_of(sys._getframe(1))
+        return self.raised_in or self._user_frame_of(sys._getframe(1))
 
     def _user_frame_of(self, innermost: Any) -> Any:
         frame = innermost
