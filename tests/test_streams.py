@@ -338,6 +338,14 @@ def test_an_interrupted_lone_request_leaves_nothing(monkeypatch: pytest.MonkeyPa
             assert idle(compiled) and compiled.stats()["waiting"] == 0, name
             assert engine._scheduler.num_requests == 0, name
             torch.testing.assert_close(compiled(x), want)
+        engine._replays.clear()
+        with monkeypatch.context() as patched:  # midway in what is interrupted
+            patched.setattr(engine._scheduler, "next", then_interrupted(lambda _: None))
+            patched.setattr(engine._scheduler, "cancel", lambda n: n and pytest.fail("it is not whole"))
+            with pytest.raises(KeyboardInterrupt):
+                compiled(x)
+        assert idle(compiled) and engine._scheduler.num_requests == 0
+        torch.testing.assert_close(compiled(x), want)
 
 
 def test_a_forward_that_returns_is_no_stream() -> None:
