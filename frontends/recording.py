@@ -141,8 +141,8 @@ class Recording(Learner):
             raise CannotUnfold("out= writes in place; assign the result", line_of(frame))
         if name_of(func).startswith("as_strided"):
             raise CannotUnfold("as_strided depends on a tensor's memory", line_of(frame))
-        if func is torch.equal:
-            return self._equal(*args, **kwargs)
+        if func in _TRUTHS:
+            return _TRUTHS[func](*args, **kwargs)
         if type(kwargs.get("generator")) is GeneratorStub:
             return drawn(func, args, kwargs, self._draw)
         if func in MAKERS or func is torch.Tensor.new_tensor:
@@ -217,9 +217,6 @@ class Recording(Learner):
             return self.in_rows(func, op, self.watch(op, args, kwargs, made))
         made = self._record(op, rows, frame)
         return self.watch(op, args, kwargs, made) if self.writing else made
-
-    def _equal(self, a: Any, b: Any) -> bool:
-        return a.shape == b.shape and bool((a == b).all())
 
     def _notice(self, args: Any) -> None:
         """A tensor of the request is indexed along its first dimension: it is a list of rows."""
@@ -296,3 +293,27 @@ def _writes(name: str) -> bool:
     if name.endswith("__"):
         return name.startswith("__i") and name in _IN_PLACE
     return name.endswith("_")
+
+
+def _equal(input: Any, other: Any) -> bool:
+    return input.shape == other.shape and bool((input == other).all())
+
+
+def _all_close(
+    input: Any, other: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
+    return bool(torch.isclose(input, other, rtol, atol, equal_nan).all())
+
+
+def _is_nonzero(input: Any) -> bool:
+    return bool(input)
+
+
+_TRUTHS: dict[Any, Callable[..., bool]] = {  # torch functions that answer with a bool
+    torch.equal: _equal,
+    torch.Tensor.equal: _equal,
+    torch.allclose: _all_close,
+    torch.Tensor.allclose: _all_close,
+    torch.is_nonzero: _is_nonzero,
+    torch.Tensor.is_nonzero: _is_nonzero,
+}

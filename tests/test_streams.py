@@ -341,7 +341,9 @@ def test_an_interrupted_lone_request_leaves_nothing(monkeypatch: pytest.MonkeyPa
         engine._replays.clear()
         with monkeypatch.context() as patched:  # midway in what is interrupted
             patched.setattr(engine._scheduler, "next", then_interrupted(lambda _: None))
-            patched.setattr(engine._scheduler, "cancel", lambda n: n and pytest.fail("it is not whole"))
+            patched.setattr(
+                engine._scheduler, "cancel", lambda n: n and pytest.fail("it is not whole")
+            )
             with pytest.raises(KeyboardInterrupt):
                 compiled(x)
         assert idle(compiled) and engine._scheduler.num_requests == 0
