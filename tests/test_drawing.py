@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 import torch
 from comparing import alike
 from torch import Tensor, nn
@@ -62,3 +63,14 @@ def check(after: tuple[int, ...]) -> None:
 def test_other_numbers_than_were_drawn_ahead() -> None:
     check((1, H))  # of the same shape, another distribution
     check((2, 3))
+
+
+def test_what_cannot_be_drawn_is_said() -> None:
+    def coins(x: Tensor, generator: torch.Generator) -> Tensor:
+        return x * torch.bernoulli(torch.full((3,), 0.5), generator=generator)
+
+    with (
+        cellc.compile(coins, backend="eager") as compiled,
+        pytest.raises(cellc.CellcError, match=r"(?s)bernoulli.*torch\.rand,.*test_drawing\.py"),
+    ):
+        compiled(torch.ones(3), torch.Generator())

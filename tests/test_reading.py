@@ -198,12 +198,13 @@ def _equal(x: Tensor) -> Tensor:
 
 
 def _converges(x: Tensor) -> tuple[Tensor, int]:
-    for n in range(30):
+    steps = 0
+    while steps < 30:
         new = torch.tanh(x * 0.3)
         if torch.allclose(new, x, atol=1e-2) or x.equal(new):
             break
-        x = new
-    return x, n
+        x, steps = new, steps + 1
+    return x, steps
 
 
 def _close(x: Tensor) -> list[bool]:
