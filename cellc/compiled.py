@@ -30,6 +30,7 @@ from cellc.errors import (
     CellcError,
     ClosedError,
     GeneratorForward,
+    Overloaded,
     RequestError,
     UnsupportedError,
     ValueReadError,
@@ -125,7 +126,6 @@ class Compiled:
         ticket = self._ticket(args, kwargs)
         if _generates(ticket):
             return Stream(self._engine, ticket)
-        self._engine.enqueue([ticket])
         self._run([ticket])
         if ticket.error is not None:
             raise ticket.error
@@ -161,8 +161,12 @@ class Compiled:
         return results
 
     def _run(self, tickets: Sequence[Ticket]) -> None:
+        """Queue requests, and block until they are done."""
         try:
+            self._engine.enqueue(tickets)
             self._engine.run(tickets)
+        except (ClosedError, Overloaded):  # none is queued
+            raise
         except BaseException:
             self._engine.cancel(tickets)
             raise
@@ -265,7 +269,6 @@ class Compiled:
         portion = self._max_queue or max(len(queued), 1)
         for start in range(0, len(queued), portion):
             part = queued[start : start + portion]
-            self._engine.enqueue(part)
             self._run(part)
         failed = [t for t in tickets if t.error is not None]
         for ticket, error in zip(failed, distinct([t.error for t in failed]), strict=True):  # type: ignore[misc]
@@ -421,7 +424,6 @@ class Compiled:
             if (entry := request.entry) is None:
                 continue
             ticket = self._owned(_new_ticket(entry, request, (args, kwargs), trial=True))
-            self._engine.enqueue([ticket])
             self._run([ticket])
             if ticket.error is not None:
                 continue  # the request's own fault
@@ -473,7 +475,6 @@ class Compiled:
 
         tickets = self._tickets([piece(i) for i in range(size)])
         queued = [t for t in tickets if not t.done]
-        self._engine.enqueue(queued)
         self._run(queued)
         for ticket in tickets:
             if ticket.error is not None:
@@ -664,7 +665,6 @@ class _Steps:
         return self._compiled._ticket(args, kwargs)
 
     def run(self, tickets: Sequence[Ticket]) -> None:
-        self._compiled._engine.enqueue(tickets)
         self._compiled._run(tickets)
 
     def send(self, ticket: Ticket) -> Future[Any]:

@@ -280,7 +280,11 @@ class Engine:
             except Exception:
                 return False  # `_admit` meets it again, and answers the ticket
             self._inbox.popleft()
-        self._replays.run(ticket)
+        try:
+            self._replays.run(ticket)
+        except BaseException:  # this thread is interrupted
+            self._restart()
+            raise
         return True
 
     # -- the loop --

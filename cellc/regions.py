@@ -55,6 +55,7 @@ class Regions:
         if not wanted:
             return rooms
         self.live += wanted
+        before = self._next
         if self._free:
             starts = np.array([self._take(room) for room in rooms.tolist()], np.int64)
         else:
@@ -62,7 +63,15 @@ class Regions:
             starts, self._next = ends - rooms, int(ends[-1])
         if self._next > self.capacity:
             capacity = max(2 * self.capacity, self._next)
-            self._grow(capacity)
+            try:
+                self._grow(capacity)
+            except BaseException:  # there is no memory: nothing is given out
+                self._next = before
+                self.live -= wanted
+                for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
+                    if room and start < before:
+                        self._free[room].append(start)
+                raise
             self.capacity = capacity
         return starts
 

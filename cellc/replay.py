@@ -104,9 +104,11 @@ class Replays:
         plan = ticket.entry.plan
         bases = self._arenas.allocate([plan])
         try:
-            return self._through(ticket, bases, lambda: self._record(ticket, bases))
-        finally:
-            self._arenas.free([plan], bases)
+            made = self._through(ticket, bases, lambda: self._record(ticket, bases))
+        except Exception as raised:  # after an interruption the engine forgets all
+            made = raised, []
+        self._arenas.free([plan], bases)
+        return made
 
     def _through(
         self,
@@ -141,8 +143,10 @@ class Replays:
                     failed = self._launcher.run(batch, launch)
                     kernel = self._compiler.kernel(batch.cell)
                     launches.append(Bound.of(kernel, launch, self._arenas))
-            finally:
+            except Exception:
                 scheduler.cancel([number])
+                raise
+            scheduler.cancel([number])
         if not failed and time.perf_counter() - start < 2 * ALONE:
             self._put(Recording(entry, self._arenas.generation, bases, launches))
         return next(iter(failed.values()), None)

@@ -142,12 +142,18 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         bases = np.zeros((len(plans), len(self._regions)), np.int64)
         for number, regions in enumerate(self._regions):
             if wanted[number]:
-                bases[:, number] = regions.allocate_rooms(rooms[:, number])
+                try:
+                    bases[:, number] = regions.allocate_rooms(rooms[:, number])
+                except BaseException:  # there is no memory
+                    self._free_rooms(bases[:, :number], rooms)
+                    raise
         return bases
 
     def free(self, plans: Sequence[Plan], bases: npt.NDArray[np.int64]) -> None:
         """Free the regions of requests; `bases` as `allocate` gave them, or more row types."""
-        rooms = _rooms(plans, bases.shape[1])
+        self._free_rooms(bases, _rooms(plans, bases.shape[1]))
+
+    def _free_rooms(self, bases: npt.NDArray[np.int64], rooms: npt.NDArray[np.int64]) -> None:
         wanted = (rooms != 0).any(0)
         for number, regions in enumerate(self._regions[: bases.shape[1]]):
             if wanted[number]:

@@ -179,12 +179,16 @@ class Asker(Repeats):
         """How a tensor prints: of a large one, its form."""
         if not self.on or x.type.size.numel() > SHORT:
             return f"<a tensor of the request: {x.type}>"
+        return str(self._from_values(x, repr))
+
+    def _from_values(self, x: Stub, use: Callable[[torch.Tensor], Any]) -> Any:
+        """What is made of a tensor, all of whose elements are asked for."""
         whole: Any = x
         parts = whole.reshape(-1) if x.type.shape else [x]
         values = [self._read(y)._value() for y in parts]
         self.on = False
         try:
-            return repr(torch.tensor(values, dtype=x.dtype).reshape(x.type.shape))
+            return use(torch.tensor(values, dtype=x.dtype).reshape(x.type.shape))
         finally:
             self.on = True
 

@@ -26,6 +26,11 @@ class Draw:
     form: StubType
     generator: int
 
+    @property
+    def what(self) -> tuple[str, StubType, int]:
+        """What is drawn, whatever its row."""
+        return self.kind, self.form, self.generator
+
     def __call__(self, generators: Sequence[torch.Generator]) -> torch.Tensor:
         generator = generators[self.generator]
         made = torch.empty(self.form.shape, dtype=self.form.dtype, device=generator.device)
@@ -51,18 +56,37 @@ class GeneratorStub:
 
 
 class Draws:
-    """The numbers that one request draws, made when they are first needed."""
+    """The numbers that one request draws, made when they are first needed.
+
+    A request may draw for answers that it expects, and then get others, after which its forward
+    draws something else: numbers are made again from there.
+    """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
         self._given = generators
         self._own = [g.clone_state() for g in generators]
         self._made: list[torch.Tensor] = []
+        self._along: Sequence[Draw] = ()  # what those are
 
     def __call__(self, number: int, draws: Sequence[Draw]) -> torch.Tensor:
         """Draw `number` of the request's, which draws `draws`."""
+        if draws is not self._along:
+            self._turn_to(draws)
         while len(self._made) <= number:
             self._made.append(draws[len(self._made)](self._own))
         return self._made[number]
+
+    def _turn_to(self, draws: Sequence[Draw]) -> None:
+        made = [draw.what for draw in self._along[: len(self._made)]]
+        same = 0
+        for before, draw in zip(made, draws, strict=False):
+            if before != draw.what:
+                break
+            same += 1
+        self._along = draws
+        if same < len(made):
+            self._own = [g.clone_state() for g in self._given]
+            self._made = [draw(self._own) for draw in draws[:same]]
 
     def end(self, draws: Sequence[Draw]) -> None:
         """The request drew these: its generators go on from there."""

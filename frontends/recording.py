@@ -61,6 +61,7 @@ class Recording(Learner):
         self._callees = Callees(self.call)
         self._numbers: dict[Any, Any] = {}  # by place in the code: the number met there
         self._user_code: dict[int, bool] = {}
+        self.raised_in: Any = None  # a frame that an error left, while what it holds is asked for
 
     # -- calls --
 
@@ -146,8 +147,8 @@ class Recording(Learner):
             raise CannotUnfold("out= writes in place; assign the result", line_of(frame))
         if name_of(func).startswith("as_strided"):
             raise CannotUnfold("as_strided depends on a tensor's memory", line_of(frame))
-        if func is torch.equal:
-            return self._equal(*args, **kwargs)
+        if func in _TRUTHS:
+            return _TRUTHS[func](*args, **kwargs)
         if type(kwargs.get("generator")) is GeneratorStub:
             return drawn(func, args, kwargs, self._draw)
         if func in MAKERS or func is torch.Tensor.new_tensor:
@@ -225,9 +226,6 @@ class Recording(Learner):
         made = self._record(op, rows, frame)
         return self.watch(op, args, kwargs, made) if self.writing else made
 
-    def _equal(self, a: Any, b: Any) -> bool:
-        return a.shape == b.shape and bool((a == b).all())
-
     def _notice(self, args: Any) -> None:
         """A tensor of the request is indexed along its first dimension: it is a list of rows."""
         row = args[0].id
@@ -289,7 +287,7 @@ class Recording(Learner):
     # -- whose code --
 
     def user_frame(self) -> Any:
-        return self._user_frame_of(sys._getframe(1))
+        return self.raised_in or self._user_frame_of(sys._getframe(1))
 
     def _user_frame_of(self, innermost: Any) -> Any:
         frame = innermost
@@ -311,3 +309,27 @@ def _writes(name: str) -> bool:
     if name.endswith("__"):
         return name.startswith("__i") and name in _IN_PLACE
     return name.endswith("_")
+
+
+def _equal(input: Any, other: Any) -> bool:
+    return input.shape == other.shape and bool((input == other).all())
+
+
+def _all_close(
+    input: Any, other: Any, rtol: float = 1e-5, atol: float = 1e-8, equal_nan: bool = False
+) -> bool:
+    return bool(torch.isclose(input, other, rtol, atol, equal_nan).all())
+
+
+def _is_nonzero(input: Any) -> bool:
+    return bool(input)
+
+
+_TRUTHS: dict[Any, Callable[..., bool]] = {  # torch functions that answer with a bool
+    torch.equal: _equal,
+    torch.Tensor.equal: _equal,
+    torch.allclose: _all_close,
+    torch.Tensor.allclose: _all_close,
+    torch.is_nonzero: _is_nonzero,
+    torch.Tensor.is_nonzero: _is_nonzero,
+}

@@ -62,8 +62,8 @@ class Tracer(TracedWrites):  # type: ignore[no-untyped-call]
         if _draws(func, args):
             raise UnsupportedError(
                 what=f"drawing random numbers (torch.{name})",
-                remedy="pass a torch.Generator in the request and give it as generator=, or draw "
-                "them before the call and pass them as an argument",
+                remedy="pass a torch.Generator in the request to torch.rand, torch.randn or "
+                "torch.multinomial(p, 1), or draw before the call and pass what was drawn",
                 origin=self.points.origin(),
             )
         if func.namespace == "profiler":

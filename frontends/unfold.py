@@ -19,7 +19,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,10 +32,11 @@ from cellc.frontends import stub as stubs
 from cellc.frontends.asking import Asks
 from cellc.frontends.effects import Holdings, sets_attributes, setting_refused
 from cellc.frontends.learning import StudyAlone, is_weight
+from cellc.frontends.placeholder import SHORT
 from cellc.frontends.reads import OPEN, READS
 from cellc.frontends.recording import Recording
 from cellc.frontends.segments import LEAF, OutType
-from cellc.frontends.signature import NUMBERS, STATIC
+from cellc.frontends.signature import NUMBERS, STATIC, line_of
 from cellc.frontends.stub import CannotUnfold, NumberSteers, Stack, Stub
 
 
@@ -82,7 +83,10 @@ class Recorder(Recording):
         returned = None
         try:
             returned = self._forward(forward, args, kwargs)
-        except (Exception, Asks, CannotUnfold, NumberSteers):
+        except (Exception, Asks, CannotUnfold, NumberSteers) as error:
+            if stubs.current.ended is None and isinstance(error, Exception):
+                with suppress(Asks):
+                    self._settle(error)
             if stubs.current.ended is None:
                 raise
         finally:
@@ -140,6 +144,50 @@ class Recorder(Recording):
                 raise CannotUnfold(f"an object of {kind.__name__} is returned")
         return Returned(tensors, kept, spec)
 
+    def _settle(self, error: Exception) -> None:
+        """An error of the user's leaves the forward: what it holds of the request is asked for."""
+        seen: set[int] = set()
+        following: list[BaseException | None] = [error]
+        try:
+            while following:
+                one = following.pop()
+                if one is None or id(one) in seen:
+                    continue
+                seen.add(id(one))
+                following += [one.__cause__, one.__context__]
+                self.raised_in = self._frame_of(one) or self.raised_in
+                if any(map(_stands_in, pytree.tree_leaves(one.args))):
+                    base = next(b for b in type(one).__mro__ if b.__module__ == "builtins")
+                    base.__init__(one, *pytree.tree_map(self._settled, one.args))  # type: ignore[misc]
+                for name, value in vars(one).items():
+                    if any(map(_stands_in, pytree.tree_leaves(value))):
+                        vars(one)[name] = pytree.tree_map(self._settled, value)
+        finally:
+            self.raised_in = None
+
+    def _frame_of(self, error: BaseException) -> Any:
+        """The innermost frame of the user's that an error went through."""
+        tb, found = error.__traceback__, None
+        while tb is not None:
+            if self._is_user(tb.tb_frame.f_code):
+                found = tb.tb_frame
+            tb = tb.tb_next
+        return found
+
+    def _settled(self, leaf: Any) -> Any:
+        kind = type(leaf)
+        if kind in NUMBERS:
+            raise NumberSteers(leaf.row)
+        if kind in READS:
+            return leaf._value()
+        if kind is not Stub and kind is not Stack:
+            return leaf
+        if leaf.type.size.numel() > SHORT:
+            raise CannotUnfold(
+                f"an exception holds a tensor of over {SHORT} elements", line_of(self.raised_in)
+            )
+        return self._from_values(leaf, torch.clone)
+
     def _row(self, x: Any) -> int:
         if type(x) is not Stub:
             raise CannotUnfold("a stack of stacks is returned")
@@ -150,6 +198,11 @@ class Recorder(Recording):
 
     def _runs(self) -> bool:
         return self.on or stubs.current.learning
+
+
+def _stands_in(leaf: Any) -> bool:
+    kind = type(leaf)
+    return kind is Stub or kind is Stack or kind in READS or kind in NUMBERS
 
 
 def _with_plain_keys(x: Any) -> Any:

@@ -1022,3 +1022,30 @@ def test_callbacks_of_futures() -> None:
         torch.testing.assert_close(results[0].result(), model(x))
         torch.testing.assert_close(compiled(x), model(x))
     assert compiled.stats()["running"] == compiled.stats()["waiting"] == 0
+
+
+def test_an_arena_that_cannot_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.GRU(3, 5).eval()
+    small, large = torch.randn(2, 3), torch.randn(900, 3)
+    with torch.no_grad(), cellc.compile(model, backend="eager") as compiled:
+        compiled.map([small, torch.randn(3, 3)])
+        arenas = compiled._engine._arenas
+        grow, last = arenas._grow, len(arenas._regions) - 1
+
+        def limited(number: int, capacity: int) -> None:
+            if number == last:
+                raise MemoryError("no more")
+            grow(number, capacity)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(arenas, "_grow", limited)
+            for run in (
+                compiled,
+                lambda x: compiled.map([x, x]),
+                lambda x: compiled.submit(x).result(30),
+            ):
+                with pytest.raises(MemoryError):
+                    run(large)
+                assert arenas.idle()
+                torch.testing.assert_close(compiled(small), model(small))
+        torch.testing.assert_close(compiled(large), model(large))

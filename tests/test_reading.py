@@ -197,6 +197,26 @@ def _equal(x: Tensor) -> Tensor:
     return x + 1 if torch.equal(x.sort().values, x) else x - 1
 
 
+def _converges(x: Tensor) -> tuple[Tensor, int]:
+    steps = 0
+    while steps < 30:
+        new = torch.tanh(x * 0.3)
+        if torch.allclose(new, x, atol=1e-2) or x.equal(new):
+            break
+        x, steps = new, steps + 1
+    return x, steps
+
+
+def _close(x: Tensor) -> list[bool]:
+    return [
+        x.allclose(x + 0.1, atol=0.2, rtol=0),
+        torch.allclose(input=x, other=x[:1], rtol=0.5),
+        torch.allclose(x / 0, x / 0, equal_nan=True),
+        torch.is_nonzero(x[0] > 0),
+        x[:1].is_nonzero(),
+    ]
+
+
 def _tries(x: Tensor) -> Tensor:
     try:
         if x.sum() > 0:
@@ -224,7 +244,18 @@ def _loop(x: Tensor) -> tuple[Tensor, int]:
     return x, steps
 
 
-IDIOMS = [_numbers, _mask, _bounds, _whole, _nothing, _equal, _tries, _loop]
+IDIOMS = [
+    _numbers,
+    _mask,
+    _bounds,
+    _whole,
+    _nothing,
+    _equal,
+    _converges,
+    _close,
+    _tries,
+    _loop,
+]
 
 
 @pytest.mark.parametrize("function", IDIOMS)

@@ -97,3 +97,22 @@ def test_flat_arrays_keep_their_rows() -> None:
     for start, k in pieces:
         flat.free([start], [k])
     assert flat.allocate([5]) == [0]
+
+
+def test_without_memory_nothing_is_given_out() -> None:
+    grown: list[int] = []
+
+    def grow(capacity: int) -> None:
+        if capacity > 16:
+            raise MemoryError
+        grown.append(capacity)
+
+    regions = Regions(8, grow)
+    kept, other = regions.allocate([3, 2])
+    regions.free([other], [2])
+    for _ in range(3):
+        with pytest.raises(MemoryError):
+            regions.allocate([2, 40])
+        assert regions.live == 1 and regions.capacity == 8
+    assert regions.allocate([2, 3]) == [other, 5]
+    assert kept == 0 and grown == []

@@ -300,6 +300,56 @@ def test_an_interrupted_turn_leaves_others_right(
             assert idle(compiled) and engine.flight.live_bytes == engine.flight.futures == 0
 
 
+def then_interrupted(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    return call
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(3, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]  # type: ignore[no-any-return]
+
+
+def test_an_interrupted_lone_request_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Plain().eval(), torch.randn(4, 3)
+    with torch.no_grad():
+        want = model(x)
+    with cellc.compile(model, backend="eager", max_queue=1) as compiled:
+        compiled(x)
+        engine = compiled._engine
+        for owner, name in (
+            (engine, "enqueue"),
+            (engine._scheduler, "add"),
+            (engine.flight, "copy_in"),
+            *((regions, "allocate_rooms") for regions in engine._arenas._regions),
+        ):
+            engine._replays.clear()
+            with monkeypatch.context() as patched:
+                patched.setattr(owner, name, then_interrupted(getattr(owner, name)))
+                with contextlib.suppress(KeyboardInterrupt):
+                    compiled(x)
+            assert idle(compiled) and compiled.stats()["waiting"] == 0, name
+            assert engine._scheduler.num_requests == 0, name
+            torch.testing.assert_close(compiled(x), want)
+        engine._replays.clear()
+        with monkeypatch.context() as patched:  # midway in what is interrupted
+            patched.setattr(engine._scheduler, "next", then_interrupted(lambda _: None))
+            patched.setattr(
+                engine._scheduler, "cancel", lambda n: n and pytest.fail("it is not whole")
+            )
+            with pytest.raises(KeyboardInterrupt):
+                compiled(x)
+        assert idle(compiled) and engine._scheduler.num_requests == 0
+        torch.testing.assert_close(compiled(x), want)
+
+
 def test_a_forward_that_returns_is_no_stream() -> None:
     with cellc.compile(nn.Linear(3, 2).eval(), backend="eager") as compiled:
         with pytest.raises(cellc.UnsupportedError, match="yield"):
