@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cellc import env
@@ -31,7 +32,7 @@ examples:
   cellc tune model.py:model                  its cells measured here, for the scheduler
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
 
-exit codes: 0 good, 1 a check failed, 2 wrong use."""
+exit codes: 0 good, 1 a check failed, 2 wrong use, 130 interrupted."""
 _DEMO = """\
 Serve the sentences of Python's own documentation with an LSTM classifier, and compare with padded
 batching in PyTorch: find the cells, prove that results are equal, measure the throughput of many
@@ -129,8 +130,20 @@ def _fail(error: CellcError, code: int) -> int:
     return code
 
 
+_WRITTEN = ("json", "markdown", "plot", "output", "graph")  # options that name a file
+
+
+def _check_folders(args: argparse.Namespace) -> None:
+    """What is measured for minutes must have where to go."""
+    for option in _WRITTEN:
+        path = getattr(args, option, None)
+        if isinstance(path, (str, Path)) and not Path(path).expanduser().parent.is_dir():
+            raise UsageError(f"--{option} {path}: there is no folder {Path(path).parent}")
+
+
 def _run(args: argparse.Namespace) -> int:
     env.check()
+    _check_folders(args)
     if args.command == "demo":
         from cellc import demo
 

@@ -197,3 +197,16 @@ def test_inspect_a_model_that_draws(folder: Path, capsys: pytest.CaptureFixture[
     )
     assert main(["inspect", "draws.py:model", "--backend", "eager", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["cells"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--plot"])
+def test_where_figures_go_is_looked_at_first(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "lstm-256", option, str(tmp_path / "none" / "figures.png")]) == 2
+    assert f"{option} " in (said := capsys.readouterr().err) and "there is no folder" in said
+
+
+def test_figures_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--from", str(tmp_path / "none.json"), "--targets"]) == 2
+    assert "No such file" in capsys.readouterr().err

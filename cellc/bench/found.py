@@ -140,8 +140,12 @@ class Found:
             cases = [Measured.from_json(c, Outcome.from_json(c)) for c in written["cases"]]
             online = [Measured.from_json(o, OnlineOutcome.from_json(o)) for o in written["online"]]
             theirs = [written[k] for k in ("machine", "threads", "torch")]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"--from {path}: no figures of cellc bench: {error!r}") from error
+        except OSError as error:
+            raise UsageError(f"--from {path}: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"--from {path}: no figures of cellc bench, as --json writes them"
+            ) from error
         ours = [self.machine, self.threads, self.torch]
         if theirs != ours:
             raise UsageError(f"--from {path}: measured on {theirs}, and this is {ours}")
