@@ -17,13 +17,13 @@ from torch import Tensor
 
 from cellc import ops
 from cellc.cells import Cell
+from cellc.copier import Copier
 from cellc.dtypes import TORCH_DTYPES
 from cellc.entry import compile
 from cellc.kernels.eager import EagerBackend, EagerKernel
 from cellc.launch import Index, Launch, Ragged
 from cellc.ops import RowType
 from cellc.request import as_call
-from cellc.copier import Copier
 
 PER_STEP, MOST = 8, 64  # rows kept of a step, and of a cell
 

@@ -8,11 +8,12 @@ from typing import Any
 from cellc.bench.tree_models import VOCABULARY
 
 
-def draw_tree(draw: random.Random) -> Any:
+def draw_tree(draw: random.Random, leaves: int | None = None) -> Any:
     """Nested pairs of tokens, shaped like the parses of the Stanford Sentiment Treebank: 19 leaves
-    and 11 levels on average, at most 56 leaves.
+    and 11 levels on average, at most 56 leaves; or of as many leaves as said.
     """
-    leaves = min(56, max(1, round(draw.gammavariate(3.6, 5.3))))
+    if leaves is None:
+        leaves = min(56, max(1, round(draw.gammavariate(3.6, 5.3))))
     return _split(leaves, draw)
 
 
