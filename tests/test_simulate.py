@@ -117,9 +117,9 @@ def test_batches_are_never_larger_than_said(name: str, max_batch: int) -> None:
 
 @pytest.mark.parametrize("name", ["lstm", "seq2seq"])
 def test_few_requests_are_sooner_answered_than_in_padded_batches(name: str) -> None:
-    how = setting(name)
+    how = setting(name, scale=3.0)
     peak = runs.figure(runs.PADDED, how, runs.at_once(work_of(app(name)), 400, 0), None).answered
-    work = loaded(name, 0.3 * peak)
+    work = loaded(name, 0.3 * peak, count=400)
     ours, padded = (runs.figure(way, how, work, None) for way in (runs.CELLULAR, runs.PADDED))
     assert ours.p50 < padded.p50 and ours.p90 < padded.p90
 
