@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         app = applications.make(args.application, lengths, hidden, args.seed)
     if args.validate:
         return validation.run(app, args, steps, console)
-    curves, host, device = _costs(app, args, steps)
+    curves, host, device, source = _costs(app, args, steps)
     table = CostTable(curves, host, args.max_batch)
     setting = runs.Setting(
         table, find_advance(), args.max_batch, args.devices, args.timeout_ms, args.width
@@ -55,6 +55,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     outcome = Outcome(
         app.title,
         device,
+        source,
         args.devices,
         args.max_batch,
         host,
@@ -105,15 +106,16 @@ def _lengths(args: argparse.Namespace, trace: Trace | None) -> Sequence[int]:
 
 def _costs(
     app: Application, args: argparse.Namespace, steps: Steps
-) -> tuple[dict[int, Curve], Host, str]:
-    """Curves by the cell's number, the host's part, and what they are of."""
+) -> tuple[dict[int, Curve], Host, str, str]:
+    """Curves by the cell's number, the host's part, the device, and where they are from."""
     if args.device == "cpu":
         found = measured.costs_here(app, steps.step, args.seed)
-        return found.curves, _host(args, found.host), f"this machine, {found.place.device}"
+        place = found.place
+        return found.curves, _host(args, found.host), place.device, "measured here"
     gpu = GPUS[args.device]
     curves = roofline_curves(app.cells, gpu, args.efficiency)
-    device = f"{gpu.name}, f32, {args.efficiency:.0%} of the roofline ({gpu.source})"
-    return curves, _host(args, GIVEN), device
+    source = f"{args.efficiency:.0%} of the roofline in f32 ({gpu.source})"
+    return curves, _host(args, GIVEN), gpu.name, source
 
 
 def _host(args: argparse.Namespace, host: Host) -> Host:

@@ -30,10 +30,11 @@ class CellCost:
 
 @dataclass(frozen=True)
 class Outcome:
-    """All figures of one simulation; `device`: whose costs, and where they are from."""
+    """All figures of one simulation; `device`: whose costs; `source`: where they are from."""
 
     application: str
     device: str
+    source: str
     devices: int
     max_batch: int
     host: Host
@@ -73,7 +74,8 @@ def table_of(outcome: Outcome) -> Table:
     )
     simulated = sum(f.requests for f in outcome.figures)
     table.caption = (
-        f"{outcome.arrivals}; {outcome.lengths}; at most {outcome.max_batch} rows a step; host "
+        f"costs: {outcome.source}; {outcome.arrivals}; {outcome.lengths}; "
+        f"at most {outcome.max_batch} rows a step; host "
         f"{host.turn * 1e6:.0f} us a launch and {host.request * 1e6:.0f} a request; a step of "
         f"{', '.join(map(str, SHOWN))} rows: {costs}; load: of the peak of the best batching of "
         f"whole requests; mean batch: rows a step, of padded batches requests; "
@@ -114,6 +116,6 @@ def draw(path: Path, outcome: Outcome) -> None:
     axes.set_xlabel("requests/s offered")
     axes.set_ylabel("ms: p50 dotted, p90 solid")
     axes.grid(True, which="both", linewidth=0.3)
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set_title(outcome.title, fontsize="medium")
     picture.savefig(path, dpi=80)
