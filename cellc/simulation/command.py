@@ -10,7 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,10 +120,10 @@ def _costs(
 
 def _host(args: argparse.Namespace, host: Host) -> Host:
     turn, request = args.host_turn_us, args.host_request_us
-    return Host(
-        host.turn if turn is None else turn / 1e6,
-        host.request if request is None else request / 1e6,
-        host.wake,
+    return replace(
+        host,
+        turn=host.turn if turn is None else turn / 1e6,
+        request=host.request if request is None else request / 1e6,
     )
 
 

@@ -25,12 +25,15 @@ POINTS = tuple(1 << k for k in range(17))
 @dataclass(frozen=True)
 class Host:
     """Seconds of the host, kernels aside: of every launch, of every request, and until it begins
-    where it had nothing to do. `spread`: what launches took beyond that, as often one as another.
+    where it had nothing to do. `slowdown`: what kernels take longer than curves say, as a share,
+    since other threads run beside them. `spread`: what launches took beyond that, as often one as
+    another.
     """
 
     turn: float
     request: float
     wake: float = 0.0
+    slowdown: float = 0.0
     spread: tuple[float, ...] = ()
 
 
@@ -58,7 +61,7 @@ class CostTable:
             total = float(sum(seconds[n] for n in sizes.tolist()))
         else:
             total = float(self._steps[cell][sizes].sum())
-        return self.curves[cell].launch + total
+        return (self.curves[cell].launch + total) * (1 + self.host.slowdown)
 
 
 def roofline_curves(

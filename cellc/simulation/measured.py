@@ -2,8 +2,8 @@
 
 Duty: curves of an application's cells, measured by `cellc.tuning` where they are not known yet; and
 the host's part, from serving requests for a while: what turns of the engine's loop took beyond what
-the curves say of their kernels, shared out by least squares between launches and requests. Comes
-in: an `Application`; goes out: `Measured`.
+the curves say of their kernels, shared out by least squares between launches, requests and kernels.
+Comes in: an `Application`; goes out: `Measured`.
 """
 
 from __future__ import annotations
@@ -125,12 +125,14 @@ def submitting(compiled: Compiled) -> Callable[[Any], Future[Any]]:
 
 @dataclass
 class _Watch:
-    """Turns of an engine's loop: (seconds beyond the curves', requests that came and went)."""
+    """Turns of an engine's loop: seconds beyond the curves', requests that came and went, and the
+    seconds that the curves say.
+    """
 
     compiled: Compiled
     numbers: dict[str, int]  # of cells, by key
     curves: dict[int, Curve]
-    turns: list[tuple[float, float]] = field(default_factory=list)
+    turns: list[tuple[float, float, float]] = field(default_factory=list)
     predicted: float = 0.0
 
     def __post_init__(self) -> None:
@@ -140,6 +142,7 @@ class _Watch:
         table = CostTable(self.curves, Host(0.0, 0.0), launcher._scheduler.max_batch)
         measure, note_host = launcher._measure, launcher.note_host
         kernels, live, done = 0.0, len(engine.flight.live), counters.requests
+        before = 0.0
 
         def measured(batch: Batch, took: float) -> None:
             nonlocal kernels
@@ -150,10 +153,11 @@ class _Watch:
             measure(batch, took)
 
         def noted(seconds: float) -> None:
-            nonlocal kernels, live, done
+            nonlocal kernels, live, done, before
             left = counters.requests - done
             came = len(engine.flight.live) - live + left
-            self.turns.append((seconds + kernels, (came + left) / 2))
+            told, before = self.predicted - before, self.predicted
+            self.turns.append((seconds + kernels, (came + left) / 2, told))
             kernels, live, done = 0.0, len(engine.flight.live), counters.requests
             note_host(seconds)
 
@@ -161,14 +165,17 @@ class _Watch:
         launcher.note_host = noted  # type: ignore[method-assign]
 
     def fit(self) -> Host:
-        """By least squares; no part is below 0."""
-        seconds, requests = np.array(self.turns).T
-        columns = np.stack([np.ones_like(requests), requests], 1)
-        turn, request = np.linalg.lstsq(columns, seconds, rcond=None)[0].tolist()
-        if turn < 0:
-            turn, request = 0.0, max(0.0, float(seconds.sum() / requests.sum()))
-        elif request < 0:
-            turn, request = float(seconds.mean()), 0.0
-        rest = np.sort(seconds - turn - request * requests)
-        parts = np.array_split(rest, min(PARTS, len(rest)))
-        return Host(turn, request, spread=tuple(float(part.mean()) for part in parts))
+        """By least squares; a part that would be below 0 is left out."""
+        seconds, requests, told = np.array(self.turns).T
+        columns = np.stack([np.ones_like(requests), requests, told], 1)
+        parts, used = np.zeros(3), [0, 1, 2]
+        while used:
+            found = np.linalg.lstsq(columns[:, used], seconds, rcond=None)[0]
+            if (found >= 0).all():
+                parts[used] = found
+                break
+            used.pop(int(found.argmin()))
+        turn, request, slowdown = parts.tolist()
+        rest = np.array_split(np.sort(seconds - columns @ parts), min(PARTS, len(seconds)))
+        spread = tuple(float(part.mean()) for part in rest)
+        return Host(turn, request, slowdown=slowdown, spread=spread)

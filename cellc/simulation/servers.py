@@ -176,7 +176,7 @@ class Padded:
         for cell, curve in self._costs.curves.items():
             if longest[cell]:
                 rows = int(widest[cell]) * len(batch)
-                took += curve.of_launch(rows, int(longest[cell]))
+                took += curve.of_launch(rows, int(longest[cell])) * (1 + host.slowdown)
         self.counts.add(Counts(1, 1, len(batch), len(batch), took))
         return Turn(now + took, batch)
 
