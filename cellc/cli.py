@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cellc import env
+from cellc import env, simulate_arguments
 from cellc.cli_bench import add_bench
 from cellc.cli_values import BACKENDS, count, positive, tolerance
 from cellc.errors import BackendError, CellcError, UsageError
@@ -31,6 +31,7 @@ examples:
   cellc kernels model.py:model               its Triton kernels, compiled for GPUs not here
   cellc tune model.py:model                  its cells measured here, for the scheduler
   cellc bench lstm-256                       throughput against PyTorch and onnxruntime
+  cellc simulate lstm --device h100          the scheduler on a virtual clock
 
 exit codes: 0 good, 1 a check failed, 2 wrong use, 130 interrupted."""
 _DEMO = """\
@@ -164,6 +165,10 @@ def _run(args: argparse.Namespace) -> int:
         from cellc import tune_command
 
         return tune_command.run(args, _console())
+    if args.command == "simulate":
+        from cellc.simulation import command as simulate_command
+
+        return simulate_command.run(args, _console())
     from cellc import inspect
 
     return inspect.run(args, _console())
@@ -191,6 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_kernels(commands)
     _add_tune(commands)
     add_bench(commands)
+    simulate_arguments.add(commands)
     return parser
 
 

@@ -26,12 +26,11 @@ from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.moves import Moves
 from cellc.onward import Onward
+from cellc.pacing import MAX_LIVE
 from cellc.replay import Replays
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
-
-MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 
 
 class Engine:

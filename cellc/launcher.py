@@ -11,21 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from cellc import log
+from cellc import log, pacing
 from cellc.compiler import Compiler
 from cellc.costs import Costs
 from cellc.launch import Launch, Ragged
 from cellc.machines import place
 from cellc.onward import Onward
+from cellc.pacing import SHARED, SMOOTH
 from cellc.plan import ragged_range
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, bad_index
 
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
-ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
-PATIENT_ALONE, PATIENT = 64, 2  # launches that few calls of a deep cell wait for more, likewise
-HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
 
 
 class Launcher:
@@ -56,24 +54,22 @@ class Launcher:
             return None
         launch = self.tables(batch)
         took = min(time.perf_counter() - begin, SHARED)
-        self._turn_seconds += (took - self._turn_seconds) / 16
+        self._turn_seconds += (took - self._turn_seconds) / SMOOTH
         return batch, launch
 
     def note_host(self, seconds: float) -> None:
         """What a turn cost, kernels aside."""
-        self._host_seconds += (min(seconds, ALONE) - self._host_seconds) / 16
+        self._host_seconds = pacing.averaged(self._host_seconds, seconds)
 
     def schedule(self, *, joined: bool, waited: bool) -> Batch | None:
-        self._scheduler.patience = PATIENT if joined else PATIENT_ALONE
+        self._scheduler.patience = pacing.patience(joined=joined)
         chosen = self._scheduler.peek()
         if chosen is None:
             return None
         cell, rows = chosen
         measured = self._seconds.get((cell, rows.bit_length()))
         seconds = measured or self._costs.seconds(self._compiler.by_number[cell], rows)
-        shared = min(max(SHARED, HOST_SHARE * self._host_seconds), ALONE)
-        budget = shared if joined or waited else ALONE
-        steps = max(1, int(budget / max(seconds, 1e-7)))
+        steps = pacing.num_steps(seconds, self._host_seconds, shared=joined or waited)
         if self._compiler.paths.on:
             steps = min(steps, self.ahead(seconds))
         return self._scheduler.next(steps)

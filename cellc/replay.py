@@ -22,9 +22,10 @@ from cellc.cells import Cell
 from cellc.compiler import Compiler
 from cellc.flight import Flight
 from cellc.launch import Bindable, Kernel, Launch
-from cellc.launcher import ALONE, Launcher
+from cellc.launcher import Launcher
 from cellc.legs import Entry
 from cellc.ops import RowType
+from cellc.pacing import ALONE
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Ticket, bad_index

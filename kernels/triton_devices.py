@@ -77,6 +77,14 @@ DEVICES: Mapping[str, Device] = {
     ),
 }  # fmt: skip
 """By target. H200, which compiles as cuda:90, has an H100's arithmetic and 4.8 TB/s."""
+V100 = Device(
+    name="NVIDIA V100 SXM2",
+    source="NVIDIA V100 Tensor Core GPU data sheet; CUDA C++ Programming Guide, 7.0",
+    arch=70, shared_limit=98304, shared=98304, units=80, tmem_columns=0,
+    matrix={"f16": 125}, vector=15.7, bandwidth=0.9,
+    **_NVIDIA,  # type: ignore[arg-type]
+)  # fmt: skip
+"""What BatchMaker was measured on; for `cellc simulate` only, not compiled for."""
 
 
 SUBUNITS = 4  # of a multiprocessor, each with a quarter of its registers and warps

@@ -10,11 +10,13 @@ from cellc.bench.tree_models import VOCABULARY
 DRAWN = "drawn trees shaped like parsed sentences (19 leaves and 11 levels on average)"
 
 
-def draw_tree(draw: random.Random) -> Any:
+def draw_tree(draw: random.Random, leaves: int | None = None) -> Any:
     """Nested pairs of tokens, shaped like the parses of the Stanford Sentiment Treebank: 19 leaves
-    and 11 levels on average, at most 56 leaves.
+    and 11 levels on average, at most 56 leaves; or of as many leaves as said.
     """
-    return split(min(56, max(1, round(draw.gammavariate(3.6, 5.3)))), draw)
+    if leaves is None:
+        leaves = min(56, max(1, round(draw.gammavariate(3.6, 5.3))))
+    return split(leaves, draw)
 
 
 def split(leaves: int, draw: random.Random) -> Any:

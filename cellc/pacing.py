@@ -1,0 +1,33 @@
+"""Pacing: how many steps a launch takes, and how long few calls wait for more.
+
+Duty: the rule by which a launch's size follows from what its steps cost. Pure; shared by
+`cellc.launcher`, which measures costs, and `cellc.simulation`, which is given them.
+"""
+
+from __future__ import annotations
+
+ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
+PATIENT_ALONE, PATIENT = 64, 2  # launches that few calls of a deep cell wait for more, likewise
+HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
+MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
+SMOOTH = 16  # turns that the cost of a turn is averaged over
+
+
+def num_steps(step_seconds: float, host_seconds: float, *, shared: bool) -> int:
+    """Steps of a launch; `host_seconds`: of a turn, kernels aside; `shared`: somebody could join.
+
+    >>> num_steps(1e-4, 0.0, shared=True), num_steps(1e-4, 0.0, shared=False)
+    (10, 80)
+    """
+    budget = min(max(SHARED, HOST_SHARE * host_seconds), ALONE) if shared else ALONE
+    return max(1, int(budget / max(step_seconds, 1e-7)))
+
+
+def patience(*, joined: bool) -> int:
+    """For `Scheduler.patience`; `joined`: requests may come."""
+    return PATIENT if joined else PATIENT_ALONE
+
+
+def averaged(host_seconds: float, turn_seconds: float) -> float:
+    """What a turn costs the host, after one more turn."""
+    return host_seconds + (min(turn_seconds, ALONE) - host_seconds) / SMOOTH

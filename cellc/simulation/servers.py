@@ -1,0 +1,223 @@
+"""Servers of a simulation: one device each, with cellc's batching or what others would do.
+
+Duty: answer `turn`: what runs now, and until when. `Cellular` asks the real scheduler, and sizes
+launches by the engine's own rule; `WholeRequests` merges requests into one graph and runs it to its
+end (Fold, DyNet); `Padded` runs the rule of `cellc.bench.batch_server`. All run the same cells at
+the same costs. No torch.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from cellc import pacing
+from cellc.arithmetic import Arithmetic
+from cellc.bench.batch_server import Batcher
+from cellc.bench.batch_server import Policy as BatchPolicy
+from cellc.plan import Plan
+from cellc.scheduler import Batch, Policy, Scheduler
+from cellc.simulation.clock import F64, I64, REST, Counts, Turn
+from cellc.simulation.curves import CostTable
+
+
+@dataclass(frozen=True)
+class Work:
+    """Requests of a run: number i has structure `chosen[i]`, and comes at `arrivals[i]`."""
+
+    plans: Sequence[Plan]  # by structure, without slots
+    lengths: I64  # by structure
+    priority: dict[int, int]
+    arrivals: F64
+    chosen: I64
+
+
+class _Scheduled:
+    """A scheduler, and what its launches cost."""
+
+    def __init__(
+        self, work: Work, costs: CostTable, max_batch: int, arithmetic: Arithmetic, policy: Policy
+    ) -> None:
+        self._work, self._costs, self.counts = work, costs, Counts()
+        self._scheduler = Scheduler(max_batch=max_batch, policy=policy, arithmetic=arithmetic)
+        self._scheduler.record_lengths = dict.fromkeys(costs.curves, 0)  # no kernel reads slots
+        self._scheduler.priority = work.priority
+        self._waiting: deque[I64] = deque()
+        self._num_waiting = 0
+
+    def add(self, requests: I64) -> None:
+        self._waiting.append(requests)
+        self._num_waiting += len(requests)
+
+    def _admit(self, most: int) -> I64:
+        """Give up to so many waiting requests to the scheduler."""
+        parts: list[I64] = []
+        left = most
+        while left > 0 and self._waiting:
+            part = self._waiting.popleft()
+            if len(part) > left:
+                self._waiting.appendleft(part[left:])
+                part = part[:left]
+            left -= len(part)
+            parts.append(part)
+        if not parts:
+            return _NOBODY
+        taken = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._num_waiting -= len(taken)
+        plans = [self._work.plans[i] for i in self._work.chosen[taken].tolist()]
+        self._scheduler.add(plans, taken.tolist(), np.zeros((len(taken), 0), np.int64))
+        return taken
+
+    def _run(self, batch: Batch) -> float:
+        """Count a launch; its seconds."""
+        sizes = np.diff(batch.steps)
+        seconds = self._costs.launch(batch.cell, sizes)
+        counts = self.counts
+        counts.launches += 1
+        counts.steps += len(sizes)
+        counts.rows += len(batch.calls)
+        counts.largest = max(counts.largest, int(sizes[0]))
+        return seconds
+
+
+class Cellular(_Scheduled):
+    """What the engine does with requests that come one by one; `policy` as of the scheduler."""
+
+    def __init__(
+        self,
+        work: Work,
+        costs: CostTable,
+        max_batch: int,
+        arithmetic: Arithmetic,
+        policy: Policy = "cellular",
+    ) -> None:
+        super().__init__(work, costs, max_batch, arithmetic, policy)
+        self._scheduler.patience = pacing.patience(joined=True)
+        self._host_seconds, self._rested = 0.0, True
+        self._draw = random.Random(0)
+
+    def turn(self, now: float) -> Turn:
+        scheduler, host = self._scheduler, self._costs.host
+        admitted = 0
+        if self._num_waiting:
+            admitted = len(self._admit(pacing.MAX_LIVE - scheduler.num_requests))
+        chosen = scheduler.peek()
+        if chosen is None:
+            self._rested = True
+            return REST
+        step = self._costs.step(*chosen)
+        batch = scheduler.next(pacing.num_steps(step, self._host_seconds, shared=True))
+        assert batch is not None
+        on_host = host.turn + admitted * host.request
+        if host.spread:
+            on_host = max(0.0, on_host + self._draw.choice(host.spread))
+        self._host_seconds = pacing.averaged(self._host_seconds, on_host)
+        if self._rested:
+            on_host, self._rested = on_host + host.wake, False
+        took = on_host + self._run(batch)
+        self.counts.busy += took
+        if len(batch.finished):
+            scheduler.release(batch.finished)
+        return Turn(now + took, batch.finished)
+
+
+class WholeRequests(_Scheduled):
+    """Up to `max_batch` requests that wait become one graph, whose cells are batched; all are
+    answered when its last cell has run.
+    """
+
+    def __init__(
+        self, work: Work, costs: CostTable, max_batch: int, arithmetic: Arithmetic
+    ) -> None:
+        super().__init__(work, costs, max_batch, arithmetic, "cellular")
+        self._scheduler.patience = pacing.patience(joined=False)
+        self._max_batch = max_batch
+
+    def turn(self, now: float) -> Turn:
+        taken = self._admit(self._max_batch).tolist()
+        if not taken:
+            return REST
+        host = self._costs.host
+        took = len(taken) * host.request
+        while (batch := self._scheduler.next()) is not None:
+            took += host.turn + self._run(batch)
+        self._scheduler.release(taken)
+        self.counts.busy += took
+        return Turn(now + took, taken)
+
+
+class Padded:
+    """Batches of requests in queues of about one length, each as long as its longest: every cell
+    runs as often as in the member that calls it most, with a row for each member.
+    """
+
+    def __init__(self, work: Work, costs: CostTable, profiles: Profiles, how: BatchPolicy) -> None:
+        self._work, self._costs, self.counts = work, costs, Counts()
+        self._profiles, self._batcher = profiles, Batcher[int](how)
+
+    def add(self, requests: I64) -> None:
+        work = self._work
+        lengths = work.lengths[work.chosen[requests]]
+        arrivals = work.arrivals[requests]
+        for item in zip(requests.tolist(), lengths.tolist(), arrivals.tolist(), strict=True):
+            self._batcher.add(*item)
+
+    def turn(self, now: float) -> Turn:
+        batch, left = self._batcher.take(now)
+        if not batch:
+            return REST if left is None else Turn(np.nextafter(now + left, np.inf), idle=True)
+        host = self._costs.host
+        took = host.turn + len(batch) * host.request
+        longest = self._profiles.steps[self._work.chosen[batch]].max(0)
+        widest = self._profiles.rows[self._work.chosen[batch]].max(0)
+        for cell, curve in self._costs.curves.items():
+            if longest[cell]:
+                rows = int(widest[cell]) * len(batch)
+                took += curve.of_launch(rows, int(longest[cell])) * (1 + host.slowdown)
+        self.counts.add(Counts(1, 1, len(batch), len(batch), took))
+        return Turn(now + took, batch)
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """How each structure runs alone: steps of each cell, and the most rows of one."""
+
+    steps: Any  # [structures, cells]
+    rows: Any
+
+    @classmethod
+    def of(cls, work: Work, num_cells: int, max_batch: int, arithmetic: Arithmetic) -> Profiles:
+        shape = len(work.plans), num_cells
+        steps, rows = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        known: dict[int, int] = {}
+        for number, plan in enumerate(work.plans):
+            first = known.setdefault(id(plan), number)
+            if first < number:
+                steps[number], rows[number] = steps[first], rows[first]
+                continue
+            for batch in alone(work, plan, num_cells, max_batch, arithmetic):
+                steps[number, batch.cell] += len(batch.steps) - 1
+                rows[number, batch.cell] = max(rows[number, batch.cell], int(batch.steps[1]))
+        return cls(steps, rows)
+
+
+def alone(
+    work: Work, plan: Plan, num_cells: int, max_batch: int, arithmetic: Arithmetic
+) -> Sequence[Batch]:
+    """Launches of a request that runs by itself."""
+    scheduler = Scheduler(max_batch=max_batch, arithmetic=arithmetic)
+    scheduler.record_lengths = dict.fromkeys(range(num_cells), 0)
+    scheduler.priority = work.priority
+    scheduler.add([plan], [0], np.zeros((1, 0), np.int64))
+    batches = []
+    while (batch := scheduler.next()) is not None:
+        batches.append(batch)
+    return batches
+
+
+_NOBODY = np.zeros(0, np.int64)
