@@ -131,7 +131,7 @@ def _fail(error: CellcError, code: int) -> int:
     return code
 
 
-_WRITTEN = ("json", "markdown", "plot", "output", "graph")  # options that name a file
+_WRITTEN = ("json", "markdown", "plot", "output")  # options of bench and demo that name a file
 
 
 def _check_folders(args: argparse.Namespace) -> None:
@@ -144,7 +144,8 @@ def _check_folders(args: argparse.Namespace) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     env.check()
-    _check_folders(args)
+    if args.command in ("bench", "demo"):
+        _check_folders(args)
     if args.command == "demo":
         from cellc import demo
 
