@@ -21,6 +21,7 @@ from rich.table import Table
 
 from cellc import report
 from cellc.bench import measure as bench
+from cellc.bench.batch_server import MAX_BATCH, WIDTH
 from cellc.compiled import Compiled
 from cellc.demo_measure import (
     ATOL,
@@ -32,7 +33,6 @@ from cellc.demo_measure import (
     compare_many,
     measure_loads,
 )
-from cellc.demo_padded import MAX_BATCH, WIDTH
 from cellc.demo_steps import Steps
 from cellc.demo_text import load_corpus, make_model
 from cellc.entry import compile

@@ -20,16 +20,17 @@ from torch import Tensor
 
 from cellc.bench import measure as bench
 from cellc.bench.arrivals import Load, make_load
+from cellc.bench.batch_server import Policy
 from cellc.bench.measure import Patience, Round, Served
+from cellc.bench.peer_process import PeerProcess
 from cellc.compiled import Compiled
-from cellc.demo_padded import run_bucketed
-from cellc.demo_process import PaddedProcess, Setting
+from cellc.demo_padded import Sentences, run_bucketed
 from cellc.demo_steps import Steps
 from cellc.demo_text import MAX_TOKENS, Classifier, Corpus
 from cellc.report import CELLULAR, Comparison, LoadRow
 
 RTOL, ATOL = 1e-4, 1e-5
-WAIT = 0.010  # seconds
+AT_ONCE, WAITING = Policy(0.0), Policy(10.0)
 Serve = Callable[[Load], Served]
 
 
@@ -144,23 +145,21 @@ def measure_loads(demo: Demo, compiled: Compiled) -> list[LoadRow] | None:
     """Latencies at each rate; None where a server answered wrongly."""
     chosen, sentences = demo.config, demo.corpus.sentences
     total = len(chosen.shares) * chosen.load_rounds
-    setting = Setting(
-        chosen.max_tokens, chosen.num_sentences, chosen.hidden, torch.get_num_threads()
-    )
+    described = Sentences(chosen.max_tokens, chosen.num_sentences, chosen.hidden)
     with (
         demo.steps.step("measuring latency under load", total) as tick,
-        PaddedProcess(setting) as padded,
+        PeerProcess(described, torch.get_num_threads()) as padded,
         bench.no_long_pauses(),
     ):
         demo.pids = [padded.pid]
         servers: dict[str, Serve] = {
             CELLULAR: lambda load: bench.serve(compiled.submit, sentences, load),
-            "padded, no waiting": lambda load: padded.serve(load, 0.0),
-            f"padded, waits {WAIT * 1e3:.0f} ms": lambda load: padded.serve(load, WAIT),
+            "padded, no waiting": lambda load: padded.serve(load, AT_ONCE),
+            f"padded, waits {WAITING.timeout_ms:.0f} ms": lambda load: padded.serve(load, WAITING),
         }
         bench.burst_rate(compiled.submit, sentences[:256])  # warm
-        padded.burst()
-        peak = statistics.median(padded.burst() for _ in range(3))
+        padded.burst(AT_ONCE, len(sentences))
+        peak = statistics.median(padded.burst(AT_ONCE, len(sentences)) for _ in range(3))
         rows: list[LoadRow] = []
         for share in chosen.shares:
             served = _load(demo, servers, peak * share, tick)

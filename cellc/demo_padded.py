@@ -1,40 +1,22 @@
 """The demo's rival: padded batching in PyTorch, as good as it gets by hand.
 
-Duty: run a `Classifier` on many sentences in buckets of about one length, padded; and serve
-requests with a dynamic batcher, one queue a bucket. Same model object, same weights, same inputs
-as cellc's side. Comes in: token tensors; goes out: score tensors.
+Duty: run a `Classifier` on many sentences in buckets of about one length, padded; and say how a
+dynamic batcher in another process serves the same. Same weights, same inputs as cellc's side. Comes
+in: token tensors; goes out: score tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from cellc.bench import batch_server
-from cellc.bench.batch_server import BatchServer, Policy
-from cellc.demo_text import Classifier
-
-WIDTH = batch_server.WIDTH  # lengths 1 to 10 are one bucket, 11 to 20 the next
-MAX_BATCH = batch_server.MAX_BATCH
-
-
-def bucket_of(length: int, width: int = WIDTH) -> int:
-    return (length - 1) // width
-
-
-def make_buckets(lengths: Sequence[int], width: int = WIDTH) -> list[list[int]]:
-    """Positions of sequences, by bucket, sorted by length; shortest bucket first.
-
-    >>> make_buckets([25, 3, 10, 11])
-    [[1, 2], [3], [0]]
-    """
-    buckets: dict[int, list[int]] = {}
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        buckets.setdefault(bucket_of(lengths[i], width), []).append(i)
-    return list(buckets.values())
+from cellc.bench.batch_server import make_buckets
+from cellc.bench.online_workloads import Made
+from cellc.demo_text import Classifier, load_corpus, make_model
 
 
 @torch.inference_mode()
@@ -56,13 +38,17 @@ def run_bucketed(model: Classifier, sentences: Sequence[Tensor]) -> list[Tensor]
     return results
 
 
-class PaddedServer(BatchServer):
-    """The classifier behind a dynamic batcher, one queue a bucket; timeout in seconds."""
+@dataclass(frozen=True)
+class Sentences:
+    """What a process must know to make the demo's model and sentences again, and serve them padded
+    (`cellc.bench.peer_process`).
+    """
 
-    def __init__(
-        self, model: Classifier, timeout: float, max_batch: int = MAX_BATCH, width: int = WIDTH
-    ) -> None:
-        super().__init__(
-            lambda sentences: run_padded(model, sentences).unbind(),
-            policy=Policy(timeout * 1e3, width, max_batch),
-        )
+    max_tokens: int
+    num_sentences: int
+    hidden: int
+
+    def make(self) -> Made:
+        corpus = load_corpus(self.max_tokens, self.num_sentences)
+        model = make_model(corpus.vocabulary, self.hidden)
+        return Made(model, corpus.sentences, lambda batch: run_padded(model, batch).unbind())

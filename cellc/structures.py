@@ -295,8 +295,8 @@ class Structures:
         """Why a forward that reads values cannot be run."""
         return UnsupportedError(
             what=f"a forward that reads a value ({place}) and where {reason}",
-            remedy="move what is named into a method without reads, or return new values instead "
-            "of changing old ones",
+            remedy="do what is named before the call and pass what it gives, move it into a method "
+            "without reads, or return new values instead of changing old ones",
         )
 
 

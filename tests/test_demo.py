@@ -16,8 +16,16 @@ from torch import Tensor
 from cellc import demo
 from cellc.bench import measure as bench
 from cellc.bench.arrivals import Load, make_load
-from cellc.demo_padded import PaddedServer, make_buckets, run_bucketed, run_padded
-from cellc.demo_text import load_corpus, make_corpus, make_model, split_sentences, tokenise
+from cellc.bench.batch_server import BatchServer, Policy, make_buckets
+from cellc.demo_padded import run_bucketed, run_padded
+from cellc.demo_text import (
+    Classifier,
+    load_corpus,
+    make_corpus,
+    make_model,
+    split_sentences,
+    tokenise,
+)
 from cellc.report import Comparison, Findings, LoadRow, caveats, page, sentence
 
 
@@ -83,10 +91,14 @@ def test_padded_equals_the_model() -> None:
     torch.testing.assert_close(run_padded(model, requests), torch.stack(expected))
 
 
-@pytest.mark.parametrize("timeout", [0.0, 0.005])
+def padded_server(model: Classifier, policy: Policy) -> BatchServer:
+    return BatchServer(lambda batch: run_padded(model, batch).unbind(), policy=policy)
+
+
+@pytest.mark.parametrize("timeout", [0.0, 5.0])
 def test_padded_server(timeout: float) -> None:
     model, requests = make_model(20, 16), sentences(LENGTHS * 3)
-    with PaddedServer(model, timeout, max_batch=4) as server:
+    with padded_server(model, Policy(timeout, max_batch=4)) as server:
         results = [f.result(30) for f in [server.submit(x) for x in requests]]
     with torch.inference_mode():
         torch.testing.assert_close(results, [model(x) for x in requests])
@@ -97,7 +109,7 @@ def test_padded_server(timeout: float) -> None:
 
 def test_padded_server_waits_for_more_but_not_for_ever() -> None:
     model, (request,) = make_model(20, 16), sentences([4])
-    with PaddedServer(model, 0.2, max_batch=2) as server:
+    with padded_server(model, Policy(200.0, max_batch=2)) as server:
         start = time.perf_counter()
         server.submit(request).result(30)
         alone = time.perf_counter() - start
@@ -109,7 +121,7 @@ def test_padded_server_waits_for_more_but_not_for_ever() -> None:
 
 
 def test_padded_server_reports_errors_and_goes_on() -> None:
-    with PaddedServer(make_model(20, 16), 0.0) as server:
+    with padded_server(make_model(20, 16), Policy()) as server:
         with pytest.raises(IndexError):
             server.submit(torch.tensor([99])).result(30)
         assert server.submit(torch.tensor([9])).result(30).shape == (5,)

@@ -17,7 +17,24 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-WIDTH, MAX_BATCH = 10, 64
+WIDTH = 10  # lengths 1 to 10 are one bucket, 11 to 20 the next
+MAX_BATCH = 64
+
+
+def bucket_of(length: int, width: int = WIDTH) -> int:
+    return (length - 1) // width
+
+
+def make_buckets(lengths: Sequence[int], width: int = WIDTH) -> list[list[int]]:
+    """Positions of sequences, by bucket, sorted by length; shortest bucket first.
+
+    >>> make_buckets([25, 3, 10, 11])
+    [[1, 2], [3], [0]]
+    """
+    buckets: dict[int, list[int]] = {}
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        buckets.setdefault(bucket_of(lengths[i], width), []).append(i)
+    return list(buckets.values())
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,7 @@ class Batcher(Generic[T]):
 
     def add(self, item: T, length: int, now: float) -> None:
         width = self.policy.width
-        bucket = 0 if width is None else (length - 1) // width
+        bucket = 0 if width is None else bucket_of(length, width)
         self._queues.setdefault(bucket, deque()).append((now, item))
 
     def take(self, now: float, *, all_due: bool = False) -> tuple[list[T], float | None]:

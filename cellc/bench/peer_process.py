@@ -3,7 +3,7 @@
 Duty: start a Python that makes a workload again and serves it by a `BatchServer`, with its own load
 generator beside it, as cellc has one beside its engine. OpenMP lets a thread's helpers spin only
 while one thread of a process uses them: beside other users of torch the same server is a third
-slower. Results come back to be compared. Used by `online`.
+slower. Results come back to be compared. Used by `online` and by the demo.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +26,14 @@ from torch.utils import _pytree as pytree
 from cellc.bench.arrivals import Load
 from cellc.bench.batch_server import BatchServer, Policy
 from cellc.bench.measure import Served, burst_rate, no_long_pauses, serve
-from cellc.bench.online_workloads import Made, Workload
+from cellc.bench.online_workloads import Made
 from cellc.errors import CellcError
+
+
+class Maker(Protocol):
+    """Can be pickled, and makes the same there."""
+
+    def make(self) -> Made: ...
 
 
 class PeerError(CellcError):
@@ -39,7 +45,7 @@ class PeerError(CellcError):
 class PeerProcess:
     """A batch server elsewhere; a context manager, which ends the process."""
 
-    def __init__(self, workload: Workload, threads: int) -> None:
+    def __init__(self, workload: Maker, threads: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=_run, args=(workload, threads, other), daemon=True)
@@ -114,7 +120,7 @@ def plain(result: Any) -> Any:
     return pytree.tree_map(lambda x: x.detach().clone() if isinstance(x, Tensor) else x, result)
 
 
-def _run(workload: Workload, threads: int, pipe: Connection) -> None:
+def _run(workload: Maker, threads: int, pipe: Connection) -> None:
     """The child: answer until the pipe is closed. An interrupt is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(threads)

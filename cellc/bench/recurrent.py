@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_sequence
 
+from cellc.bench.batch_server import MAX_BATCH as BATCH
+from cellc.bench.batch_server import WIDTH, make_buckets
 from cellc.bench.case import Case, Way
 from cellc.bench.dynet_peer import DynetLSTM
 from cellc.bench.onnx_peer import RecurrentSession
 from cellc.bench.openvino_peer import OpenvinoLSTM
 from cellc.bench.peers import Array, by_length, in_batches, why_not
 from cellc.bench.tensorflow_peer import TensorflowLSTM
-from cellc.demo_padded import MAX_BATCH as BATCH
-from cellc.demo_padded import WIDTH, make_buckets
 from cellc.entry import compile
 
 Kind = Literal["lstm", "gru"]
