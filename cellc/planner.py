@@ -13,7 +13,7 @@ from functools import lru_cache
 import numpy as np
 
 from cellc.calls import CallGraph, CallGroup, Forest
-from cellc.errors import VerifyError
+from cellc.dependencies import Dependencies
 from cellc.ops import RowType
 from cellc.plan import (
     CELL,
@@ -85,13 +85,15 @@ class _Planner:
         return first, np.concatenate([[0], np.cumsum(sizes.sum(0))]).astype(np.int64)
 
     def plans(self) -> list[Plan]:
-        chain, edges = self._chains()
+        depend = Dependencies(self.graph, self.calls_of, self.group_of, self.producer)
+        chain, edges = depend.chains()
         self.used = self.graph.used()
         self._place_constants()
         data = self._place_data()
         self._place_made(chain)
         records, base, record_at, record_starts = self._records()
-        successors, first, counts, missing = self._successors()
+        told, first, counts, missing = depend.successors()
+        successors = (told - self.call_starts[self.owner_of[told]]).astype(np.int32)
         successor_starts = np.append(first, len(successors))[self.call_starts]
         ids = [self.tables.cell(g.cell) for g in self.graph.groups]
         table = np.zeros((self.total, NUM_COLUMNS), np.int32)
@@ -109,7 +111,7 @@ class _Planner:
             slots[type] = taken
         num_slots = slots.T.tolist()
         outputs = self._outputs()
-        depths = self._depths(missing)
+        depths = depend.depths(missing)
         present = list(map(tuple, (self.counts > 0).T.tolist()))
         alone = self.num_requests == 1
         if alone:
@@ -176,65 +178,6 @@ class _Planner:
         ends = (starts + sizes).tolist()
         for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
             plan.__dict__["block"] = block[start:end], meanings[start:end]
-
-    # -- dependencies --
-
-    def _edges(self) -> tuple[I64, I64]:
-        """(producing call, reading call) for every read of a made value."""
-        sources, targets = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for calls, group in zip(self.calls_of, self.graph.groups, strict=True):
-            for column in group.inputs:
-                readers = calls
-                if isinstance(column, RaggedRefs):
-                    readers = np.repeat(calls, np.diff(column.offsets))
-                    column = column.refs
-                made = self.producer[column]
-                sources.append(made[made >= 0])
-                targets.append(readers[made >= 0])
-        return np.concatenate(sources), np.concatenate(targets)
-
-    def _chains(self) -> tuple[I64, I64]:
-        """For every call: length of the chain from it on, and how many reads link it to the call
-        before.
-        """
-        total = self.total
-        sources, targets = self._edges()
-        same = self.group_of[sources] == self.group_of[targets]
-        self.chained = (sources == targets - 1) & same
-        edges = np.bincount(targets[self.chained], minlength=total)
-        ends = np.flatnonzero(np.append(edges[1:] == 0, True)) if total else np.zeros(0, np.int64)
-        chain = ends[np.searchsorted(ends, np.arange(total))] - np.arange(total) + 1
-        self.sources, self.targets = sources, targets
-        return chain, edges
-
-    def _successors(self) -> tuple[I32, I64, I64, I64]:
-        """(successors but for chains, where each call's begin, how many, what a call waits for)."""
-        others = ~self.chained
-        successors, first, counts = _by_source(
-            self.sources[others], self.targets[others], self.total
-        )
-        local = successors - self.call_starts[self.owner_of[successors]]
-        missing = np.bincount(self.targets, minlength=self.total)
-        return local.astype(np.int32), first, counts, missing
-
-    def _depths(self, missing: I64) -> list[int]:
-        """A depth a cell; raises VerifyError where calls wait for each other in a circle."""
-        left, total = missing.copy(), self.total
-        successors, first, counts = _by_source(self.sources, self.targets, total)
-        ready = np.flatnonzero(left == 0)
-        seen, level = 0, 0
-        depth = np.zeros(len(self.graph.groups), np.int64)
-        while len(ready):
-            seen += len(ready)
-            depth[self.group_of[ready]] = level
-            index = ragged_range(first[ready], counts[ready])
-            woken = successors[index]
-            np.subtract.at(left, woken, 1)
-            ready = np.unique(woken[left[woken] == 0])
-            level += 1
-        if seen != total:
-            raise VerifyError(stage="plan", message=f"{total - seen} calls wait for each other")
-        return depth.tolist()
 
     # -- slots --
 
@@ -499,13 +442,6 @@ def _order(row_dims: tuple[bool, ...]) -> tuple[int, ...] | None:
     )
     order = tuple(next(row) if r else next(position) for r in row_dims)
     return None if order == tuple(range(len(order))) else order
-
-
-def _by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
-    """Edges by source: (targets, where each source's begin, how many it has)."""
-    order = np.argsort(sources, kind="stable")
-    counts = np.bincount(sources, minlength=total)
-    return targets[order], np.cumsum(counts) - counts, counts
 
 
 def make_plan(graph: CallGraph, tables: Tables) -> Plan:

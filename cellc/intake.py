@@ -1,0 +1,248 @@
+"""Intake: calls to tickets.
+
+Duty: bind and flatten calls, find or make the plan of each, the new ones of `map` together. Where
+requests are unfolded, compare the first results with the model's own. Comes in from
+`cellc.compiled`, goes to the engine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from cellc.compiler import Compiler
+from cellc.copier import Copier
+from cellc.errors import CellcError, GeneratorForward, ValueReadError
+from cellc.forests import Wanted
+from cellc.frontends.drawing import Draws
+from cellc.legs import Entry, Leg
+from cellc.request import Request, Structure
+from cellc.ticket import Ticket
+
+
+class Intake:
+    """Of one model; `run` runs tickets to their ends. dtype: of floating-point tensors, None: as
+    they come.
+    """
+
+    def __init__(
+        self,
+        compiler: Compiler,
+        dtype: torch.dtype | None,
+        run: Callable[[Sequence[Ticket]], None],
+    ) -> None:
+        self._compiler, self._dtype, self._run = compiler, dtype, run
+
+    def ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        compiler = self._compiler
+        if not kwargs and self._dtype is None:
+            known = compiler.known(args)
+            if known is not None:
+                return Ticket(known, list(args))
+        bound = self._bind(args, kwargs)
+        request = compiler.arguments.flatten(*bound)
+        entry = compiler.cached(request.key)
+        if entry is None:
+            (found,) = self._planned([bound])
+            if isinstance(found, Exception):
+                raise found
+            return found
+        return _new_ticket(entry, request, bound)
+
+    def _bind(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        call = self._compiler.arguments.bind(args, kwargs)
+        return call if self._dtype is None else self._cast(call)
+
+    def tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
+        """Tickets in order, those of requests that cannot be planned already failed. Of sizes never
+        seen, the extremes are planned first: those between need no tracing.
+        """
+        bound: list[Any] = []
+        for call in calls:
+            try:
+                bound.append(self._bind(*call))
+            except CellcError as error:
+                bound.append(error)
+        return [
+            Ticket.failed(one) if isinstance(one, Exception) else one
+            for one in self._planned(bound)
+        ]
+
+    def _planned(self, bound: Sequence[Any]) -> list[Ticket | Exception]:
+        """Tickets of bound calls (or of errors, which are passed on)."""
+        compiler = self._compiler
+        while True:
+            flat = [self._flattened(call) for call in bound]
+            firsts: dict[Any, Request] = {}  # one a key: keys take long to hash
+            leaders: list[Request | Exception] = []
+            new: list[Wanted] = []
+            for request, call in zip(flat, bound, strict=True):
+                if isinstance(request, Exception):
+                    leaders.append(request)
+                    continue
+                leaders.append(firsts.setdefault(request.key, request))
+                if leaders[-1] is request:
+                    request.entry = compiler.cached(request.key)
+                    if request.entry is None:
+                        new.append(Wanted(request, *call))
+            any(compiler.unfolds(one.request) for one in new)  # one may decide for all
+            chosen = [one for one in new if compiler.unfolds(one.request)]
+            if not chosen or (compiler.unfold(chosen) and self._agrees(chosen)):
+                tickets = self._traced(bound, flat, leaders)
+                if tickets is not None:
+                    return tickets
+
+    def _flattened(self, call: Any) -> Request | Exception:
+        if isinstance(call, Exception):
+            return call
+        try:
+            return self._compiler.arguments.flatten(*call)
+        except CellcError as error:
+            return error
+
+    def _traced(
+        self,
+        bound: Sequence[Any],
+        flat: Sequence[Request | Exception],
+        leaders: Sequence[Any],
+    ) -> list[Ticket | Exception] | None:
+        """Tickets, requests without an entry planned one by one. Of sizes never seen, the extremes
+        are planned first: those between need no tracing. None where the forward turned out to read
+        values: it is unfolded.
+        """
+        compiler = self._compiler
+        out: list[Ticket | Exception | None] = [None] * len(flat)
+        left: list[tuple[int, Structure, Any, Request]] = []
+        for i, (request, call) in enumerate(zip(flat, bound, strict=True)):
+            if isinstance(request, Exception):
+                out[i] = request
+            elif (entry := leaders[i].entry) is not None:
+                out[i] = _new_ticket(entry, request, call)
+            else:  # traced: Python numbers become part of it
+                exact = compiler.arguments.flatten(*call, exact=True)
+                left.append((i, exact.structure, call, exact))
+        families: dict[Any, dict[tuple[int, ...], tuple[Structure, Any]]] = {}
+        for _, structure, call, _ in left:
+            families.setdefault(structure.family, {})[structure.sizes] = (structure, call)
+        made: dict[Any, Entry | Exception] = {}
+        keys = {structure.key: flat[i].key for i, structure, _, _ in left}  # type: ignore[union-attr]
+        for members in families.values():
+            for sizes in _extremes_first(list(members)):
+                structure, call = members[sizes]
+                made[structure.key] = self._entry(structure, call)
+                reads = isinstance(made[structure.key], (ValueReadError, GeneratorForward))
+                if reads and compiler.steer(keys[structure.key]):
+                    return None
+                if reads:
+                    made[structure.key] = compiler.explained(
+                        made[structure.key], keys[structure.key]
+                    )
+        for members in families.values():  # a later trace may have changed what earlier plans hold
+            for structure, call in members.values():
+                if not isinstance(made[structure.key], Exception):
+                    made[structure.key] = self._entry(structure, call)
+        for i, structure, _, exact in left:
+            entry_or_error = made[structure.key]
+            if not isinstance(entry_or_error, Exception):
+                compiler.traced_instead(flat[i])  # type: ignore[arg-type]
+            out[i] = (
+                entry_or_error
+                if isinstance(entry_or_error, Exception)
+                else Ticket(entry_or_error, exact.tensors)
+            )
+        return out  # type: ignore[return-value]
+
+    def _entry(self, structure: Structure, bound: Any) -> Entry | Exception:
+        try:
+            return self._compiler.entry(structure, *bound)
+        except CellcError as error:
+            return error
+
+    def _agrees(self, requests: Sequence[Wanted]) -> bool:
+        """Do the first unfolded requests give what the model gives? If not, requests are traced."""
+        compiler = self._compiler
+        for request, args, kwargs, *_ in requests:
+            if compiler.unfolder.to_check <= 0:
+                break
+            if (entry := request.entry) is None:
+                continue
+            ticket = owned(_new_ticket(entry, request, (args, kwargs), trial=True))
+            self._run([ticket])
+            if ticket.error is not None:
+                continue  # the request's own fault
+            compiler.unfolder.to_check -= 1
+            try:
+                alike = _alike(ticket.result, compiler.own_result(args, kwargs))
+            except Exception:
+                continue  # the model refuses what can be planned: nothing to compare with
+            if not alike and compiler.read_plainly():
+                return False
+            if not alike:
+                compiler.distrust("a request run on stubs gave another result than the model")
+                return False
+        return True
+
+    def _cast(self, call: Any) -> Any:
+        def cast(leaf: Any) -> Any:
+            if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+                return leaf.to(self._dtype)
+            return leaf
+
+        return pytree.tree_map(cast, call)
+
+
+def owned(ticket: Ticket) -> Ticket:
+    """With tensors of its own, whatever the caller does to those given."""
+    ticket.tensors = [t.detach().clone() for t in ticket.tensors]
+    if ticket.call is not None:
+        ticket.call = Copier(lambda leaf, _: leaf.detach().clone()).call(*ticket.call)
+    return ticket
+
+
+def _alike(got: Any, want: Any) -> bool:
+    """Equal but for rounding."""
+    a, a_spec = pytree.tree_flatten(got)
+    b, b_spec = pytree.tree_flatten(want)
+    if a_spec != b_spec:
+        return False
+    for x, y in zip(a, b, strict=True):
+        if not isinstance(y, torch.Tensor):
+            floats = isinstance(x, float) and isinstance(y, float)
+            both_nan = floats and x != x and y != y
+            close = both_nan or (floats and math.isclose(x, y, rel_tol=1e-2, abs_tol=1e-3))
+            if type(x) is not type(y) or not (x == y or close):
+                return False
+            continue
+        if x.shape != y.shape or x.dtype != y.dtype:
+            return False
+        y = y.to(x.device)
+        exact = not y.dtype.is_floating_point
+        if not (torch.equal(x, y) if exact else torch.allclose(x, y, 1e-2, 1e-3, equal_nan=True)):
+            return False
+    return True
+
+
+def _new_ticket(entry: Entry, request: Request, call: Any, *, trial: bool = False) -> Ticket:
+    """A ticket; one on `trial` leaves the request's generators as they are."""
+    ticket = Ticket(entry, request.tensors, trial=trial)
+    if request.nested and isinstance(entry, Leg):
+        ticket.call = call
+    if request.generators:
+        given = [g.clone_state() for g in request.generators] if trial else request.generators
+        ticket.draws = Draws(given)
+    return ticket
+
+
+def _extremes_first(sizes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Order in which sizes are planned: largest, smallest, middle, next to smallest, the rest."""
+    if len(sizes) <= 4:
+        return sizes
+    order = sorted(sizes, key=lambda s: (sum(s), s))
+    picks = [order[-1], order[0], order[len(order) // 2], order[1]]
+    return list(dict.fromkeys([*picks, *order]))
