@@ -49,15 +49,13 @@ class Engine:
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
-        self._scheduler = Scheduler(
-            max_batch=max_batch or 512, policy=policy, arithmetic=find_arithmetic()
-        )
+        self._scheduler = Scheduler(policy=policy, arithmetic=find_arithmetic())
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
         self._onward = Onward(compiler, self._scheduler, self._arenas, max_steps)
         what = compiler, self._scheduler, self._arenas
-        self.launcher = Launcher(*what, self._onward, self.counters)
+        self.launcher = Launcher(*what, self._onward, self.counters, max_batch)
         self.flight = Flight(*what[1:], self._onward, self.counters, self._told)
         self._moves = Moves(*what, self._onward, self.flight, memory_limit, self._queue_first)
         self._replays = Replays(*what, self.launcher, self.flight)

@@ -39,7 +39,8 @@ def compile(
     the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
     device, dtype: where and in what the cells compute; by default the model's own. Others copy the
     weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
-    rows of one cell in a step (512). max_queue: most waiting requests; past it `Overloaded`.
+    rows of one cell in a step (512, or 2048 where nobody can join). max_queue: most waiting
+    requests; past it `Overloaded`.
     carry: for sessions, which argument of a step is which output of the step before:
     {"state": "1"}, or a path as "1.0" or "state.h".
     options: see `Options`.

@@ -36,9 +36,10 @@ class Launcher:
         arenas: Arenas,
         onward: Onward,
         counters: Counters,
+        max_batch: int | None,
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
-        self._onward, self._counters = onward, counters
+        self._onward, self._counters, self._max_batch = onward, counters, max_batch
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._costs = Costs(place(compiler.backend.name, compiler.device))  # before that
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
@@ -63,6 +64,7 @@ class Launcher:
 
     def schedule(self, *, joined: bool, waited: bool) -> Batch | None:
         self._scheduler.patience = pacing.patience(joined=joined)
+        self._scheduler.max_batch = self._max_batch or pacing.most_rows(joined=joined)
         chosen = self._scheduler.peek()
         if chosen is None:
             return None

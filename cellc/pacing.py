@@ -1,4 +1,4 @@
-"""Pacing: how many steps a launch takes, and how long few calls wait for more.
+"""Pacing: how many steps and rows a launch takes, and how long few calls wait for more.
 
 Duty: the rule by which a launch's size follows from what its steps cost. Pure; shared by
 `cellc.launcher`, which measures costs, and `cellc.simulation`, which is given them.
@@ -9,6 +9,7 @@ from __future__ import annotations
 ALONE, SHARED = 8e-3, 1e-3  # seconds a launch may take when nobody, or somebody, could join
 PATIENT_ALONE, PATIENT = 64, 2  # launches that few calls of a deep cell wait for more, likewise
 HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs the host
+ROWS_ALONE, ROWS = 2048, 512  # of a step at most, likewise
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 SMOOTH = 16  # turns that the cost of a turn is averaged over
 
@@ -26,6 +27,13 @@ def num_steps(step_seconds: float, host_seconds: float, *, shared: bool) -> int:
 def patience(*, joined: bool) -> int:
     """For `Scheduler.patience`; `joined`: requests may come."""
     return PATIENT if joined else PATIENT_ALONE
+
+
+def most_rows(*, joined: bool) -> int:
+    """Rows of a step where the user sets no bound: products of more rows are cheaper a row, but
+    whoever joins would wait for them.
+    """
+    return ROWS if joined else ROWS_ALONE
 
 
 def averaged(host_seconds: float, turn_seconds: float) -> float:

@@ -28,6 +28,7 @@ from cellc.entry import compile, make_backend
 from cellc.errors import BackendError
 from cellc.machines import place
 from cellc.options import Options
+from cellc.pacing import ROWS
 from cellc.request import as_call
 from cellc.scheduler import Batch
 from cellc.simulation.applications import Application
@@ -55,7 +56,7 @@ class Measured:
 def costs_here(app: Application, step: Step, seed: int = 0) -> Measured:
     """Measure what is not known. Raises BackendError where a cell has no kernel to measure."""
     here, curves = curves_here(app, step)
-    with torch.no_grad(), compile(app.model) as compiled, no_long_pauses():
+    with torch.no_grad(), compile(app.model, max_batch=ROWS) as compiled, no_long_pauses():
         with step("what requests and launches cost the host", None):
             meter = Meter(app, compiled, curves, seed)
             return Measured(here, curves, meter.measure())

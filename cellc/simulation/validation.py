@@ -22,6 +22,7 @@ from cellc.bench.measure import Patience, alternate, no_long_pauses, noise, perc
 from cellc.demo_steps import Steps
 from cellc.entry import compile
 from cellc.kernels.native import find_arithmetic
+from cellc.pacing import ROWS
 from cellc.report import QUIET
 from cellc.simulation import measured, runs
 from cellc.simulation.applications import Application
@@ -32,7 +33,6 @@ THROUGHPUT, P90 = 0.15, 0.25  # a prediction may miss by
 SHARES, SECONDS, ROUNDS = (0.3, 0.6, 0.85), 1.0, 5
 BURST = 1024  # requests at once
 PATIENCE = 60.0  # seconds, for rounds in place of disturbed ones
-MAX_BATCH = 512  # the engine's
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def validate(app: Application, shares: tuple[float, ...], seed: int, steps: Step
     """
     _, curves = measured.curves_here(app, steps.step)
     work = Work(app.plans, app.lengths, app.priority, np.zeros(0), np.zeros(0, np.int64))
-    with torch.no_grad(), compile(app.model) as compiled, no_long_pauses():
+    with torch.no_grad(), compile(app.model, max_batch=ROWS) as compiled, no_long_pauses():
         with steps.step("paths seen, and the peak"):
             meter = measured.Meter(app, compiled, curves, seed)
         rates = [None, *(share * meter.peak for share in shares)]
@@ -83,8 +83,8 @@ def validate(app: Application, shares: tuple[float, ...], seed: int, steps: Step
         with steps.step("rounds", ROUNDS) as done:
 
             def one_round() -> list[tuple[float, ...]]:
-                table = CostTable(curves, meter.measure(), MAX_BATCH)
-                setting, drawn = runs.Setting(table, find_arithmetic(), MAX_BATCH), next(seeds)
+                table = CostTable(curves, meter.measure(), ROWS)
+                setting, drawn = runs.Setting(table, find_arithmetic(), ROWS), next(seeds)
                 done()
                 return [_both(meter, setting, work, rate, drawn) for rate in rates]
 
