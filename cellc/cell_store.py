@@ -17,6 +17,7 @@ from cellc import log
 from cellc.calls import CallGraph
 from cellc.cells import Cell
 from cellc.errors import UnsupportedError
+from cellc.kernels.copies import CopyKernel, copied_inputs
 from cellc.kernels.eager import EagerBackend
 from cellc.kernels.tiered import SIZES, TieredKernel, form_of
 from cellc.launch import Backend, Kernel
@@ -100,8 +101,11 @@ class CellStore:
         """From the backend, or from the eager one for a cell that it cannot generate."""
         try:
             moves = cell.flops_per_row == 0 and not cell.params and len(cell.ops) < 4
+            copied = copied_inputs(cell) if moves and self.backend.name == "cpp" else None
             kernel: Kernel
-            if moves:
+            if copied is not None:
+                kernel = CopyKernel(cell, copied)
+            elif moves:
                 kernel = EagerBackend().kernel(cell, self.params)
             elif self._one_of_many(cell):
                 first = EagerBackend().kernel(cell, self.params)
