@@ -133,11 +133,13 @@ class Compiled:
         Raises the first error, after all requests have ended; with `return_exceptions`, a request's
         error stands in place of its result.
         """
-        calls = [as_call(r) for r in requests]
+        requests = list(requests)
         if self._batches is not None:
+            calls = [as_call(r) for r in requests]
             return self._map_batches(self._batches, calls, return_exceptions)
         with without_collecting():  # of what is made here, nothing is garbage
-            return self._results(self._tickets(calls), return_exceptions)
+            # nor is anything left of calls and tickets when it ends
+            return self._results(self._tickets([as_call(r) for r in requests]), return_exceptions)
 
     def _batched(self, batches: Batches, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         calls, together = batches.cut(args, kwargs)
