@@ -2,13 +2,15 @@
 
 Duty: the forms (shape, strides, dtype, device) of an operation's results. Used by
 `frontends.tracer`. An operation is run once on torch's own meta tensors for each combination of its
-arguments' forms, and what came out is kept, so that the steps of a loop cost a look-up each. The
-commonest operations have rules of their own here: torch's meta kernels for them are Python that
-imports torch._dynamo, which takes a second or two.
+arguments' forms, and what came out is kept, so that the steps of a loop cost a look-up each. Many
+of torch's meta kernels are Python that imports sympy or torch._dynamo, which takes a second or
+three: the commonest operations have rules of their own here, others that are named here run on
+zeros in memory while those are few.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,16 @@ from cellc.frontends.placeholder import Form, form_of, modes_off, row_major
 MAX_RESULTS = 1 << 16  # kept; those made first are dropped
 _ANY_STRIDES = ("mm", "bmm", "mv", "embedding")
 _TENSOR = object()
+# Whose results' shapes do not depend on data, and which zeros suit.
+_ON_ZEROS = {
+    *("argmax", "argmin", "topk", "sort", "cumsum", "cumprod", "_softmax", "_log_softmax"),
+    *("native_layer_norm", "native_group_norm", "sum", "prod", "amax", "amin", "any", "all", "max"),
+    *("min", "var", "std", "logsumexp", "linalg_vector_norm", "gather", "scatter", "scatter_add"),
+    *("index_add", "flip", "roll", "tril", "triu", "dot", "repeat", "glu", "addmm", "baddbmm"),
+    *("select_scatter", "slice_scatter", "convolution", "avg_pool2d", "max_pool2d_with_indices"),
+    *("index", "index_put"),  # but not by masks
+}
+_MAX_ZEROS, _MASKS = 1 << 18, (torch.bool, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +96,8 @@ def _result(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
 
 
 def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
-    """Run an operation on meta tensors."""
+    """Run an operation on meta tensors, or on zeros."""
+    place = "cpu" if _suits_zeros(func, args, kwargs) else "meta"
     metas: list[torch.Tensor] = []
     forms: list[Form] = []
     asked: list[torch.device] = []
@@ -93,15 +106,13 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
         if isinstance(a, (torch.Tensor, Form)):
             form = form_of(a)
             forms.append(form)
-            metas.append(
-                torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device="meta")
-            )
+            metas.append(_stand_in(form, place))
             return metas[-1]
         if isinstance(a, (list, tuple)):
             return type(a)(map(meta, a))
         if isinstance(a, torch.device):
             asked.append(a)
-            return torch.device("meta")
+            return torch.device(place)
         return a
 
     with modes_off(), torch.no_grad():
@@ -109,7 +120,7 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
         named = {k: meta(v) for k, v in kwargs.items()}
         device = asked[0] if asked else _device(forms)
         if not forms and any(a.name == "device" for a in func._schema.arguments):
-            named["device"] = torch.device("meta")
+            named["device"] = torch.device(place)
         out = func(*given, **named)
     leaves, spec = pytree.tree_flatten(out)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
@@ -120,6 +131,22 @@ def _run(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Result:
         tuple(_TENSOR if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
         None if isinstance(out, torch.Tensor) else spec,
     )
+
+
+def _stand_in(form: Form, place: str) -> torch.Tensor:
+    if place == "meta":
+        return torch.empty_strided(form.shape, form.stride, dtype=form.dtype, device=place)
+    last = sum((n - 1) * step for n, step in zip(form.shape, form.stride, strict=True))
+    return torch.zeros(max(last, 0) + 1, dtype=form.dtype).as_strided(form.shape, form.stride)
+
+
+def _suits_zeros(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    name = func._schema.name.removeprefix("aten::")
+    if name not in _ON_ZEROS or func._schema.is_mutable:
+        return False
+    forms = [form_of(a) for a in pytree.tree_leaves((args, kwargs)) if _is_tensor(a)]
+    masks = name.startswith("index") and any(f.dtype in _MASKS for f in forms[1:])
+    return not masks and sum(math.prod(form.shape) for form in forms) <= _MAX_ZEROS
 
 
 def _device(forms: Sequence[Form]) -> torch.device:

@@ -31,6 +31,31 @@ def test_import_leaves_out(module: str) -> None:
     assert done.stdout.strip() == "False"
 
 
+def test_a_first_request_leaves_out_what_torch_compile_needs() -> None:
+    """torch's meta kernels of softmax, layer norm or argmax import it: seconds, and memory."""
+    code = """
+import sys, torch, cellc
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.cell, self.norm = torch.nn.GRUCell(4, 4), torch.nn.LayerNorm(4)
+        self.table = torch.nn.Embedding(4, 4)
+    def forward(self, memory):
+        h, said = memory[0], []
+        for _ in range(3):
+            weights = torch.softmax(memory @ h, 0)
+            h = self.norm(self.cell(self.table(h.argmax()), (weights[:, None] * memory).sum(0)))
+            said.append(h)
+        return torch.stack(said)
+with torch.no_grad(), cellc.compile(Net().eval(), backend="eager") as compiled:
+    compiled.map([(torch.ones(n, 4),) for n in (2, 3)])
+print([name for name in ("sympy", "torch._dynamo") if name in sys.modules])
+"""
+    done = run(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[]"
+
+
 def test_the_environment_is_checked() -> None:
     done = run("import cellc; cellc.compile(len)", CELLC_LOG="plan")
     assert done.returncode != 0

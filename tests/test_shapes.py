@@ -93,6 +93,17 @@ def test_means(shape: Any, dims: Any, keep: bool) -> None:
         (aten.mean.dim, (torch.ones(2, dtype=I64), [0])),
         (aten.topk.default, (torch.ones(4, 5), 2)),
         (aten.sort.default, (torch.ones(4),)),
+        (aten.argmax.default, (torch.ones(2, 3).t(), 1)),
+        (aten.argmax.default, (torch.ones(2, 3), 2)),
+        (aten._softmax.default, (torch.ones(1, 3).expand(2, 3), 1, False)),
+        (aten.gather.default, (torch.ones(2, 3), 1, torch.zeros(2, 1, dtype=I64))),
+        (aten.sum.dim_IntList, (torch.ones(0, 3), [0])),
+        (aten.max.dim, (torch.ones(2, 3), 0, True)),
+        (aten.index.Tensor, (torch.ones(5, 3), [None, torch.zeros(4, dtype=I64)])),
+        (aten.native_layer_norm.default, (torch.ones(2, 3), [3], None, None, 1e-5)),
+        (aten.addmm.default, (torch.ones(4), torch.ones(2, 3), torch.ones(3, 4))),
+        (aten.addmm.default, (torch.ones(4), torch.ones(2, 3), torch.ones(2, 4))),
+        (aten.dot.default, (torch.ones(3), torch.ones(4))),
     ],
 )
 def test_cases(func: Any, args: Any) -> None:
