@@ -15,6 +15,8 @@ import numpy.typing as npt
 from cellc.plan import EVENT_ENTRIES, I32, YIELDED, ragged_range
 from cellc.scheduler import Batch
 
+_ENTRIES = np.arange(1, 1 + EVENT_ENTRIES)
+
 
 class Events(NamedTuple):
     """Of one launch."""
@@ -28,13 +30,18 @@ def read_events(
 ) -> Events:
     """`entries` is the scheduler's table; `values_of(type, slots)` reads rows of one number."""
     counts = entries[batch.events]
-    index = ragged_range(batch.events.astype(np.int64) + 1, counts * EVENT_ENTRIES)
-    types, slots, expected, numbers = entries[index].reshape(-1, EVENT_ENTRIES).T
-    requests = np.repeat(batch.answering, counts)
+    if (counts == 1).all():  # as of most calls
+        table, requests = entries[batch.events[:, None] + _ENTRIES], batch.answering
+    else:
+        index = ragged_range(batch.events.astype(np.int64) + 1, counts * EVENT_ENTRIES)
+        table = entries[index].reshape(-1, EVENT_ENTRIES)
+        requests = np.repeat(batch.answering, counts)
+    types, slots, expected, numbers = table.T
     unexpected: dict[int, tuple[int, Any]] = {}
     yielded: list[tuple[int, int]] = []
-    for type in np.unique(types).tolist() if (types != types[0]).any() else [int(types[0])]:
-        here = np.flatnonzero(types == type)
+    alike = bool((types == types[0]).all())
+    for type in [int(types[0])] if alike else np.unique(types).tolist():
+        here = slice(None) if alike else np.flatnonzero(types == type)
         if type == YIELDED:
             yielded = list(zip(requests[here].tolist(), numbers[here].tolist(), strict=True))
             continue
@@ -43,8 +50,8 @@ def read_events(
         if not len(other):
             continue
         for request, number, value in zip(
-            requests[here[other]].tolist(),
-            numbers[here[other]].tolist(),
+            requests[here][other].tolist(),
+            numbers[here][other].tolist(),
             values[other].tolist(),
             strict=True,
         ):
