@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+
+import torch
 
 from cellc import log
 from cellc.calls import CallGraph
@@ -97,8 +99,18 @@ class CellStore:
                 made = pool.map(lambda n: self._make_kernel(self.by_number[n]), missing)
                 self.kernels.update(zip(missing, made, strict=True))
 
-    def _make_kernel(self, cell: Cell) -> Kernel:
+    def made(self, number: int, backend: Backend, params: Mapping[str, torch.Tensor]) -> Kernel:
+        """Another kernel of a cell, for another device."""
+        return self._make_kernel(self.by_number[number], backend, params)
+
+    def _make_kernel(
+        self,
+        cell: Cell,
+        backend: Backend | None = None,
+        params: Mapping[str, torch.Tensor] | None = None,
+    ) -> Kernel:
         """From the backend, or from the eager one for a cell that it cannot generate."""
+        backend, params = backend or self.backend, params or self.params
         try:
             moves = cell.flops_per_row == 0 and not cell.params and len(cell.ops) < 4
             copied = copied_inputs(cell) if moves and self.backend.name == "cpp" else None
@@ -106,15 +118,15 @@ class CellStore:
             if copied is not None:
                 kernel = CopyKernel(cell, copied)
             elif moves:
-                kernel = EagerBackend().kernel(cell, self.params)
+                kernel = EagerBackend().kernel(cell, params)
             elif self._one_of_many(cell):
-                first = EagerBackend().kernel(cell, self.params)
-                kernel = TieredKernel(first, lambda: self.backend.kernel(cell, self.params))
+                first = EagerBackend().kernel(cell, params)
+                kernel = TieredKernel(first, lambda: backend.kernel(cell, params))
             else:
-                kernel = self.backend.kernel(cell, self.params)
+                kernel = backend.kernel(cell, params)
         except UnsupportedError as error:
             log.info("kernel", f"{cell.name}: {error}; it runs on the eager backend")
-            kernel = EagerBackend().kernel(cell, self.params)
+            kernel = EagerBackend().kernel(cell, params)
         if log.enabled("kernel"):
             log.info("kernel", kernel.source)
         log.dump(f"kernel_{cell.name}", kernel.source)

@@ -37,12 +37,14 @@ from cellc.legs import Leg
 from cellc.modules import named_tensors, without_collecting
 from cellc.options import Options
 from cellc.passes import PassOptions
+from cellc.replica import replicas
 from cellc.request import as_call
 from cellc.sessions import Carry, Session
 from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
+from cellc.workers import Workers, crews
 
 if TYPE_CHECKING:
     import networkx
@@ -73,8 +75,8 @@ class Compiled:
     def __init__(
         self,
         model: nn.Module | Callable[..., Any],
-        backend: Backend,
-        device: torch.device,
+        backends: Sequence[Backend],
+        devices: Sequence[torch.device],
         options: Options,
         *,
         batch_dim: int | None,
@@ -84,16 +86,25 @@ class Compiled:
         source: Any,
         carry: Mapping[str, str] | None = None,
     ) -> None:
-        self._compiler = Compiler(model, backend, device, PassOptions(options.fold_bytes))
-        self._engine = Engine(
-            self._compiler,
-            max_batch=max_batch,
-            max_queue=max_queue,
-            policy=options.policy,
-            memory_limit=options.memory_limit,
-            max_steps=options.max_steps,
-            timeout=options.timeout,
-        )
+        device = devices[0]
+        self._compiler = Compiler(model, backends[0], device, PassOptions(options.fold_bytes))
+        engines = [
+            Engine(
+                learned,
+                max_batch=max_batch,
+                max_queue=max_queue if len(devices) == 1 else None,
+                policy=options.policy,
+                memory_limit=options.memory_limit // devices.count(learned.device),
+                max_steps=options.max_steps,
+                timeout=options.timeout,
+                crew=crew,
+            )
+            for learned, crew in zip(
+                replicas(self._compiler, backends, devices), crews(devices), strict=True
+            )
+        ]
+        self._engine = engines[0]  # the only one, if there is one worker
+        self._serving = self._engine if len(engines) == 1 else Workers(engines, max_queue)
         self._intake = Intake(self._compiler, dtype, self._run)
         self._batches = None if batch_dim is None else Batches(self._compiler, batch_dim)
         self._max_queue, self._device, self._source = max_queue, device, source
@@ -101,7 +112,7 @@ class Compiled:
         self._sessions: dict[Session, None] = {}  # open ones
         self._looked = 0.0  # when those that expired were last closed
         self._pid = os.getpid()
-        self._finalizer = weakref.finalize(self, _close_backend, backend)
+        self._finalizer = weakref.finalize(self, _close_backends, list(backends))
 
     # -- requests --
 
@@ -119,7 +130,7 @@ class Compiled:
     def _one(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ticket = self._ticket(args, kwargs)
         if _generates(ticket):
-            return Stream(self._engine, ticket)
+            return Stream(self._serving, ticket)
         self._run([ticket])
         if ticket.error is not None:
             raise ticket.error
@@ -171,12 +182,12 @@ class Compiled:
     def _run(self, tickets: Sequence[Ticket]) -> None:
         """Queue requests, and block until they are done."""
         try:
-            self._engine.enqueue(tickets)
-            self._engine.run(tickets)
+            self._serving.enqueue(tickets)
+            self._serving.run(tickets)
         except (ClosedError, Overloaded):  # none is queued
             raise
         except BaseException:
-            self._engine.cancel(tickets)
+            self._serving.cancel(tickets)
             raise
 
     @_without_autocast
@@ -188,8 +199,8 @@ class Compiled:
 
     def _send(self, ticket: Ticket) -> Future[Any]:
         ticket.future = Future()
-        self._engine.enqueue([owned(ticket)])
-        self._engine.start()
+        self._serving.enqueue([owned(ticket)])
+        self._serving.start()
         return ticket.future
 
     async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
@@ -201,11 +212,11 @@ class Compiled:
         """One request of a forward that is a generator: an iterator over what it yields, each piece
         as soon as its cells have run. `close()` cancels the request and frees its rows.
         """
-        return Stream(self._engine, self._generating(args, kwargs))
+        return Stream(self._serving, self._generating(args, kwargs))
 
     def astream(self, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
         """The same in asyncio: `async for piece in compiled.astream(x)`."""
-        return pieces_of(self._engine, owned(self._generating(args, kwargs)))
+        return pieces_of(self._serving, owned(self._generating(args, kwargs)))
 
     def _generating(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         ticket = self._ticket(args, kwargs)
@@ -319,9 +330,9 @@ class Compiled:
 
     def stats(self) -> dict[str, Any]:
         """Counters since compile: launches, rows, mean_batch (rows a step), plans, queue, latency
-        in ms.
+        in ms; `workers`: some of it by worker.
         """
-        counters = self._engine.counters
+        counters = self._serving.counters
         latencies = np.array(counters.latencies) * 1e3
         p50, p90, p99 = np.quantile(latencies, (0.5, 0.9, 0.99)) if len(latencies) else (0, 0, 0)
         plans = self._compiler.counts
@@ -333,11 +344,12 @@ class Compiled:
             "kernel_seconds": counters.seconds,
             "requests": counters.requests,
             "failed": counters.failed,
-            "waiting": self._engine.num_waiting,
-            "running": self._engine.num_running,
+            "waiting": self._serving.num_waiting,
+            "running": self._serving.num_running,
             **plans,
-            "arena_bytes": self._engine.arena_bytes,
+            "arena_bytes": self._serving.arena_bytes,
             "latency_ms": {"p50": float(p50), "p90": float(p90), "p99": float(p99)},
+            "workers": self._serving.figures(),
         }
 
     def refresh(self) -> None:
@@ -349,12 +361,12 @@ class Compiled:
             with torch.no_grad():
                 for name, tensor in named_tensors(self._source).items():
                     named_tensors(self._compiler.model)[name].copy_(tensor)
-        self._engine.refresh()
+        self._serving.refresh()
 
     # -- end --
 
     def _check_open(self) -> None:
-        if self._engine.closed:
+        if self._serving.closed:
             raise ClosedError(what="this compiled model")
         if os.getpid() != self._pid:
             raise UnsupportedError(
@@ -366,8 +378,8 @@ class Compiled:
         """Finish what is queued, free everything, leave no thread behind. Calling it again does
         nothing.
         """
-        if not self._engine.closed:
-            self._engine.close()
+        if not self._serving.closed:
+            self._serving.close()
             for session in list(self._sessions):
                 session.close()
             self._compiler.kernels.clear()
@@ -412,7 +424,8 @@ class _Steps:
         return self._compiled._send(ticket)
 
 
-def _close_backend(backend: Backend) -> None:
-    close = getattr(backend, "close", None)
-    if close is not None:
-        close()
+def _close_backends(backends: Sequence[Backend]) -> None:
+    for backend in backends:
+        close = getattr(backend, "close", None)
+        if close is not None:
+            close()

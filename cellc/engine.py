@@ -15,19 +15,22 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from cellc import background
-from cellc.compiler import Compiler
 from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, twin
 from cellc.flight import Flight
 from cellc.kernels.native import find_arithmetic
+from cellc.launch import EVERYBODY, Crew
 from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.moves import Moves
 from cellc.onward import Onward
 from cellc.pacing import MAX_LIVE
 from cellc.replay import Replays
+from cellc.replica import Learned
 from cellc.scheduler import Batch, Policy, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
@@ -38,7 +41,7 @@ class Engine:
 
     def __init__(
         self,
-        compiler: Compiler,
+        compiler: Learned,
         *,
         max_batch: int | None,
         max_queue: int | None,
@@ -46,6 +49,7 @@ class Engine:
         memory_limit: int,
         max_steps: int | None = None,
         timeout: float | None = None,
+        crew: Crew = EVERYBODY,
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
@@ -55,11 +59,11 @@ class Engine:
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
         self._onward = Onward(compiler, self._scheduler, self._arenas, max_steps)
         what = compiler, self._scheduler, self._arenas
-        self.launcher = Launcher(*what, self._onward, self.counters, max_batch)
+        self.launcher = Launcher(*what, self._onward, self.counters, max_batch, crew)
         self.flight = Flight(*what[1:], self._onward, self.counters, self._told)
         self._moves = Moves(*what, self._onward, self.flight, memory_limit, self._queue_first)
         self._replays = Replays(*what, self.launcher, self.flight)
-        self._timeout, self._looked = timeout, 0.0
+        self._timeout, self._looked, self._crew = timeout, 0.0, crew
         self._max_queue, self._memory_limit = max_queue, memory_limit
         self._inbox: deque[Ticket] = deque()
         self._loop = threading.Lock()  # held by whoever runs the loop
@@ -85,7 +89,7 @@ class Engine:
             if limit is not None and asked and len(self._inbox) + asked > limit:
                 raise Overloaded(waiting=len(self._inbox), limit=limit)
             for ticket in tickets:
-                ticket.arrived = now
+                ticket.arrived = ticket.arrived or now
             self._inbox.extend(tickets)
 
     def _forget_cancelled(self) -> None:
@@ -106,7 +110,7 @@ class Engine:
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
         while not done():
-            self._check_outside()
+            self.check_outside()
             if self._loop.acquire(blocking=False):
                 try:
                     if drive is not None:
@@ -125,7 +129,7 @@ class Engine:
                     finally:
                         self._waiting -= 1
 
-    def _check_outside(self) -> None:
+    def check_outside(self) -> None:
         """Raises where a turn of the loop called back, and would wait for itself."""
         if self._stepping == threading.get_ident():
             raise UnsupportedError(
@@ -195,7 +199,7 @@ class Engine:
 
     def close(self) -> None:
         """Finish what was queued, then leave nothing behind."""
-        self._check_outside()
+        self.check_outside()
         with self._turn:
             self._closing = True
             self._turn.notify_all()
@@ -209,13 +213,30 @@ class Engine:
 
     def refresh(self) -> None:
         """The weights changed: requests in flight end with the old ones, later ones see the new."""
-        self._check_outside()
+        with self.drained():
+            self.compiler.refresh()
+            self.forget_weights()
+
+    @contextmanager
+    def drained(self) -> Iterator[None]:
+        """Finish what is queued; then nothing runs meanwhile."""
+        self.check_outside()
         with self._loop:
             while self._inbox or self.flight.live:
                 self.step()
-            self.compiler.refresh()
-            self._arenas.refresh()
-            self._replays.clear()
+            yield
+        self._hand_over()
+
+    def forget_weights(self) -> None:
+        """The weights changed, and nothing runs."""
+        self._arenas.refresh()
+        self._replays.clear()
+
+    def turn(self) -> None:
+        """One turn of the loop in this thread, once it is free."""
+        with self._loop:
+            self.step()
+        self._hand_over()
 
     @property
     def closed(self) -> bool:
@@ -232,6 +253,32 @@ class Engine:
     @property
     def num_running(self) -> int:
         return len(self.flight.live)
+
+    def figures(self) -> list[dict[str, Any]]:
+        """Of this worker, the only one."""
+        counters = self.counters
+        return [
+            {
+                "device": str(self.compiler.device),
+                "threads": self._crew.threads,
+                "launches": counters.launches,
+                "rows": counters.rows,
+                "kernel_seconds": counters.seconds,
+                "requests": counters.requests,
+                "failed": counters.failed,
+                "running": self.num_running,
+            }
+        ]
+
+    @property
+    def running(self) -> bool:
+        """Is a thread in its loop?"""
+        return self._loop.locked()
+
+    @property
+    def load(self) -> int:
+        """Cell calls that its requests still have to run."""
+        return self._scheduler.outstanding + sum(t.entry.plan.num_calls for t in list(self._inbox))
 
     # -- threads --
 

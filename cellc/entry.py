@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ def compile(
     model: nn.Module | Callable[..., Any],
     *,
     backend: BackendName = "auto",
-    device: torch.device | str | None = None,
+    device: torch.device | str | Sequence[torch.device | str] | None = None,
     dtype: torch.dtype | None = None,
     batch_dim: int | None = None,
     carry: Mapping[str, str] | None = None,
@@ -38,9 +38,10 @@ def compile(
     model: any nn.Module, or a function of tensors and Python structures. Nothing is traced until
     the first request. backend: "triton" (GPU), "cpp" (CPU), "eager" (plain torch calls), or "auto".
     device, dtype: where and in what the cells compute; by default the model's own. Others copy the
-    weights. batch_dim: a call whose tensors have B in that dimension is B requests. max_batch: most
-    rows of one cell in a step (512, or 2048 where nobody can join). max_queue: most waiting
-    requests; past it `Overloaded`.
+    weights. A list of devices is one worker each: ["cuda:0", "cuda:1"], or ["cpu", "cpu"], which
+    share the cores; so do those of options={"workers": 2}. batch_dim: a call whose tensors have B
+    in that dimension is B requests. max_batch: most rows of one cell in a step (512, or 2048 where
+    nobody can join). max_queue: most waiting requests; past it `Overloaded`.
     carry: for sessions, which argument of a step is which output of the step before:
     {"state": "1"}, or a path as "1.0" or "state.h".
     options: see `Options`.
@@ -67,13 +68,14 @@ def compile(
     chosen = make_options(options)
     check_counts(max_batch=max_batch, max_queue=max_queue)
     source = model
-    place = _device(model, device)
+    places = _places(model, device, chosen.workers)
+    place = places[0]
     if dtype is not None or _moves(model, place):
         model = _copied(model, dtype, place)
     return Compiled(
         model,
-        make_backend(backend, place, chosen),
-        place,
+        _backends(backend, places, chosen),
+        places,
         chosen,
         batch_dim=batch_dim,
         max_batch=max_batch,
@@ -82,6 +84,34 @@ def compile(
         source=source,
         carry=carry,
     )
+
+
+def _places(
+    model: Any,
+    device: torch.device | str | Sequence[torch.device | str] | None,
+    workers: int | None,
+) -> list[torch.device]:
+    """The device of each worker."""
+    if device is None or isinstance(device, (str, torch.device)):
+        return [_device(model, device)] * (workers or 1)
+    places = [torch.device(one) for one in device]
+    if not places or len({p.type for p in places}) > 1:
+        raise UnsupportedError(
+            what=f"device={device!r}", remedy="give one device a worker, all CPUs or all GPUs"
+        )
+    if workers is not None and workers != len(places):
+        raise UnsupportedError(
+            what=f"{workers} workers on {len(places)} devices",
+            remedy="leave options={'workers': ..} out: each device in the list is a worker",
+        )
+    return places
+
+
+def _backends(name: BackendName, places: Sequence[torch.device], options: Options) -> list[Backend]:
+    """One a worker; CPU workers share theirs, whose kernels hold nothing of a launch."""
+    first = make_backend(name, places[0], options)
+    shared = first.name != "triton"
+    return [first, *(first if shared else make_backend(name, p, options) for p in places[1:])]
 
 
 def _device(model: Any, device: torch.device | str | None) -> torch.device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
     import torch
 
 Index = npt.NDArray[np.int32]
+
+
+class Crew(NamedTuple):
+    """Who runs launches on a CPU: `team`s run theirs side by side, on at most so many threads each
+    (None: torch's number).
+    """
+
+    team: int = 0
+    threads: int | None = None
+
+
+EVERYBODY = Crew()
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,7 @@ class Launch:
     steps: Index  # [K + 1], steps[0] == 0, steps[K] == N
     inputs: Sequence[Index | Ragged]  # one a cell input; Index is [N]
     outputs: Index  # [number of cell outputs, N]
+    crew: Crew = EVERYBODY
 
     @property
     def num_rows(self) -> int:

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from cellc import log, pacing
-from cellc.compiler import Compiler
 from cellc.costs import Costs
-from cellc.launch import Launch, Ragged
+from cellc.launch import EVERYBODY, Crew, Launch, Ragged
 from cellc.machines import place
 from cellc.onward import Onward
 from cellc.pacing import SHARED, SMOOTH
 from cellc.plan import ragged_range
+from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, bad_index
@@ -31,17 +31,20 @@ class Launcher:
 
     def __init__(
         self,
-        compiler: Compiler,
+        compiler: Learned,
         scheduler: Scheduler,
         arenas: Arenas,
         onward: Onward,
         counters: Counters,
         max_batch: int | None,
+        crew: Crew = EVERYBODY,
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
-        self._onward, self._counters, self._max_batch = onward, counters, max_batch
+        self._onward, self._counters, self._crew = onward, counters, crew
+        self._max_batch = max_batch
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
-        self._costs = Costs(place(compiler.backend.name, compiler.device))  # before that
+        where = place(compiler.backend.name, compiler.device, crew.threads)
+        self._costs = Costs(where)  # before that
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
 
@@ -117,7 +120,7 @@ class Launcher:
         table = batch.table
         if not any(spec.ragged for spec in cell.inputs):
             count = len(cell.inputs)
-            return Launch(batch.steps, [table[i] for i in range(count)], table[count:])
+            return Launch(batch.steps, [table[i] for i in range(count)], table[count:], self._crew)
         inputs: list[Any] = []
         k = 0
         for spec in cell.inputs:
@@ -131,7 +134,7 @@ class Launcher:
             else:
                 inputs.append(table[k])
                 k += 1
-        return Launch(batch.steps, inputs, table[k:])
+        return Launch(batch.steps, inputs, table[k:], self._crew)
 
     def _measure(self, batch: Batch, took: float) -> None:
         counters = self._counters

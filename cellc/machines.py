@@ -15,14 +15,19 @@ import torch
 from cellc.costs import Place
 
 
-def place(backend: str, device: torch.device) -> Place:
+def place(backend: str, device: torch.device, most_threads: int | None = None) -> Place:
     """Where a backend's kernels run in this process; on a GPU threads do not matter."""
     threads = 1
     if device.type == "cpu":
-        affinity = getattr(os, "sched_getaffinity", None)
-        cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-        threads = min(torch.get_num_threads(), cores)
+        threads = num_threads(most_threads)
     return Place(backend, device_name(device), threads)
+
+
+def num_threads(most: int | None = None) -> int:
+    """Threads of a launch on this machine's CPU: as torch was told, where `most` says nothing."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(most or torch.get_num_threads(), cores)
 
 
 def device_name(device: torch.device) -> str:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from cellc.compiler import Compiler
 from cellc.flight import Flight
 from cellc.legs import Branch, Entry
 from cellc.onward import Onward
 from cellc.paths import Replan
+from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Ticket
@@ -27,7 +27,7 @@ class Moves:
 
     def __init__(
         self,
-        compiler: Compiler,
+        compiler: Learned,
         scheduler: Scheduler,
         arenas: Arenas,
         onward: Onward,

@@ -13,11 +13,11 @@ from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
 from cellc.answers import read_events
-from cellc.compiler import Compiler
 from cellc.errors import StepsError
 from cellc.legs import Branch, Leg
 from cellc.paths import Ask
 from cellc.plan import I64
+from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import NOTHING, Ticket
@@ -30,7 +30,7 @@ class Onward:
     """See the module."""
 
     def __init__(
-        self, compiler: Compiler, scheduler: Scheduler, arenas: Arenas, max_steps: int | None
+        self, compiler: Learned, scheduler: Scheduler, arenas: Arenas, max_steps: int | None
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._max_steps = max_steps

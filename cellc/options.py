@@ -20,6 +20,7 @@ class Options:
     folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of all
     arenas; past it requests wait. tf32: f32 products on a GPU may use tf32. max_steps: values that
     one request's forward may read; timeout: seconds that a request may take; past either it fails.
+    workers: engines that run side by side on the device; on a CPU they share its cores.
     """
 
     fold_bytes: int = 256 << 20
@@ -28,6 +29,7 @@ class Options:
     tf32: bool = False
     max_steps: int | None = None
     timeout: float | None = None
+    workers: int | None = None
 
 
 def make_options(options: Mapping[str, Any] | None) -> Options:
@@ -41,7 +43,9 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
         raise UnsupportedError(
             what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
         )
-    check_counts(memory_limit=chosen.memory_limit, max_steps=chosen.max_steps)
+    check_counts(
+        memory_limit=chosen.memory_limit, max_steps=chosen.max_steps, workers=chosen.workers
+    )
     seconds = chosen.timeout
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
         raise UnsupportedError(

@@ -116,8 +116,15 @@ class Plan:
         """Slots of each row type, as size classes (`cellc.regions`)."""
         return np.array([size_class(n) for n in self.num_slots], np.int64)
 
-    @cached_property
+    @property
     def block(self) -> tuple[I32, I32]:
+        """`_made_block`, made once: of two threads that make it, both keep the first one's, whose
+        addresses were told.
+        """
+        known: tuple[I32, I32] | None = self.__dict__.get("_block")
+        return known or self.__dict__.setdefault("_block", self._made_block())
+
+    def _made_block(self) -> tuple[I32, I32]:
         """Calls, records and successors in one array of whole table rows, and what to add to each
         entry: NOTHING, the block's FIRST_ENTRY or FIRST_CALL, the request's NUMBER, or the base of
         row type t (REGION + t).

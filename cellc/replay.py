@@ -19,13 +19,13 @@ import numpy.typing as npt
 import torch
 
 from cellc.cells import Cell
-from cellc.compiler import Compiler
 from cellc.flight import Flight
 from cellc.launch import Bindable, Kernel, Launch
 from cellc.launcher import Launcher
 from cellc.legs import Entry
 from cellc.ops import RowType
 from cellc.pacing import ALONE
+from cellc.replica import Learned
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Ticket, bad_index
@@ -77,7 +77,7 @@ class Replays:
 
     def __init__(
         self,
-        compiler: Compiler,
+        compiler: Learned,
         scheduler: Scheduler,
         arenas: Arenas,
         launcher: Launcher,

@@ -113,6 +113,11 @@ class Scheduler:
         return sum(q.size for q in self._queues.values())
 
     @property
+    def outstanding(self) -> int:
+        """Calls of all requests that are in no launch yet."""
+        return int(self._left.sum())
+
+    @property
     def num_requests(self) -> int:
         return len(self._requests)
 
@@ -164,6 +169,7 @@ class Scheduler:
             return
         gone = np.zeros(len(self._left), bool)
         gone[known] = True
+        self._left[known] = 0
         owners = self._table.data[:, REQUEST]
         for queue in self._queues.values():
             if not queue.size:
@@ -191,6 +197,7 @@ class Scheduler:
 
     def clear(self) -> None:
         """Forget all requests."""
+        self._left[:] = 0
         self._requests.clear()
         self._queues.clear()
         self._table.clear()

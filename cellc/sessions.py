@@ -153,6 +153,7 @@ class Session:
         self._state = self._initial
         self._lock = threading.RLock()
         self._running: Ticket | None = None  # the step that runs
+        self._worker = -1  # where the state is
         self._beginning = False
         self._closed: str | None = None
         self.used = time.monotonic()
@@ -198,6 +199,7 @@ class Session:
         try:
             ticket = self._steps.ticket(*self._carry.call(args, kwargs, state))
             ticket.before_end = self._end
+            ticket.worker, ticket.stays = self._worker, self._worker >= 0
             self._running = ticket
         finally:
             self._beginning = False
@@ -214,7 +216,7 @@ class Session:
                 return  # it was cancelled
             if ticket.error is None and not ticket.dropped and self._closed is None:
                 try:
-                    self._state = self._carry.of(ticket.result)
+                    self._state, self._worker = self._carry.of(ticket.result), ticket.worker
                 except Exception as error:
                     ticket.error = error
             self._released()

@@ -15,12 +15,13 @@ from typing import Any
 
 from cellc.engine import Engine
 from cellc.ticket import Ticket
+from cellc.workers import Workers
 
 
 class Stream(Iterator[Any]):
     """Pieces of one request, as their cells finish; made by `Compiled.stream`."""
 
-    def __init__(self, engine: Engine, ticket: Ticket) -> None:
+    def __init__(self, engine: Engine | Workers, ticket: Ticket) -> None:
         self._engine, self._ticket = engine, ticket
         ticket.collects = False
         engine.enqueue([ticket])
@@ -66,7 +67,7 @@ class Stream(Iterator[Any]):
             self.close()
 
 
-async def pieces_of(engine: Engine, ticket: Ticket) -> AsyncIterator[Any]:
+async def pieces_of(engine: Engine | Workers, ticket: Ticket) -> AsyncIterator[Any]:
     """Pieces of one request in asyncio."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from itertools import chain
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ class Ticket:
     dropped: bool = False  # nobody wants it any more
     trial: bool = False  # a comparison with the model, which nobody asked for
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
+    worker: int = -1  # that has it, where there are several
+    stays: bool = False  # there: its rows are
 
     def abandon(self) -> None:
         """End it, without a result: nobody wants it any more."""
@@ -85,6 +88,17 @@ class Counters:
     failed: int = 0
     seconds: float = 0.0
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8192))
+
+
+def together(counters: Sequence[Counters]) -> Counters:
+    """What several workers counted, as if they were one."""
+    made = Counters()
+    for name in (f.name for f in fields(Counters)):
+        found = [getattr(c, name) for c in counters]
+        lists = isinstance(found[0], deque)
+        joined = deque(chain.from_iterable(map(list, found))) if lists else sum(found)
+        setattr(made, name, joined)
+    return made
 
 
 def bad_index(cell: Cell | None) -> RequestError:

@@ -111,7 +111,7 @@ class CppKernel:
         self._types = tuple(dict.fromkeys([*(i.type for i in cell.inputs), *cell.output_types]))
         self._of_input = [self._types.index(i.type) for i in cell.inputs]
         self._of_output = [self._types.index(t) for t in cell.output_types]
-        self._pack = struct.Struct(f"{5 + 3 * (len(cell.inputs) + len(cell.outputs))}q").pack
+        self._pack = struct.Struct(f"{6 + 3 * (len(cell.inputs) + len(cell.outputs))}q").pack
         self._cores = num_cores()
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
@@ -126,11 +126,13 @@ class CppKernel:
         if num_rows == 0:
             return tuple
         bad = np.zeros(num_rows, np.uint8) if self._marks_bad else None
-        threads = min(torch.get_num_threads(), self._cores)
+        crew = launch.crew
+        threads = min(crew.threads or torch.get_num_threads(), self._cores)
         fields = [
             len(steps) - 1,
             _address(steps),
             threads,
+            crew.team,
             0 if bad is None else _address(bad),
             self._weights.address,
         ]

@@ -1,4 +1,4 @@
-// The library that drives kernels: one thread pool a process, packed products, launches.
+// The library that drives kernels: a thread pool a team, packed products, launches.
 //
 // Duty: compiled once a machine. In: a kernel's stages and a launch (runtime.h); out: rows in the
 // arenas. Many rows of a step are cut into tiles, each run through all stages by one thread while
@@ -117,8 +117,11 @@ struct Pool {
     }
 };
 
-Pool *pool = new Pool;              // never destroyed: its threads may outlive main
-void forked() { pool = new Pool; }  // the child has none of the threads
+// A pool a team (a worker of a model): two launches of one team never run together, those of two
+// teams do. Never destroyed: their threads may outlive main.
+constexpr int64_t TEAMS = 64;
+Pool *pools = new Pool[TEAMS];
+void forked() { pools = new Pool[TEAMS]; }  // the child has none of the threads
 const int at_fork = pthread_atfork(nullptr, nullptr, forked);
 
 // ---- Launches
@@ -286,7 +289,7 @@ int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
         kernel->weight_bytes > 2e6;  // more than L2 holds: reading it once is worth more
     const bool few = rows < (large ? 20 : 8) * threads * launch->num_steps && threads > 1;
     job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
-    pool->run(threads, work, &job);
+    pools[uint64_t(launch->team) % TEAMS].run(threads, work, &job);
     return launch->bad && memchr(launch->bad, 1, size_t(rows));
 }
 
@@ -296,8 +299,14 @@ int64_t cellc_packed_count(int64_t k, int64_t n, int64_t item) {
 }
 void cellc_pack_f32(const float *w, int64_t k, int64_t n, float *out) { pack(w, k, n, out); }
 void cellc_pack_f64(const double *w, int64_t k, int64_t n, double *out) { pack(w, k, n, out); }
-void cellc_stop() { pool->stop(); }
-int64_t cellc_num_workers() { return pool->count; }
+void cellc_stop() {
+    for (int64_t i = 0; i < TEAMS; ++i) pools[i].stop();
+}
+int64_t cellc_num_workers() {
+    int64_t count = 0;
+    for (int64_t i = 0; i < TEAMS; ++i) count += pools[i].count;
+    return count;
+}
 int64_t cellc_panel_bytes() { return NV * VBYTES; }
 
 void *cellc_alloc(int64_t bytes) {

@@ -17,7 +17,7 @@ struct Operand {  // an input or output: arena, slots [N]; a ragged input also h
 struct Launch {  // followed by one Operand a cell input, then one a cell output
     int64_t num_steps;
     const int32_t *steps;
-    int64_t threads;
+    int64_t threads, team;  // most threads, and whose: launches of two teams run side by side
     uint8_t *bad;  // [N], zero; a row whose data is invalid sets its byte
     const void *const *params;
     const Operand *operands() const { return reinterpret_cast<const Operand *>(this + 1); }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from cellc.bench import decode, host, memory, startup, trees
+from cellc.bench import decode, host, memory, startup, trees, workers
 from cellc.bench.found import SHARE, Found, Lacking
 from cellc.bench.online_workloads import STATED
 from cellc.bench.recurrent import BUCKETS, CELLC, ONNX, ONNX_BUCKETS
@@ -141,6 +141,10 @@ TARGETS: Sequence[Target] = [
     Target(
         "host cost of a cell at 256 rows, structure seen",
         0.5, " us", "host", _fact("host", host.CELL.format(256)), at_least=False,
+    ),
+    Target(
+        "two CPU workers of one thread each to one, LSTM, 128 units, tokens in",
+        1.6, "x", "workers", _ratio("workers long", workers.TWO, workers.ONE),
     ),
     Target(
         "a cell of a new tree unfolded from plain recursion",

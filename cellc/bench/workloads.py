@@ -16,6 +16,7 @@ from cellc.bench.others import sessions_case, tagger_case
 from cellc.bench.recurrent import alone_case, recurrent_case
 from cellc.bench.startup import startup_case
 from cellc.bench.trees import tree_case
+from cellc.bench.workers import LONG, workers_case
 
 ALONE = 24  # steps of a request alone
 
@@ -44,6 +45,16 @@ def _recurrent(kind: Any, hidden: int, s: Settings) -> Iterator[Make]:
     yield partial(recurrent_case, kind, hidden, True, s.lengths, s.backend)
     yield partial(recurrent_case, kind, hidden, False, s.lengths, s.backend)
     yield partial(alone_case, kind, hidden, ALONE, s.backend)
+
+
+def _workers(hidden: int, s: Settings) -> Iterator[Make]:
+    for name, units, times in (
+        ("tokens", hidden, 1),
+        ("long", hidden, LONG),
+        ("half", hidden // 2, 1),
+        ("half-long", hidden // 2, LONG),
+    ):
+        yield partial(workers_case, units, s.lengths, name, times, s.backend)
 
 
 def _one(case: Callable[..., Case]) -> Callable[[int, Settings], Iterator[Make]]:
@@ -75,11 +86,14 @@ _WORKLOADS: dict[str, tuple[int, Callable[[int, Settings], Iterator[Make]]]] = {
         1024,
         _one(lambda hidden, s: saturation_case(hidden, s.lengths, s.backend)),
     ),
+    "workers": (128, _workers),
     "startup": (256, _one(lambda hidden, s: startup_case(hidden, s.backend))),
 }
 MEMORY = "memory"  # of all that batch requests: `cellc.bench.memory`
 NAMES = (*_WORKLOADS, MEMORY)
-BATCHED = tuple(name for name in _WORKLOADS if name not in ("host", "saturation", "startup"))
+BATCHED = tuple(
+    name for name in _WORKLOADS if name not in ("host", "saturation", "workers", "startup")
+)
 
 
 def cases_of(name: str, settings: Settings) -> list[Make]:
