@@ -14,6 +14,7 @@ turns. A blocking call on an idle worker runs its loop in its own thread, as wit
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import time
 import weakref
@@ -229,7 +230,10 @@ def _serve(pool: Pool, worker: Worker) -> None:
             log.info("schedule", f"a turn of worker {worker.number} ended in {error!r}")
 
 
-def _end(pool: Pool) -> None:
+def _end(pool: Pool, process: int) -> None:
+    """Threads end once nothing waits."""
+    if os.getpid() != process:
+        return  # a fork has none of the threads, but may have their lock
     with pool.lock:
         pool.closing = True
         for worker in pool.workers:
@@ -245,7 +249,7 @@ class Workers:
         self._news = threading.RLock()
         self._results = threading.Condition(self._news)  # told of pieces
         self._refreshing = threading.Lock()
-        weakref.finalize(self, _end, self._pool)
+        weakref.finalize(self, _end, self._pool, os.getpid())
 
     # -- what callers use, as of an engine --
 
@@ -282,12 +286,11 @@ class Workers:
         if not tickets:
             return
         self._check_outside()
-        latch = Latch(tickets)
         with self._pool.lock:
-            direct = self._pool.directly(tickets)
+            worker, mine = self._pool.directly(tickets) or (None, [])
+            latch = Latch([t for t in tickets if worker is None or t.worker != worker.number])
             self._pool.start()
-        if direct is not None:
-            worker, mine = direct
+        if worker is not None:
             worker.engine.run(mine)
             self._pool.free(worker)
         latch.wait()
@@ -333,7 +336,7 @@ class Workers:
         self._check_outside()
         with self._pool.lock:
             self._pool.start()
-            _end(self._pool)
+            _end(self._pool, os.getpid())
         for worker in self._pool.workers:
             thread = worker.thread
             if thread is not None:
@@ -402,6 +405,8 @@ class Latch:
     def __init__(self, tickets: Sequence[Ticket]) -> None:
         self._tickets, self._open = tickets, set(map(id, tickets))
         self._done = threading.Event()
+        if not tickets:
+            self._done.set()
         for ticket in tickets:
             ticket.told = self
             if ticket.done:  # before it could tell

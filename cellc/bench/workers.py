@@ -18,9 +18,9 @@ from cellc.bench.recurrent import ALONE, SAMPLE, LastState, make_requests
 from cellc.compiled import Compiled
 from cellc.entry import compile
 
-ONE = "one worker, one thread"
-TWO = "two workers, one thread each"
-WIDE = "one worker, two threads"
+ONE = "cellc, one worker of one thread"
+TWO = "cellc, two workers of one thread each"
+WIDE = "cellc, one worker of two threads"
 LONG = 4  # times as many steps: less of the time is the host's, which goes by requests
 T = TypeVar("T")
 
