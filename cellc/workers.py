@@ -32,7 +32,7 @@ from cellc.launch import Crew
 from cellc.machines import num_threads
 from cellc.ticket import Counters, Ticket, together
 
-ROOM = 1024  # requests that a worker has admitted, or is about to: more wait where others see them
+ROOM = 2048  # requests that a worker has admitted, or is about to: more wait where others see them
 WORTH = 3e-4  # seconds of work that are worth waking a worker for
 CALL = 1e-6  # seconds of a cell call, at least
 SOON = 0.05  # seconds between looks for what nobody tells of

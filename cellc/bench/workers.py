@@ -34,17 +34,14 @@ def workers_case(
     lengths = [times * n for n in lengths]
     requests = make_requests(lengths, hidden, tokens=True)
     ways: dict[str, tuple[int, Compiled]] = {}
-    for way, threads, devices in (
-        (ONE, 1, ["cpu"]),
-        (TWO, 2, ["cpu", "cpu"]),
-        (WIDE, 2, ["cpu"]),
-    ):
-        ways[way] = (threads, _made(model, threads, devices, backend))
+    for way, threads, workers in ((ONE, 1, 1), (TWO, 1, 2), (WIDE, 2, 1)):
+        compiled = _made(model, threads, workers, backend)
+        ways[way] = (threads, compiled)
         for _ in range(3):
-            _with_threads(threads, lambda c=ways[way][1]: c.map(requests))  # type: ignore[misc]
+            _with_threads(threads, partial(compiled.map, requests))
 
     def run(threads: int, compiled: Compiled) -> Sequence[Tensor]:
-        return _with_threads(threads, lambda: compiled.map(requests))
+        return _with_threads(threads, partial(compiled.map, requests))
 
     mean = sum(lengths) / len(lengths)
     return Case(
@@ -60,9 +57,11 @@ def workers_case(
     )
 
 
-def _made(model: LastState, threads: int, devices: list[str], backend: str) -> Compiled:
+def _made(model: LastState, threads: int, workers: int, backend: str) -> Compiled:
+    """Of so many workers of so many threads each."""
+    devices = ["cpu"] * workers
     return _with_threads(
-        threads,
+        threads * workers,
         lambda: compile(model, device=devices, backend=backend),  # type: ignore[arg-type]
     )
 
