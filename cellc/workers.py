@@ -129,7 +129,7 @@ class Pool:
         """Give requests to workers."""
         loads = [w.load + w.occupied for w in self.workers]
         sizes = [_calls(ticket) for ticket in tickets]
-        apart, best = self._apart(sizes), -1
+        apart, best = self._devices is not None or self._apart(sizes), -1
         for ticket, calls in zip(tickets, sizes, strict=True):
             if ticket.stays:
                 chosen = ticket.worker

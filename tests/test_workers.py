@@ -607,6 +607,24 @@ def test_a_replica_has_weights_and_kernels_of_its_own() -> None:
         )
 
 
+def test_requests_go_to_the_device_of_their_data() -> None:
+    """On devices that are not here: requests are placed, and do not run."""
+    model = Reads().eval()
+    with cellc.compile(model, backend="eager", device=TWO) as compiled:
+        compiled.map(sentences(4))
+        assert isinstance(compiled._serving, Workers)
+        pool = compiled._serving._pool
+        pool._devices = [torch.device("cpu"), torch.device("meta")]
+        ticket = compiled._ticket((torch.tensor([1, 2]),), {})
+        for device, place in (("meta", 1), ("cpu", 0), ("meta", 1)):
+            ticket.tensors, ticket.stays = [torch.zeros(2, device=device)], False
+            with pool.lock:
+                pool.place([ticket])
+                assert ticket.worker == place and ticket.stays
+                assert pool.workers[place].take_back(lambda t: t is ticket) == [ticket]
+                assert not any(w.load for w in pool.workers)
+
+
 def test_teams_of_threads_run_side_by_side() -> None:
     """Launches of two workers, each on two threads, at the same time."""
     cpp = pytest.importorskip("cellc.kernels.cpp")
