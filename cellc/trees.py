@@ -121,7 +121,8 @@ class Dag:
         """
         nodes = (nodes,) if isinstance(nodes, torch.Tensor) else tuple(nodes)
         leaves = (leaves,) if isinstance(leaves, torch.Tensor) else tuple(leaves)
-        num_leaves = int((self.counts == 0).sum()) if leaf is not None else 0
+        inner = int(np.count_nonzero(self.counts))
+        num_leaves = self.num_nodes - inner if leaf is not None else 0
         self._check_rows("nodes", nodes, self.num_nodes - num_leaves)
         self._check_rows("leaves", leaves, num_leaves)
         target = stubs.current.target
@@ -221,6 +222,9 @@ class Tree(Dag):
                 got=f"{len(self.results)} roots",
                 expected="one node that is no child",
             )
+        # each node but the root is a child once
+        root = self.num_nodes * (self.num_nodes - 1) // 2 - int(self.flat.sum())
+        self.__dict__["results"] = np.array([root])
 
     def _returned(self, states: Sequence[Any]) -> Any:
         return states[0]
