@@ -11,7 +11,7 @@ import argparse
 import difflib
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from cellc.errors import UnsupportedError, UsageError
 from cellc.kernels import triton_repro
 from cellc.kernels.triton_backend import TritonOptions, print_cell
 from cellc.kernels.triton_devices import DEVICES, Device, roofline
+from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_pool import Job, compile_all
 from cellc.kernels.triton_targets import Report, check_target, retyped
 from cellc.survey import leftovers, survey
@@ -56,13 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
     chosen = [_prepared(cell, args.dtype, options) for cell in cells]
     if args.repro:
         return _repro(chosen, args, targets[0], options, console)
-    jobs = [
-        (one, Job(one.cell, i, name, options))
-        for one in chosen
-        if not one.left
-        for i in range(len(print_cell(one.cell, options)[1].kernels))
-        for name in targets
-    ]
+    jobs = [(one, job) for one in chosen if not one.left for job in _jobs(one, targets, options)]
     with steps.step(f"{len(jobs)} kernels for {', '.join(targets)}", len(jobs)) as done:
         for (one, _), report in zip(jobs, compile_all([j for _, j in jobs], done), strict=True):
             one.reports.append(report)
@@ -110,6 +105,18 @@ def _prepared(cell: Cell, dtype: str | None, options: TritonOptions) -> CellKern
     return CellKernels(cell)
 
 
+def _jobs(one: CellKernels, targets: Sequence[str], options: TritonOptions) -> Iterator[Job]:
+    """All kernels of a cell; its persistent one for GPUs that have room for the weights."""
+    program, printed = print_cell(one.cell, options)
+    for i in range(len(printed.kernels)):
+        for name in targets:
+            yield Job(one.cell, i, name, options)
+    persistent = print_persistent(program, printed, options.input_precision)
+    for name in targets:
+        if persistent is not None and persistent.fits(DEVICES[name].shared_limit):
+            yield Job(one.cell, 0, name, options, persistent=True)
+
+
 # -- a standalone file -----------------------------------------------------------------------------
 
 
@@ -126,6 +133,9 @@ def _repro(
             program, printed = print_cell(one.cell, options)
             for i, kernel in enumerate(printed.kernels):
                 places[kernel.name] = (program, printed, i)
+            persistent = print_persistent(program, printed, options.input_precision)
+            if persistent is not None:
+                places[persistent.kernel.name] = (program, persistent.printed, 0)
     if not places:
         raise UsageError("no cell of this model has a Triton kernel")
     if args.repro not in places:

@@ -27,12 +27,13 @@ from cellc.launch import Backend, Bindable, Kernel
 from cellc.machines import place
 from cellc.modules import named_tensors
 from cellc.options import BackendName, Options
-from cellc.samples import Sample, collect, part
+from cellc.samples import Sample, collect, narrowed, part
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 STEPS = 4  # of the longer of two launches: their difference tells steps from the launch
 ROUNDS, MOST_ROUNDS = 3, 6
 TILE_ROWS = (64, 256, 512)  # that tiles are measured at
+LOOP_ROWS, LOOP_STEPS = (1, 8, 64, 256, 512), 16  # that persistent kernels are
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,12 @@ def _tuned(
         return Tuned(
             sample.cell, left=f"{maker.name} writes no kernel for it: it runs through torch"
         )
-    choices = list(_best_tiles(sample, kernel)) if tiles else []
-    if choices:
-        kernel = maker.kernel(sample.cell, sample.params)  # with what was kept
+    choices: list[tuple[str, int, str]] = []
+    for measured in (_best_tiles, _best_loop) if tiles else ():
+        found = list(measured(sample, kernel))
+        if found:
+            kernel = maker.kernel(sample.cell, sample.params)  # with what was kept
+        choices += found
     curve, disturbed = measure(sample, kernel, batch_sizes, seconds)
     return Tuned(sample.cell, curve, choices=choices, disturbed=disturbed)
 
@@ -176,3 +180,19 @@ def _best_tiles(sample: Sample, kernel: Kernel) -> Iterator[tuple[str, int, str]
     for choices in found:
         best = choices[0]
         yield best.kernel.name, len(choices), str(best.tiles)
+
+
+def _best_loop(sample: Sample, kernel: Kernel) -> Iterator[tuple[str, int, str]]:
+    """Measure the persistent kernel of a cell against a kernel a step, and keep which is faster."""
+    from cellc.kernels.triton_backend import TritonKernel
+
+    if not isinstance(kernel, TritonKernel) or kernel.interpreted or kernel.persistent is None:
+        return
+    from cellc.kernels.triton_tune_loop import keep_best_loop, tune_loop
+
+    launch, arenas = sample.launch(max(LOOP_ROWS), LOOP_STEPS)
+    properties: Any = torch.cuda.get_device_properties(kernel.device)
+    shared = properties.shared_memory_per_block_optin
+    found = tune_loop(kernel, [narrowed(launch, n) for n in LOOP_ROWS], arenas, shared)
+    chosen = keep_best_loop(kernel, found, torch.cuda.get_device_name(kernel.device))
+    yield kernel.persistent.kernel.name, len(found), str(chosen or "a kernel a step")

@@ -1,9 +1,11 @@
 """The Triton backend: cells as generated kernels, on a GPU or in Triton's interpreter.
 
 Duty: load the module that `triton_printer` wrote and launch its kernels. Comes in: a cell, its
-weights, launches; goes out: rows in the arenas, positions of bad rows. A launch uploads its index
-tables once, then runs its steps as successive grids over them. With TRITON_INTERPRET=1 (set before
-Triton is imported) everything runs on CPU tensors, slowly.
+weights, launches; goes out: rows in the arenas, positions of bad rows. On a GPU, the steps of a
+launch are replayed as a graph (`triton_graphs`), or run in one persistent kernel where that was
+measured to be faster; else a launch uploads its index tables once, then runs its steps as
+successive grids over them. With TRITON_INTERPRET=1 (set before Triton is imported) everything runs
+on CPU tensors, slowly.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,13 +27,16 @@ import torch
 from cellc import env, log
 from cellc.cells import Cell
 from cellc.errors import BackendError, UnsupportedError, UsageError
-from cellc.kernels.eager import DTYPES
 from cellc.kernels.tile import schedule, unsupported
 from cellc.kernels.tile_ir import Ref, TileProgram
 from cellc.kernels.triton_body import TYPES, identifier
+from cellc.kernels.triton_graphs import Graphs, captured
+from cellc.kernels.triton_launches import Launches, Loop, Memory, Run, current
+from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_printer import Printed, print_program
-from cellc.kernels.triton_tiles import PrintedKernel
-from cellc.kernels.triton_tuned import tuned
+from cellc.kernels.triton_steps import print_stepped
+from cellc.kernels.triton_tiles import PrintedKernel, compile_options
+from cellc.kernels.triton_tuned import known_loop, tuned
 from cellc.launch import Index, Launch, Ragged
 from cellc.ops import RowType
 
@@ -73,6 +77,8 @@ class TritonBackend:
                 "is imported to run its interpreter",
                 backend="triton",
             )
+        self.compiles = self.device.type == "cuda" and not self.interpreted
+        self.graphs = Graphs(self.device, captured) if self.compiles else None
 
     def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> TritonKernel:
         """Raises UnsupportedError for a cell that has no Triton kernel."""
@@ -136,7 +142,7 @@ def _written(name: str, source: str) -> Path:
 
 
 class TritonKernel:
-    """A compiled cell. Scratch rows are kept between launches and grow with the largest one."""
+    """A compiled cell."""
 
     def __init__(
         self,
@@ -146,16 +152,34 @@ class TritonKernel:
         backend: TritonBackend,
     ) -> None:
         self.program, self.source = program, printed.source
-        self.kernels = printed.kernels
-        if backend.device.type == "cuda" and not backend.interpreted:
-            self.kernels = tuned(printed, torch.cuda.get_device_name(backend.device))
-        self.params, self.device, self.interpreted = params, backend.device, backend.interpreted
+        self.device, self.interpreted = backend.device, backend.interpreted
+        there = torch.cuda.get_device_name(self.device) if backend.compiles else None
+        self.kernels = printed.kernels if there is None else tuned(printed, there)
+        self.memory = Memory(program, self.kernels, params, self.device)
+        self.reports = any(k.reports for k in printed.kernels)
         module = load(program.cell.name, printed.source)
         self.functions: list[Any] = [getattr(module, k.name) for k in printed.kernels]
-        self.used = {r.index for k in printed.kernels for r in k.refs if r.kind == "buffer"}
-        self.scratch: dict[int, torch.Tensor] = {}
-        self.scratch_rows = 0
-        self.reports = any(k.reports for k in printed.kernels)
+        self.persistent = print_persistent(program, printed, backend.options.input_precision)
+        loop = None
+        if self.persistent is not None and there is not None:
+            loop = known_loop(self.persistent, there)
+        self.launches: Launches | None = None
+        if backend.graphs is not None:
+            self.launches = self.launched(backend.graphs, loop)
+
+    def launched(self, graphs: Graphs, loop: tuple[PrintedKernel, int] | None = None) -> Launches:
+        """Its launches by graphs; `loop`: a choice of the persistent kernel, and for how many rows
+        of a step at most.
+        """
+        stepped = print_stepped(self.program, Printed(self.source, self.kernels))
+        module = load(self.program.cell.name, stepped.source)
+        runs = [Run(k, getattr(module, k.name)) for k in stepped.kernels]
+        chosen = None
+        if loop is not None:
+            assert self.persistent is not None
+            module = load(self.program.cell.name, self.persistent.printed.source)
+            chosen = Loop(Run(loop[0], getattr(module, loop[0].name)), loop[1])
+        return Launches(self.memory, runs, chosen, graphs)
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
         return self.bind(launch, arenas)()
@@ -166,6 +190,20 @@ class TritonKernel:
         """The launch as a call without arguments, good for as long as no arena grows."""
         if launch.num_rows == 0:
             return tuple
+        if self.launches is None:
+            return self.plain(launch, arenas)
+        bound = self.launches.bind(launch, arenas)
+
+        def run() -> Sequence[int]:
+            flags = bound()
+            return () if flags is None else BadRows(flags)
+
+        return run
+
+    def plain(
+        self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
+    ) -> Callable[[], Sequence[int]]:
+        """`bind`, kernel by kernel."""
         largest = int(np.diff(launch.steps).max())
         tables, bases = self._upload(launch)
         flags = launch.num_rows if self.reports else 0
@@ -174,10 +212,10 @@ class TritonKernel:
         ]
 
         def run() -> Sequence[int]:
-            self._grow(largest)
+            self.memory.grow(largest)
             bad = torch.zeros(flags, dtype=torch.int32, device=self.device)
             calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
-            with np.errstate(all="ignore"), _current(self.device):  # the interpreter is numpy
+            with current(self.device):
                 for start, count in steps:
                     self._step(calls, bases, start, count, launch.num_rows)
             return BadRows(bad) if self.reports else ()
@@ -207,15 +245,8 @@ class TritonKernel:
         tables: torch.Tensor,
         bad: torch.Tensor,
     ) -> list[torch.Tensor]:
-        pointers = [self._memory(ref, arenas) for ref in kernel.refs]
+        pointers = [self.memory.at(ref, arenas) for ref in kernel.refs]
         return [tables, *pointers, *([bad] if kernel.reports else [])]
-
-    def _memory(self, ref: Ref, arenas: Mapping[RowType, torch.Tensor]) -> torch.Tensor:
-        if ref.kind == "param":
-            return self.params[ref.index]
-        if ref.kind == "buffer":
-            return self.scratch[ref.index]
-        return arenas[self.program.type_of(ref)]
 
     def _upload(self, launch: Launch) -> tuple[torch.Tensor, dict[Ref, tuple[int, int]]]:
         """All index tables in one tensor, and where the parts of ragged inputs start."""
@@ -235,24 +266,6 @@ class TritonKernel:
             size += len(table.offsets) + len(table.slots)
         flat = np.concatenate(parts).astype(np.int32, copy=False)
         return torch.from_numpy(flat).to(self.device, non_blocking=True), bases
-
-    def _grow(self, num_rows: int) -> None:
-        if self.scratch_rows >= num_rows:
-            return
-        self.scratch_rows = num_rows
-        for i in self.used:
-            kind = self.program.buffers[i].type
-            shape = (num_rows, kind.numel)
-            self.scratch[i] = torch.empty(shape, dtype=DTYPES[kind.dtype], device=self.device)
-
-
-def compile_options(kernel: PrintedKernel) -> dict[str, int]:
-    return {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
-
-
-def _current(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current GPU."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class BadRows(Sequence[int]):

@@ -63,11 +63,11 @@ def print_map(
         kernel.add(f"{acc.name} = tl.zeros((BM, BN), tl.float32)")
     for product in products:
         _loop(kernel, product, accs, tile, constants["BK"], precision)
-    given = {a.value: _with_bias(kernel, a, tile) for a in accs}
+    given = {a.value: with_bias(kernel, a, tile) for a in accs}
     body = BodyPrinter(kernel, stage.body, tile, 1, given)
     values = body.run([t.value for t in stage.targets])
     for target, value in zip(stage.targets, values, strict=True):
-        _store(kernel, target, value, tile)
+        store(kernel, target, value, tile)
     kernel.lines[:0] = _head(kernel, stage, mult, tile, size, inner)
     grid = Grid(mult, constants["BM"], -(-size // constants["BN"]))
     warps = 8 if len(accs) * constants["BM"] * constants["BN"] > 8192 else 4
@@ -86,7 +86,7 @@ def _space(
         size,
         depths,
         len(accs),
-        _item_bytes(products),
+        item_bytes(products),
         masks_columns=size % constants["BN"] != 0,
         masks_depth=all(d % constants["BK"] != 0 for d in depths),
     )
@@ -118,10 +118,10 @@ def _constants(
         rows = {r for r in (*read(stage), *written(stage)) if r.kind != "param"}
         return {**pointwise_tile(size, len(rows)), "BK": 1}
     deepest = max(p.depth for p in products)
-    return product_tile(size, len(accs), deepest, _item_bytes(products))
+    return product_tile(size, len(accs), deepest, item_bytes(products))
 
 
-def _item_bytes(products: Sequence[Product]) -> int:
+def item_bytes(products: Sequence[Product]) -> int:
     return 4 if any(p.dtype == "f32" for p in products) else 2
 
 
@@ -160,7 +160,7 @@ def _cast(kernel: Kernel, product: Product, ref: Ref) -> str:
     return kernel.cast(ref, product.dtype)
 
 
-def _with_bias(kernel: Kernel, acc: Accumulator, tile: Tile) -> str:
+def with_bias(kernel: Kernel, acc: Accumulator, tile: Tile) -> str:
     """The name of the accumulated value, the biases of its products added."""
     terms = []
     for product, offset in acc.parts:
@@ -174,7 +174,7 @@ def _with_bias(kernel: Kernel, acc: Accumulator, tile: Tile) -> str:
     return acc.name
 
 
-def _store(kernel: Kernel, target: Target, value: str, tile: Tile) -> None:
+def store(kernel: Kernel, target: Target, value: str, tile: Tile) -> None:
     pointer, across = pointer_at(kernel, target.ref, target.index, tile)
     if not across:  # one column: lanes beside it are masked off
         pointer += " + 0 * unit[None, :]"

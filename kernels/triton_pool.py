@@ -23,7 +23,10 @@ from typing import IO, Any
 from cellc import env
 from cellc.cells import Cell
 from cellc.errors import BackendError
+from cellc.kernels.tile_ir import TileProgram
 from cellc.kernels.triton_backend import TritonOptions, print_cell
+from cellc.kernels.triton_persistent import print_persistent
+from cellc.kernels.triton_printer import Printed
 from cellc.kernels.triton_targets import Report, compile_kernel, known
 
 LIMIT = 600.0  # seconds that one kernel may take
@@ -31,25 +34,33 @@ LIMIT = 600.0  # seconds that one kernel may take
 
 @dataclass(frozen=True)
 class Job:
-    """Kernel `index` of a cell, for a target."""
+    """Kernel `index` of a cell, for a target; `persistent`: its persistent kernel instead."""
 
     cell: Cell
     index: int
     target: str
     options: TritonOptions = TritonOptions()
+    persistent: bool = False
 
     def known(self) -> Report | None:
         """From the cache."""
-        return known(print_cell(self.cell, self.options)[1], self.index, self.target)
+        return known(self._printed()[1], self.index, self.target)
 
     def run(self) -> Report:
         """Compile, in this process."""
-        program, printed = print_cell(self.cell, self.options)
-        return compile_kernel(program, printed, self.index, self.target)
+        return compile_kernel(*self._printed(), self.index, self.target)
 
     def failed(self, problem: str) -> Report:
-        name = print_cell(self.cell, self.options)[1].kernels[self.index].name
+        name = self._printed()[1].kernels[self.index].name
         return Report(name, self.target, problem=problem)
+
+    def _printed(self) -> tuple[TileProgram, Printed]:
+        program, printed = print_cell(self.cell, self.options)
+        if not self.persistent:
+            return program, printed
+        made = print_persistent(program, printed, self.options.input_precision)
+        assert made is not None
+        return program, made.printed
 
 
 def compile_all(

@@ -34,12 +34,12 @@ class Printed:
 
 def print_program(program: TileProgram, precision: str = "ieee") -> Printed:
     """The Triton module of a program; `precision` is tl.dot's for f32 products."""
-    printer = _Printer(program, precision)
+    printer = Printer(program, precision)
     printer.run()
     return Printed(printer.module(), tuple(printer.kernels))
 
 
-class _Printer:
+class Printer:
     def __init__(self, program: TileProgram, precision: str) -> None:
         self.program, self.precision = program, precision
         self.names = _ref_names(program)
@@ -51,7 +51,7 @@ class _Printer:
         homes = {i: self._home(p) for i, p in enumerate(stages) if isinstance(p, Product)}
         for i, stage in enumerate(stages):
             inside = [p for j, p in enumerate(stages) if homes.get(j) == i]
-            kernel = self._kernel()
+            kernel = self.new_kernel()
             if isinstance(stage, Product):
                 if homes[i] is None:
                     self._close(kernel, "product", print_product(kernel, stage, self.precision))
@@ -78,7 +78,7 @@ class _Printer:
         offsets = reader.column_offsets(product.out)
         return readers[0] if offsets and len(offsets) <= MAX_OFFSETS else None
 
-    def _kernel(self) -> Kernel:
+    def new_kernel(self) -> Kernel:
         refs = {f"{n}_{kind}" for n in self.names.values() for kind in ("ptr", "at")}
         return Kernel(self.program, self.names, taken=set(RESERVED | HELPERS | refs))
 

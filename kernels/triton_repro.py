@@ -13,6 +13,7 @@ from pathlib import Path
 from cellc.kernels.tile_ir import TileProgram
 from cellc.kernels.triton_devices import DEVICES
 from cellc.kernels.triton_printer import Printed
+from cellc.kernels.triton_steps import Head
 from cellc.kernels.triton_targets import HELPERS, signature
 from cellc.kernels.triton_tiles import PrintedKernel
 from cellc.ops import RowType
@@ -91,6 +92,10 @@ def repro(
     for i in range(len(kernel.ragged)):  # a vector of one row each
         scalars += [tables + i * (num_rows + 1), 0]
     bad = "    bad = torch.zeros(ROWS, dtype=torch.int32, device=device)\n" * kernel.reports
+    if "head" in kernel.args:  # of a launch of one step
+        scalars, first = [], Head.of(program.cell).steps - 2
+        numbers = f"[ROWS, 1, *[0] * {first}, 0, ROWS]"
+        bad += f"    head = torch.tensor({numbers}, dtype=torch.int32, device=device)\n"
     text = MAIN.format(
         backend=device.backend,
         arch=device.arch,
@@ -105,7 +110,9 @@ def repro(
         scalars=tuple(scalars),
         name=kernel.name,
         grid=kernel.grid(num_rows),
-        arguments=", ".join(["tables", "*pointers", *["bad"] * kernel.reports]),
+        arguments=", ".join(
+            ["tables", "*pointers", *["bad"] * kernel.reports, *["head"] * ("head" in kernel.args)]
+        ),
         names=names,
         signature=signature(program, kernel),
     )

@@ -24,16 +24,10 @@ from cellc import env
 from cellc.cells import Cell, CellInput, CellOp, Param
 from cellc.errors import BackendError, UsageError
 from cellc.kernels.tile_ir import TileProgram
-from cellc.kernels.triton_backend import (
-    TritonOptions,
-    compile_options,
-    interpreting,
-    load,
-    print_cell,
-)
+from cellc.kernels.triton_backend import TritonOptions, interpreting, load, print_cell
 from cellc.kernels.triton_devices import DEVICES, Device, Occupancy, occupancy
 from cellc.kernels.triton_printer import Printed
-from cellc.kernels.triton_tiles import PrintedKernel
+from cellc.kernels.triton_tiles import PrintedKernel, compile_options
 from cellc.ops import RowType
 
 POINTERS = {
@@ -217,8 +211,8 @@ def _compile(program: TileProgram, kernel: PrintedKernel, function: Any, target:
 def signature(program: TileProgram, kernel: PrintedKernel) -> dict[str, str]:
     """Triton's type of every argument, in order."""
     pointers = [POINTERS[program.type_of(ref).dtype] for ref in kernel.refs]
-    pointers = ["*i32", *pointers, *["*i32"] * kernel.reports]
-    types = pointers + ["i32"] * (len(kernel.args) - len(pointers))
+    types = ["*i32", *pointers, *["*i32"] * kernel.reports]
+    types += ["*i32" if name == "head" else "i32" for name in kernel.args[len(types) :]]
     return dict(zip(kernel.args, types, strict=True)) | dict.fromkeys(kernel.constants, "constexpr")
 
 

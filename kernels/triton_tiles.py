@@ -111,6 +111,10 @@ class PrintedKernel:
         )
 
 
+def compile_options(kernel: PrintedKernel) -> dict[str, int]:
+    return {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+
+
 def padded(size: int, least: int = 1, most: int = 1 << 30) -> int:
     """The next power of two, within bounds that are powers of two."""
     return max(least, min(most, 1 << max(0, size - 1).bit_length()))

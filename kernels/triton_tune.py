@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from cellc.kernels.triton_backend import TritonKernel, compile_options
-from cellc.kernels.triton_tiles import PrintedKernel, Tiles
+from cellc.kernels.triton_backend import TritonKernel
+from cellc.kernels.triton_tiles import PrintedKernel, Tiles, compile_options
 from cellc.kernels.triton_tuned import keep, key_of
 from cellc.launch import Launch
 from cellc.ops import RowType

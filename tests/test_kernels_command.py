@@ -25,6 +25,7 @@ from cellc.errors import UnsupportedError
 from cellc.kernels import triton_pool, triton_repro
 from cellc.kernels.triton_backend import print_cell
 from cellc.kernels.triton_devices import DEVICES, launch_bytes, occupancy, roofline
+from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_pool import Job, compile_all
 from cellc.kernels.triton_targets import Report, retyped
 from cellc.kernels.triton_tiles import pointwise_tile
@@ -80,7 +81,9 @@ def test_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyP
     assert found["model"] == "Tagger" and list(found["targets"]) == ["cuda:90"]
     cells = {c["name"]: c for c in found["cells"]}
     recurrent = next(c for c in cells.values() if c["recurrent"])
-    (kernel,) = recurrent["kernels"]
+    kernel, persistent = recurrent["kernels"]
+    assert persistent["kernel"].endswith("_persistent") and persistent["spill_bytes"] == 0
+    assert persistent["shared_bytes"] > 64 * 256 * 2  # the weights
     assert kernel["matrix_instructions"]["wgmma.mma_async"] > 0
     assert kernel["spill_bytes"] == 0 and 30 < kernel["registers"] <= 255
     assert kernel["binary_bytes"] > 1000 and 0 < kernel["shared_bytes"] <= kernel["shared_limit"]
@@ -175,6 +178,15 @@ def test_repro_of_every_kind(name: str, folder: Path) -> None:
         path.write_text(triton_repro.repro(program, printed, i, "cuda:80", num_rows=3))
         if i in (0, len(printed.kernels) - 1):
             assert "was written" in run_file(path, TRITON_INTERPRET="1")
+
+
+def test_repro_of_a_persistent_kernel(folder: Path) -> None:
+    program, printed = print_cell(kc.CELLS["lstm_folded-V11-H17"]())
+    persistent = print_persistent(program, printed)
+    assert persistent is not None
+    path = folder / "persistent.py"
+    path.write_text(triton_repro.repro(program, persistent.printed, 0, "cuda:80", num_rows=3))
+    assert run_file(path, TRITON_INTERPRET="1").count("was written") == 2
 
 
 # -- bounds ----------------------------------------------------------------------------------------
