@@ -299,7 +299,7 @@ def test_persistent_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.Mon
     kernel = TritonBackend("cpu").kernel(cell, kc.random_params(cell))
     made = kernel.persistent
     assert made is not None
-    for loop, most in (([1, 1, 1], 6), ([1, 1, 3], 4), ([2, 1, 1], 0), ([1, 2.99, 1], 2)):
+    for loop, most in (([1, 1, 3], 4), ([2, 1, 1], 0)):
         found = tuned(cell, loop, [2, 3, 3])
         assert len(found) == len(list(made.choices(few(made)))) == 2
         assert all(t.most_rows == most and not t.refusal for t in found)
@@ -307,6 +307,13 @@ def test_persistent_kernels_are_measured(tmp_path: Path, monkeypatch: pytest.Mon
         assert (chosen.most_rows if chosen else 0) == most
         known = triton_tuned.known_loop(made, "Some GPU")
         assert known == ((found[0].kernel, most) if most else None)
+
+
+def test_up_to_how_many_rows_it_is_faster() -> None:
+    kernel, single = of(kc.gru_cell(7, 33)).kernel, {2: 2.0, 4: 3.0, 6: 3.0}
+    for loop, most in (([1, 1, 1], 6), ([1, 1, 3], 4), ([2, 1, 1], 0), ([1, 2.99, 1], 2)):
+        timed = triton_tune_loop.LoopTimed(kernel, dict(zip(single, loop, strict=True)), single)
+        assert timed.most_rows == most and (timed.gain > 0) == (most > 0)
 
 
 @interpreted

@@ -1,9 +1,11 @@
-"""LSTM and GRU on a GPU: cellc's generated kernels against cuDNN, on the same weights.
-`python -m cellc.bench.gpu`.
+"""Recurrences, trees and a decoder on a GPU: cellc's generated kernels against cuDNN, PyTorch by
+hand and `torch.compile`, on the same weights. `python -m cellc.bench.gpu`.
 
 A step is timed on the device alone, from a CUDA graph of the launches that the runtime made for B
-requests of equal length; cuDNN runs the same B sequences as one padded batch. Then whole requests
-of different lengths, host included. Results are checked against each other first; rounds alternate.
+requests of equal length, kernel by kernel; peers run the same B as one batch, in a graph, too. The
+roofline is the least time that the measured ceilings allow: every row read and written once, every
+weight once in all steps. Then what a launch costs the host, and whole requests of different
+lengths, host included. Results are checked against each other first; rounds alternate.
 """
 
 from __future__ import annotations
@@ -15,114 +17,59 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from cellc.bench import gpu_work
+from cellc.bench.gpu_clock import Clock
+from cellc.bench.gpu_overhead import overheads
+from cellc.bench.gpu_work import BY_STEP, DTYPES, KINDS, Work
+from cellc.cells import Cell
 from cellc.compiled import Compiled
 from cellc.entry import compile
+from cellc.kernels.triton_backend import TritonKernel, interpreting
+from cellc.kernels.triton_devices import launch_bytes
+from cellc.kernels.triton_tune import keep_best, tune
+from cellc.kernels.triton_tune_loop import keep_best_loop, tune_loop
 from cellc.launch import Bindable, Kernel, Launch
 
-STEPS = 24
 BATCHES = (1, 8, 64, 256, 512, 1024)
-KINDS: Mapping[str, Callable[[int, int], nn.RNNBase]] = {"lstm": nn.LSTM, "gru": nn.GRU}
-GATES = {"lstm": 4, "gru": 3}
-DTYPES = {"f32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16}
+CELLS = (*KINDS, "treelstm", "decoder")
 TOLERANCE = {"f32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
+ROUNDS = 3
+COUNTS = (1, 8, 24)  # steps of a launch whose cost is measured
+
+
+class Ran(NamedTuple):
+    """One launch that the runtime made."""
+
+    cell: Cell
+    kernel: Kernel
+    launch: Launch
 
 
 class Recorded:
     """A kernel that keeps what it was launched with."""
 
-    def __init__(self, kernel: Kernel, kept: list[tuple[Kernel, Launch]]) -> None:
-        self.source, self._kernel, self._kept = kernel.source, kernel, kept
+    def __init__(self, cell: Cell, kernel: Kernel, kept: list[Ran]) -> None:
+        self.source, self._cell, self._kernel, self._kept = kernel.source, cell, kernel, kept
 
     def __call__(self, launch: Launch, arenas: Any) -> Sequence[int]:
-        self._kept.append((self._kernel, launch))
+        self._kept.append(Ran(self._cell, self._kernel, launch))
         return self._kernel(launch, arenas)
 
 
-def seconds(run: Callable[[], object], times: int = 20) -> float:
-    """Median time on the device of a call, which may be a graph's replay."""
-    found = []
-    for _ in range(times):
-        start, end = (torch.cuda.Event(True) for _ in "ab")  # type: ignore[no-untyped-call]
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end) / 1e3)
-    return float(statistics.median(found))
-
-
-def graphed(run: Callable[[], object]) -> Callable[[], object]:
-    """A call as a CUDA graph, where it can be captured."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
-
-
-def make(kind: str, hidden: int, name: str) -> nn.RNNBase:
-    torch.manual_seed(0)
-    exact = name != "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = not exact
-    model = KINDS[kind](hidden, hidden).eval().requires_grad_(False)
-    model = model.to("cuda", DTYPES[name])
-    model.flatten_parameters()
-    return model
-
-
-def same(got: Sequence[Tensor], want: Sequence[Tensor], name: str) -> None:
-    """Stop where results differ."""
-    for a, b in zip(got, want, strict=True):
-        error = float(torch.norm((a - b).float()) / torch.norm(b.float()))
-        if not error <= TOLERANCE[name]:
-            raise SystemExit(f"cellc and cuDNN differ by {error:.1e} ({name})")
-
-
-def steps(kind: str, hidden: int, name: str, batches: Sequence[int]) -> list[dict[str, Any]]:
-    """Microseconds a step on the device at every batch size."""
-    model, rows = make(kind, hidden, name), []
-    for B in batches:
-        x = torch.randn(STEPS, B, hidden, device="cuda", dtype=DTYPES[name])
-        requests = [x[:, i] for i in range(B)]
-        with compile(model, max_batch=max(batches), options={"tf32": name == "tf32"}) as compiled:
-            compiled.map(requests)
-            got = [y for y, _ in compiled.map(requests)]
-            same(got, list(model(x)[0].unbind(1)), name)
-            replay = graphed(again(compiled, recorded(compiled, requests)))
-            cudnn = graphed(partial(model, x))
-            ours, theirs = [], []
-            for _ in range(3):
-                theirs.append(seconds(cudnn))
-                ours.append(seconds(replay))
-        flops = 2 * B * 2 * GATES[kind] * hidden * hidden
-        weights = 2 * GATES[kind] * hidden * hidden * x.element_size()
-        a, b = (statistics.median(t) / STEPS for t in (ours, theirs))
-        rows.append(
-            {
-                "cell": f"{kind}-{hidden}", "dtype": name, "B": B, "cellc_us": a * 1e6,
-                "cudnn_us": b * 1e6, "tflops": flops / a / 1e12, "weights_gb_s": weights / a / 1e9,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def recorded(compiled: Compiled, requests: Sequence[Tensor]) -> list[tuple[Kernel, Launch]]:
+def recorded(compiled: Compiled, requests: Sequence[Any]) -> list[Ran]:
     """The launches that these requests need together, in order."""
-    kept: list[tuple[Kernel, Launch]] = []
-    kernels = compiled._compiler.kernels
+    kept: list[Ran] = []
+    kernels, cells = compiled._compiler.kernels, compiled._compiler.by_number
     plain = dict(kernels)
-    kernels.update({k: Recorded(v, kept) for k, v in plain.items()})
+    kernels.update({k: Recorded(cells[k], v, kept) for k, v in plain.items()})
     compiled._engine._replays.clear()
     compiled.map(requests)
     kernels.update(plain)
@@ -130,10 +77,15 @@ def recorded(compiled: Compiled, requests: Sequence[Tensor]) -> list[tuple[Kerne
     return kept
 
 
-def again(compiled: Compiled, kept: Sequence[tuple[Kernel, Launch]]) -> Callable[[], None]:
-    """Those of generated kernels, to run again: uploaded once."""
+def again(compiled: Compiled, kept: Sequence[Ran]) -> Callable[[], None]:
+    """Those of generated kernels, to run again kernel by kernel: uploaded once."""
     arenas = compiled._engine._arenas
-    runs = [k.bind(launch, arenas) for k, launch in kept if isinstance(k, Bindable)]
+    runs = []
+    for _, kernel, launch in kept:
+        if isinstance(kernel, TritonKernel):
+            runs.append(kernel.plain(launch, arenas))
+        elif isinstance(kernel, Bindable):
+            runs.append(kernel.bind(launch, arenas))
 
     def run() -> None:
         for one in runs:
@@ -142,41 +94,143 @@ def again(compiled: Compiled, kept: Sequence[tuple[Kernel, Launch]]) -> Callable
     return run
 
 
-def tune_model(console: Console, kind: str, hidden: int, name: str) -> None:
-    """Measure tiles for the kernels of a model and keep the best for this card."""
-    from cellc.kernels.triton_backend import TritonKernel
-    from cellc.kernels.triton_tune import keep_best, tune
-
-    model, found = make(kind, hidden, name), dict[int, tuple[TritonKernel, list[Launch]]]()
-    with compile(model, max_batch=512, options={"tf32": name == "tf32"}) as compiled:
-        for B in (64, 256, 512):
-            x = torch.randn(STEPS, B, hidden, device="cuda", dtype=DTYPES[name])
-            compiled.map([x[:, i] for i in range(B)])
-            for kernel, launch in recorded(compiled, [x[:, i] for i in range(B)]):
-                if isinstance(kernel, TritonKernel):
-                    launches = found.setdefault(id(kernel), (kernel, []))[1]
-                    if all(int(kept.steps[1]) != int(launch.steps[1]) for kept in launches):
-                        launches.append(launch)
-        for kernel, launches in found.values():
-            start = time.perf_counter()
-            timed = tune(kernel, launches, compiled._engine._arenas)
-            keep_best(kernel, timed)
-            for choices in timed:
-                took = time.perf_counter() - start
-                console.print(f"{choices[0].kernel.name} {name}: {len(choices)} in {took:.0f} s")
-                refused = [t for t in choices if t.refusal]
-                for t in refused[:1]:
-                    console.print(f"  {len(refused)} refused, as {t.tiles}: {t.refusal[:200]}")
-                for t in choices[:4]:
-                    us = {n: f"{s * 1e6:.1f} us" for n, s in t.seconds.items()}
-                    console.print(f"  {t.tiles} {us}")
+def joined(kept: Sequence[Ran]) -> list[Ran]:
+    """Launches of one kernel that follow each other as one, where none has ragged inputs."""
+    found: list[Ran] = []
+    for ran in kept:
+        ragged = any(spec.ragged for spec in ran.cell.inputs)
+        if ragged or not found or found[-1].kernel is not ran.kernel:
+            found.append(ran)
+            continue
+        before, after = found[-1].launch, ran.launch
+        steps = np.concatenate([before.steps, after.steps[1:] + before.num_rows])
+        tables: Any = zip(before.inputs, after.inputs, strict=True)
+        inputs = [np.concatenate(pair) for pair in tables]
+        outputs = np.concatenate([before.outputs, after.outputs], 1)
+        found[-1] = Ran(ran.cell, ran.kernel, Launch(steps, inputs, outputs))
+    return found
 
 
-def requests_of(count: int, hidden: int, dtype: torch.dtype) -> list[Tensor]:
+def compiling(clock: Clock, work: Work, max_batch: int, name: str) -> Compiled:
+    backend = "auto" if clock.real else "triton"
+    options = {"tf32": name == "tf32"}
+    return compile(work.model, backend=backend, max_batch=max_batch, options=options)  # type: ignore[arg-type]
+
+
+def same(got: Sequence[Tensor], want: Sequence[Tensor], name: str) -> None:
+    """Stop where results differ."""
+    for a, b in zip(got, want, strict=True):
+        error = float(torch.norm((a - b).float()) / torch.norm(b.float()))
+        if not error <= TOLERANCE[name]:
+            raise SystemExit(f"cellc and its peer differ by {error:.1e} ({name})")
+
+
+# -- a step on the device --------------------------------------------------------------------------
+
+
+def steps(
+    clock: Clock, work: Work, name: str, batches: Sequence[int], ceilings: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Microseconds a step on the device at every batch size."""
+    rows = []
+    for B in batches:
+        batch = work.batch(B)
+        requests = work.requests(batch)
+        with compiling(clock, work, max(batches), name) as compiled:
+            compiled.map(requests)
+            got = [work.result(made) for made in compiled.map(requests)]
+            want = work.peer(batch)
+            same(got, want, name)
+            kept = recorded(compiled, requests)
+            ways: dict[str, Callable[[], object] | None] = {
+                "cellc": clock.graphed(again(compiled, kept)),
+                "peer": clock.graphed(partial(work.peer, batch)),
+            }
+            ways[BY_STEP], reason = _by_step(clock, work, batch, want, name)
+            took: dict[str, list[float]] = {k: [] for k in ways}
+            for _ in range(ROUNDS):
+                for k, way in ways.items():
+                    took[k].append(clock.seconds(way) if way is not None else float("nan"))
+        us = {k: statistics.median(t) / work.steps * 1e6 for k, t in took.items()}
+        flops, moved, least = roofline(kept, name, ceilings)
+        whole = us["cellc"] * work.steps / 1e6
+        rows.append(
+            {
+                "cell": work.name, "dtype": name, "B": B, "cellc_us": us["cellc"],
+                "peer_us": us["peer"], "compile_us": reason or us[BY_STEP],
+                "tflops": flops / whole / 1e12, "gb_s": moved / whole / 1e9,
+                "roofline_us": least / work.steps * 1e6, "share": f"{least / whole:.1%}",
+            }
+        )  # fmt: skip
+    return rows
+
+
+def _by_step(
+    clock: Clock, work: Work, batch: Tensor, want: Sequence[Tensor], name: str
+) -> tuple[Callable[[], object] | None, str]:
+    """The peer step by step, each compiled by `torch.compile`; or why that fails."""
+    torch._dynamo.reset()
+    made = partial(torch.compile, dynamic=False, backend="inductor" if clock.real else "eager")
+    try:
+        got = work.by_step(batch, made)
+        same(got, want, name)
+        return clock.graphed(partial(work.by_step, batch, _once(made))), ""
+    except Exception as error:  # whatever a compiler says
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"[:60]
+
+
+def _once(made: Callable[..., Any]) -> Callable[..., Any]:
+    """What is compiled once is not looked up again."""
+    known: dict[Any, Any] = {}
+
+    def step(function: Any) -> Any:
+        if function not in known:
+            known[function] = made(function)
+        return known[function]
+
+    return step
+
+
+def roofline(
+    kept: Sequence[Ran], name: str, ceilings: Mapping[str, float]
+) -> tuple[float, float, float]:
+    """Operations, bytes, and the least seconds of launches together."""
+    rows: dict[str, tuple[Cell, int]] = {}
+    for cell, _, launch in kept:
+        rows[cell.key] = (cell, rows.get(cell.key, (cell, 0))[1] + launch.num_rows)
+    flops = float(sum(n * cell.flops_per_row for cell, n in rows.values()))
+    moved = float(sum(launch_bytes(cell, n) for cell, n in rows.values()))
+    peak = 1e12 * ceilings[f"{name}_tflops"]
+    return flops, moved, max(flops / peak, moved / (1e9 * ceilings["copy_gb_s"]))
+
+
+# -- the host's part -------------------------------------------------------------------------------
+
+
+def launches(clock: Clock, work: Work, name: str, B: int) -> list[dict[str, Any]]:
+    """What launches of the work's recurrent cells cost, each way."""
+    batch = work.batch(B)
+    found = []
+    with compiling(clock, work, B, name) as compiled:
+        compiled.map(work.requests(batch))
+        longest: dict[str, Ran] = {}
+        for ran in joined(recorded(compiled, work.requests(batch))):
+            known = longest.get(ran.cell.key)
+            if known is None or ran.launch.num_steps > known.launch.num_steps:
+                longest[ran.cell.key] = ran
+        for cell, kernel, launch in longest.values():
+            if cell.recurrent and isinstance(kernel, TritonKernel):
+                arenas = compiled._engine._arenas
+                for row in overheads(clock, kernel, launch, arenas, COUNTS):
+                    found.append({"cell": work.name, "dtype": name, **row})
+    return found
+
+
+def requests_of(count: int, hidden: int, like: Tensor) -> list[Tensor]:
     """Lengths of 4 to 60, mean 24."""
     draw = random.Random(0)
     lengths = [min(60, max(4, round(draw.gauss(24, 11)))) for _ in range(count)]
-    return [torch.randn(t, hidden, device="cuda", dtype=dtype) for t in lengths]
+    return [torch.randn(t, hidden, device=like.device, dtype=like.dtype) for t in lengths]
 
 
 def packed(model: nn.RNNBase, requests: Sequence[Tensor]) -> list[Tensor]:
@@ -186,10 +240,12 @@ def packed(model: nn.RNNBase, requests: Sequence[Tensor]) -> list[Tensor]:
     return [y[:t, i] for i, t in enumerate(lengths.tolist())]
 
 
-def whole(kind: str, hidden: int, name: str, count: int, rounds: int) -> dict[str, Any]:
+def whole(clock: Clock, work: Work, name: str, count: int, rounds: int) -> dict[str, Any]:
     """Requests a second, host included, all of them given at once."""
-    model, requests = make(kind, hidden, name), requests_of(count, hidden, DTYPES[name])
-    with compile(model, max_batch=1024, options={"tf32": name == "tf32"}) as compiled:
+    model = work.model
+    assert isinstance(model, nn.RNNBase)
+    requests = requests_of(count, model.input_size, next(model.parameters()))
+    with compiling(clock, work, 1024, name) as compiled:
         ways: dict[str, Callable[[], list[Tensor]]] = {
             "cudnn_packed": lambda: packed(model, requests),
             "cellc": lambda: [y for y, _ in compiled.map(requests)],
@@ -199,64 +255,129 @@ def whole(kind: str, hidden: int, name: str, count: int, rounds: int) -> dict[st
         rates: dict[str, list[float]] = {k: [] for k in ways}
         for _ in range(rounds):
             for k, way in ways.items():
-                torch.cuda.synchronize()
+                clock.synchronize()
                 start = time.perf_counter()
                 way()
-                torch.cuda.synchronize()
+                clock.synchronize()
                 rates[k].append(count / (time.perf_counter() - start))
         stats = compiled.stats()
     found: dict[str, Any] = {k: statistics.median(v) for k, v in rates.items()}
-    return {"cell": f"{kind}-{hidden}", "dtype": name, "requests": count, **found,
+    return {"cell": work.name, "dtype": name, "requests": count, **found,
             "launches": stats["launches"], "rows": stats["rows"]}  # fmt: skip
 
 
-def ceilings() -> dict[str, float]:
-    """What the card gives: a large product in bf16 and f32, and a copy."""
-    found = {}
-    for name, dtype in (("bf16_tflops", torch.bfloat16), ("f32_tflops", torch.float32)):
-        torch.backends.cuda.matmul.allow_tf32 = False
-        a = torch.randn(4096, 4096, device="cuda", dtype=dtype)
-        run = graphed(partial(torch.mm, a, a))
-        found[name] = 2 * 4096**3 / seconds(run) / 1e12
-    x = torch.empty(1 << 28, device="cuda")
-    y = torch.empty_like(x)
-    found["copy_gb_s"] = 2 * x.numel() * 4 / seconds(lambda: y.copy_(x)) / 1e9
-    return found
+# -- tuning ----------------------------------------------------------------------------------------
+
+
+def tune_work(console: Console, clock: Clock, work: Work, name: str) -> None:
+    """Measure tiles of a model's kernels, then its persistent kernels, and keep the best."""
+    for persistent in (False, True):
+        found: dict[int, tuple[TritonKernel, list[Launch]]] = {}
+        with compiling(clock, work, 512, name) as compiled:  # with what was kept before
+            for B in (1, 8, 64, 256, 512):
+                requests = work.requests(work.batch(B))
+                compiled.map(requests)
+                for _, kernel, launch in joined(recorded(compiled, requests)):
+                    if isinstance(kernel, TritonKernel):
+                        kept = found.setdefault(id(kernel), (kernel, []))[1]
+                        if all(int(k.steps[1]) != int(launch.steps[1]) for k in kept):
+                            kept.append(launch)
+            arenas = compiled._engine._arenas
+            for kernel, given in found.values():
+                if persistent:
+                    _tune_loop(console, clock, kernel, given, arenas)
+                else:
+                    _tune_tiles(console, kernel, given, arenas, name)
+
+
+def _tune_tiles(
+    console: Console, kernel: TritonKernel, given: Sequence[Launch], arenas: Any, name: str
+) -> None:
+    start = time.perf_counter()
+    large = [launch for launch in given if int(launch.steps[1]) >= 64] or given
+    timed = tune(kernel, large, arenas)
+    keep_best(kernel, timed)
+    for choices in timed:
+        took = time.perf_counter() - start
+        console.print(f"{choices[0].kernel.name} {name}: {len(choices)} in {took:.0f} s")
+        refused = [t for t in choices if t.refusal]
+        for t in refused[:1]:
+            console.print(f"  {len(refused)} refused, as {t.tiles}: {t.refusal[:200]}")
+        for t in choices[:4]:
+            us = {n: f"{s * 1e6:.1f} us" for n, s in t.seconds.items()}
+            console.print(f"  {t.tiles} {us}")
+
+
+def _tune_loop(
+    console: Console, clock: Clock, kernel: TritonKernel, given: Sequence[Launch], arenas: Any
+) -> None:
+    several = [launch for launch in given if launch.num_steps > 1]
+    if kernel.persistent is None or not several:
+        return
+    found = tune_loop(kernel, several, arenas, clock.shared_bytes, clock.seconds, clock.capture)
+    chosen = keep_best_loop(kernel, found, clock.name)
+    console.print(f"{kernel.persistent.kernel.name}: {chosen or 'a kernel a step is faster'}")
+    for t in found:
+        sizes = f"BM={t.kernel.constants['BM']} num_warps={t.kernel.num_warps}"
+        us = {n: f"{s * 1e6:.1f} of {t.single[n] * 1e6:.1f} us" for n, s in t.seconds.items()}
+        console.print(f"  {sizes} {t.refusal[:200] or us}")
+
+
+# -- the command -----------------------------------------------------------------------------------
 
 
 def show(console: Console, title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    if not rows:
+        return
     table = Table(*rows[0], title=title)
     for row in rows:
         table.add_row(*(f"{v:,.1f}" if isinstance(v, float) else str(v) for v in row.values()))
     console.print(table)
 
 
-def main() -> None:
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m cellc.bench.gpu", description=__doc__)
     parser.add_argument("--hidden", type=int, nargs="+", default=[256, 1024])
     parser.add_argument("--dtypes", nargs="+", default=["f32", "tf32", "bf16"], choices=DTYPES)
-    parser.add_argument("--cells", nargs="+", default=["lstm", "gru"], choices=KINDS)
+    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=CELLS)
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--requests", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="measure tiles first, and keep them")
     parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
-    args, console = parser.parse_args(), Console(highlight=False, width=120)
-    if not torch.cuda.is_available():
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="on the CPU, in Triton's interpreter, to see that all of it runs: no figure means "
+        "anything",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args, console = arguments().parse_args(argv), Console(highlight=False, width=120)
+    if args.dry_run:
+        if not interpreting():
+            raise SystemExit("--dry-run needs TRITON_INTERPRET=1")
+    elif not torch.cuda.is_available():
         raise SystemExit("this benchmark needs a GPU that torch sees (torch.cuda.is_available())")
-    card = torch.cuda.get_device_name()
-    found: dict[str, Any] = {"card": card, "torch": torch.__version__, "ceilings": ceilings()}
-    found |= {"steps": [], "whole": []}
-    console.print(f"{card}, torch {torch.__version__}: {found['ceilings']}")
+    clock = Clock("cpu" if args.dry_run else "cuda")
+    found: dict[str, Any] = {"card": clock.name, "torch": torch.__version__}
+    found |= {"ceilings": clock.ceilings(), "steps": [], "launches": [], "whole": []}
+    console.print(f"{clock.name}, torch {torch.__version__}: {found['ceilings']}")
     for kind in args.cells:
         for hidden in args.hidden:
             for name in args.dtypes:
-                if args.tune:
-                    tune_model(console, kind, hidden, name)
-                rows = steps(kind, hidden, name, args.batches)
-                show(console, f"{kind}-{hidden} {name}, a step on the device", rows)
+                work = gpu_work.make(kind, hidden, name, clock.device)
+                if args.tune and clock.real:
+                    tune_work(console, clock, work, name)
+                rows = steps(clock, work, name, args.batches, found["ceilings"])
+                show(console, f"{work.name} {name}, a step on the device", rows)
                 found["steps"] += rows
-                found["whole"].append(whole(kind, hidden, name, args.requests, args.rounds))
+                costs = launches(clock, work, name, min(64, max(args.batches)))
+                show(console, f"{work.name} {name}, a launch", costs)
+                found["launches"] += costs
+                if kind in KINDS:
+                    found["whole"].append(whole(clock, work, name, args.requests, args.rounds))
                 if args.json:
                     with open(args.json, "w") as file:
                         json.dump(found, file, indent=1)
