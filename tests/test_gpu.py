@@ -5,7 +5,7 @@ Run with `TRITON_INTERPRET=0 pytest -m gpu`; elsewhere they skip themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import kernel_cells as kc
@@ -15,13 +15,16 @@ from test_zoo import NAMES, check
 from torch import Tensor, nn
 
 import cellc
+from cellc.cells import Cell
 from cellc.kernels.eager import EagerBackend
-from cellc.kernels.triton_backend import TritonBackend
+from cellc.kernels.triton_backend import TritonBackend, TritonKernel
+from cellc.kernels.triton_graphs import Graphs, captured
 from cellc.launch import Launch
 from cellc.ops import RowType
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
+Arenas = Mapping[RowType, Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -162,3 +165,79 @@ def test_session() -> None:
             for x, y in zip(signal, got, strict=True):
                 want, h = model(x, h)
                 torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+
+
+CHAINS = {
+    "lstm-f32": (kc.lstm_folded(50, 64), {0: 1, 1: 2}),
+    "lstm-bf16": (kc.lstm_folded(50, 128, "bf16"), {0: 1, 1: 2}),
+    "gru-bf16": (kc.gru_cell(64, 64, "bf16"), {0: 1}),
+    "layernorm_lstm": (kc.layernorm_lstm(32, 40), {0: 1, 1: 2}),
+}
+
+
+def on_device(cell: Cell) -> TritonKernel:
+    params = {k: v.to(DEVICE) for k, v in kc.random_params(cell).items()}
+    return TritonBackend(DEVICE).kernel(cell, params)
+
+
+def both(
+    run: kc.Run, one: Callable[[Launch, Arenas], object], other: Callable[[Launch, Arenas], object]
+) -> tuple[Arenas, Arenas]:
+    """What each wrote, in the same arenas, one after the other."""
+    arenas = {k: v.to(DEVICE) for k, v in run.arenas.items()}
+    found = []
+    for call in (one, other):
+        for kind, rows in run.arenas.items():
+            arenas[kind].copy_(rows)
+        call(run.launch, arenas)
+        found.append({k: v.clone() for k, v in arenas.items()})
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_graphs_equal_kernel_by_kernel(name: str) -> None:
+    """Bit for bit, by one graph for launches of other rows and steps."""
+    cell, feed = CHAINS[name]
+    kernel = on_device(cell)
+    assert kernel.launches is not None
+    kernel.launches.loop = None  # as if it were not known to be faster
+    own: dict[RowType, Tensor] = {}
+
+    def graph(launch: Launch, arenas: Arenas) -> None:
+        for kind, rows in arenas.items():
+            own.setdefault(kind, torch.zeros((20000, *kind.shape), dtype=rows.dtype, device=DEVICE))
+            own[kind][: len(rows)] = rows
+        kernel(launch, own)
+        for kind, rows in arenas.items():
+            rows.copy_(own[kind][: len(rows)])
+
+    for seed, (B, K) in enumerate([(60, 11), (64, 12), (40, 9), (64, 10)]):
+        run = kc.make_run(cell, B, K, feed, seed=seed, shrink=True)
+        got, want = both(run, graph, lambda *given: kernel.plain(*given)())
+        for kind in run.arenas:
+            assert torch.equal(got[kind], want[kind]), (seed, kind)
+    graphs = kernel.launches.graphs
+    assert (graphs.captures, graphs.replays) == (1, 3)
+
+
+@pytest.mark.parametrize("B", [1, 100])
+@pytest.mark.parametrize("name", [n for n in CHAINS if n != "layernorm_lstm"])
+def test_persistent_kernel_equals_single_steps(name: str, B: int) -> None:
+    cell, feed = CHAINS[name]
+    kernel = on_device(cell)
+    assert kernel.persistent is not None
+    properties: Any = torch.cuda.get_device_properties(0)
+    run = kc.make_run(cell, B, 12, feed, shrink=True)
+    choices = list(kernel.persistent.choices(properties.shared_memory_per_block_optin))
+    assert choices
+    for choice in choices:
+        looped = kernel.launched(Graphs(torch.device(DEVICE), captured), (choice, 1000))
+        assert looped.looped(run.launch)
+        got, want = both(
+            run,
+            lambda *given, looped=looped: looped.bind(*given)(),  # type: ignore[misc]
+            lambda *given: kernel.plain(*given)(),
+        )
+        for kind in run.arenas:
+            close = 2e-2 if kind.dtype == "bf16" else 1e-4
+            torch.testing.assert_close(got[kind], want[kind], rtol=close, atol=close)
