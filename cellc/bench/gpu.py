@@ -211,7 +211,7 @@ def launches(clock: Clock, work: Work, name: str, B: int) -> list[dict[str, Any]
     """What launches of the work's recurrent cells cost, each way."""
     batch = work.batch(B)
     found = []
-    with compiling(clock, work, B, name) as compiled:
+    with compiling(clock, work, 1024, name) as compiled:
         compiled.map(work.requests(batch))
         longest: dict[str, Ran] = {}
         for ran in joined(recorded(compiled, work.requests(batch))):
