@@ -1,13 +1,18 @@
 """The background thread that runs requests nobody blocks on.
 
-Duty: run an engine's loop while it has work, sleep otherwise, end with the engine.
+Duty: run an engine's loop while it has work, sleep otherwise, end with the engine. What ends a
+round that should not (`SystemExit` in a callback of a future, an exception set from outside) fails
+the requests that were in flight, and the thread goes on.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import Protocol
+
+SOON = 0.05  # seconds between looks where another thread runs the loop
 
 
 class Served(Protocol):
@@ -17,9 +22,14 @@ class Served(Protocol):
     def idle(self) -> bool: ...
 
     @property
+    def working(self) -> bool: ...
+
+    @property
     def closed(self) -> bool: ...
 
     def serve_once(self) -> bool: ...
+
+    def recover(self, error: BaseException) -> None: ...
 
 
 def start(engine: Served, turn: threading.Condition) -> threading.Thread:
@@ -27,13 +37,27 @@ def start(engine: Served, turn: threading.Condition) -> threading.Thread:
     thread = threading.Thread(
         target=_serve, args=(weakref.ref(engine), turn), name="cellc-engine", daemon=True
     )
-    weakref.finalize(engine, _wake, turn)
+    weakref.finalize(engine, _wake, turn, os.getpid())
     thread.start()
     return thread
 
 
 def _serve(engine: weakref.ref[Served], turn: threading.Condition) -> None:
-    """The background thread: sleeps while there is nothing to do, ends with close or its engine.
+    """The background thread."""
+    while True:
+        try:
+            _rounds(engine, turn)
+            return
+        except BaseException as error:
+            strong = engine()
+            if strong is None:
+                return
+            strong.recover(error)
+            del strong
+
+
+def _rounds(engine: weakref.ref[Served], turn: threading.Condition) -> None:
+    """Sleeps while there is nothing to do, ends with close or its engine.
 
     Between rounds it holds no reference to the engine, so that one dropped without close is freed.
     """
@@ -43,10 +67,13 @@ def _serve(engine: weakref.ref[Served], turn: threading.Condition) -> None:
             return
         with turn:
             if strong.idle and not strong.closed:
+                # who runs the loop may be interrupted before it tells that it is free
+                seconds = SOON if strong.working else None
                 del strong
-                turn.wait()
+                turn.wait(seconds)
 
 
-def _wake(turn: threading.Condition) -> None:
-    with turn:
-        turn.notify_all()
+def _wake(turn: threading.Condition, process: int) -> None:
+    if os.getpid() == process:  # a fork has none of the threads, but may have their locks
+        with turn:
+            turn.notify_all()

@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 from cellc.compiler import Compiler
 from cellc.errors import RequestError
 
+MAX_FORMS = 1 << 10
+
 
 class Batches:
     """Of one model, in dimension `dim` of its arguments."""
@@ -70,14 +72,18 @@ class Batches:
             str(spec),
             tuple((t.dim(), t.dtype) if isinstance(t, torch.Tensor) else None for t in leaves),
         )
-        if key not in self._outputs:
-            shapes = [self._shapes(leaves, spec, dim, size) for size in (2, 3)]
-            found: list[int | None] = []
-            for two, three in zip(*shapes, strict=True):
-                grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
-                found.append(grown[0] if grown else None)
-            self._outputs[key] = found
-        return self._outputs[key]
+        known = self._outputs.get(key)
+        if known is not None:
+            return known
+        shapes = [self._shapes(leaves, spec, dim, size) for size in (2, 3)]
+        found: list[int | None] = []
+        for two, three in zip(*shapes, strict=True):
+            grown = [i for i, (a, b) in enumerate(zip(two, three, strict=True)) if a != b]
+            found.append(grown[0] if grown else None)
+        if len(self._outputs) >= MAX_FORMS:
+            self._outputs.clear()
+        self._outputs[key] = found
+        return found
 
     def _shapes(self, leaves: list[Any], spec: Any, dim: int, size: int) -> list[tuple[int, ...]]:
         """Result shapes for a batch of `size`, from a trace on shapes alone."""

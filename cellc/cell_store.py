@@ -27,6 +27,8 @@ from cellc.naming import suggest_name
 from cellc.params import Params
 from cellc.plan import Plan, Tables, record_length
 
+MAX_KERNELS = 1 << 10  # kept, each with its weights packed; others are made again when needed
+
 
 class CellStore:
     """All cells of a model."""
@@ -40,6 +42,7 @@ class CellStore:
         self.priority: dict[int, int] = {}
         self.record_lengths: dict[int, int] = {}
         self._lock = lock
+        self._used: set[int] = set()  # numbers of kernels, since any was dropped
         self._unfolded: set[str] = set()  # keys of cells that unfolding made
         self._sizes: Counter[Hashable] = Counter()  # kernels of each form
 
@@ -83,13 +86,25 @@ class CellStore:
 
     def kernel(self, number: int) -> Kernel:
         """The kernel of a cell, made on first use."""
+        self._used.add(number)
         kernel = self.kernels.get(number)
         if kernel is None:
             with self._lock:
-                if number not in self.kernels:
-                    self.kernels[number] = self._make_kernel(self.by_number[number])
-                kernel = self.kernels[number]
+                kernel = self.kernels.get(number)
+                if kernel is None:
+                    kernel = self._make_kernel(self.by_number[number])
+                    self.kernels[number] = kernel
+                    self._trim()
         return kernel
+
+    def _trim(self) -> None:
+        """Drop kernels that were not used lately where there are too many, or else the oldest."""
+        if len(self.kernels) <= MAX_KERNELS:
+            return
+        spare = [n for n in list(self.kernels) if n not in self._used]
+        for number in spare or list(self.kernels)[: MAX_KERNELS // 2]:
+            self.kernels.pop(number, None)
+        self._used.clear()
 
     def make_kernels(self, plan: Plan) -> None:
         """Make all kernels of a plan at once: compilers run side by side."""
@@ -98,6 +113,8 @@ class CellStore:
             with ThreadPoolExecutor(min(len(missing), os.cpu_count() or 1)) as pool:
                 made = pool.map(lambda n: self._make_kernel(self.by_number[n]), missing)
                 self.kernels.update(zip(missing, made, strict=True))
+            self._used.update(missing)
+            self._trim()
 
     def made(self, number: int, backend: Backend, params: Mapping[str, torch.Tensor]) -> Kernel:
         """Another kernel of a cell, for another device."""

@@ -25,6 +25,7 @@ from cellc.batches import Batches
 from cellc.compiler import Compiler
 from cellc.engine import Engine
 from cellc.errors import (
+    FORKED,
     CellcError,
     ClosedError,
     Overloaded,
@@ -34,9 +35,11 @@ from cellc.errors import (
 from cellc.intake import Intake, owned
 from cellc.launch import Backend
 from cellc.legs import Leg
+from cellc.limits import usual_memory
 from cellc.modules import named_tensors, without_collecting
 from cellc.options import Options
 from cellc.passes import PassOptions
+from cellc.profiling import Profile
 from cellc.replica import replicas
 from cellc.request import as_call
 from cellc.sessions import Carry, Session
@@ -94,7 +97,9 @@ class Compiled:
                 max_batch=max_batch,
                 max_queue=max_queue if len(devices) == 1 else None,
                 policy=options.policy,
-                memory_limit=options.memory_limit // devices.count(learned.device),
+                memory_limit=(options.memory_limit or usual_memory(learned.device))
+                // devices.count(learned.device),
+                max_calls=options.max_calls,
                 max_steps=options.max_steps,
                 timeout=options.timeout,
                 crew=crew,
@@ -329,12 +334,12 @@ class Compiled:
         return list(self._compiler.stages)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since compile: launches, rows, mean_batch (rows a step), plans, queue, latency
-        in ms; `workers`: some of it by worker.
+        """Counters since compile: launches, rows, mean_batch (rows a step), requests (done,
+        failed, cancelled, refused past `max_queue`), plans, what is queued and kept now, and, of
+        the last requests, ms until they ran and until they were answered; `workers`: some of it by
+        worker.
         """
         counters = self._serving.counters
-        latencies = np.array(counters.latencies) * 1e3
-        p50, p90, p99 = np.quantile(latencies, (0.5, 0.9, 0.99)) if len(latencies) else (0, 0, 0)
         plans = self._compiler.counts
         return {
             "launches": counters.launches,
@@ -344,13 +349,25 @@ class Compiled:
             "kernel_seconds": counters.seconds,
             "requests": counters.requests,
             "failed": counters.failed,
+            "cancelled": counters.cancelled,
+            "refused": counters.refused,
+            "recoveries": counters.recoveries,
             "waiting": self._serving.num_waiting,
             "running": self._serving.num_running,
             **plans,
             "arena_bytes": self._serving.arena_bytes,
-            "latency_ms": {"p50": float(p50), "p90": float(p90), "p99": float(p99)},
+            "live_bytes": self._serving.live_bytes,
+            "caches": self._compiler.cache_sizes(),
+            "waiting_ms": _quantiles(counters.waits),
+            "latency_ms": _quantiles(counters.latencies),
             "workers": self._serving.figures(),
         }
+
+    def profile(self, path: str | os.PathLike[str] | None = None) -> Profile:
+        """`with compiled.profile("trace.json") as p:` notes launches, what the host does, queue
+        lengths and requests, and writes a trace for https://ui.perfetto.dev.
+        """
+        return Profile(self._serving.all_counters, str(self._device), path, self._check_open)
 
     def refresh(self) -> None:
         """The model's weights changed: use the new ones from the next request on. Cells and plans
@@ -369,10 +386,7 @@ class Compiled:
         if self._serving.closed:
             raise ClosedError(what="this compiled model")
         if os.getpid() != self._pid:
-            raise UnsupportedError(
-                what="a compiled model in a forked process",
-                remedy="call cellc.compile in the child process",
-            )
+            raise FORKED
 
     def close(self) -> None:
         """Finish what is queued, free everything, leave no thread behind. Calling it again does
@@ -385,6 +399,12 @@ class Compiled:
             self._compiler.kernels.clear()
             self._finalizer()
 
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            what="pickling a compiled model, as for another process",
+            remedy="send the model, and call cellc.compile there",
+        )
+
     def __enter__(self) -> Compiled:
         return self
 
@@ -395,6 +415,12 @@ class Compiled:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
+    values = np.array(list(seconds)) * 1e3
+    found = np.quantile(values, (0.5, 0.9, 0.99)).tolist() if len(values) else (0.0, 0.0, 0.0)
+    return dict(zip(("p50", "p90", "p99"), found, strict=True))
 
 
 def _noted(error: BaseException, number: int, count: int) -> Any:

@@ -12,6 +12,7 @@ it has nothing to do.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -20,15 +21,16 @@ from contextlib import contextmanager
 from typing import Any
 
 from cellc import background
-from cellc.errors import ClosedError, Overloaded, RequestTimeout, UnsupportedError, twin
+from cellc.admission import Admission
+from cellc.errors import FORKED, ClosedError, UnsupportedError, WorkerError
 from cellc.flight import Flight
 from cellc.kernels.native import find_arithmetic
 from cellc.launch import EVERYBODY, Crew
 from cellc.launcher import Launcher
 from cellc.legs import Leg
+from cellc.limits import Limits
 from cellc.moves import Moves
 from cellc.onward import Onward
-from cellc.pacing import MAX_LIVE
 from cellc.replay import Replays
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Policy, Scheduler
@@ -48,6 +50,7 @@ class Engine:
         policy: Policy,
         memory_limit: int,
         max_steps: int | None = None,
+        max_calls: int | None = None,
         timeout: float | None = None,
         crew: Crew = EVERYBODY,
     ) -> None:
@@ -61,15 +64,18 @@ class Engine:
         what = compiler, self._scheduler, self._arenas
         self.launcher = Launcher(*what, self._onward, self.counters, max_batch, crew)
         self.flight = Flight(*what[1:], self._onward, self.counters, self._told)
-        self._moves = Moves(*what, self._onward, self.flight, memory_limit, self._queue_first)
+        # Guards the inbox; told when the loop is free or results are there. Entered by the lock
+        # itself: an interruption inside `Condition.__enter__` would leave it locked.
+        self._guard = threading.RLock()
+        self._turn = threading.Condition(self._guard)
+        limits = Limits(self._arenas, memory_limit, max_calls)
+        self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._guard)
+        self._moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
         self._replays = Replays(*what, self.launcher, self.flight)
         self._timeout, self._looked, self._crew = timeout, 0.0, crew
-        self._max_queue, self._memory_limit = max_queue, memory_limit
-        self._inbox: deque[Ticket] = deque()
+        self._pid = os.getpid()
         self._loop = threading.Lock()  # held by whoever runs the loop
         self._stepping = 0  # the thread that is in a turn of it
-        # Guards the inbox; told when the loop is free or results are there.
-        self._turn = threading.Condition()
         self._waiting = 0  # blocking calls whose requests somebody else runs
         self._background: threading.Thread | None = None
         self._closing = False
@@ -78,30 +84,14 @@ class Engine:
     # -- what callers use --
 
     def enqueue(self, tickets: Sequence[Ticket]) -> None:
-        """Queue requests; raises Overloaded past `max_queue`, ClosedError after close."""
-        now = time.perf_counter()
-        with self._turn:
+        """Queue requests; raises Overloaded past `max_queue`, ClosedError after close. Those past
+        limits of their own fail now.
+        """
+        self._check_process()
+        with self._guard:
             if self._closing:
                 raise ClosedError(what="this compiled model")
-            limit, asked = self._max_queue, sum(not t.trial for t in tickets)
-            if limit is not None and asked and len(self._inbox) + asked > limit:
-                self._forget_cancelled()
-            if limit is not None and asked and len(self._inbox) + asked > limit:
-                raise Overloaded(waiting=len(self._inbox), limit=limit)
-            for ticket in tickets:
-                ticket.arrived = ticket.arrived or now
-            self._inbox.extend(tickets)
-
-    def _forget_cancelled(self) -> None:
-        """Requests whose futures were cancelled wait no more; the caller holds the inbox."""
-        gone = [t for t in self._inbox if t.future is not None and t.future.cancelled()]
-        if gone:
-            ids = set(map(id, gone))
-            self._inbox = deque(t for t in self._inbox if id(t) not in ids)
-        for ticket in gone:
-            assert ticket.future is not None
-            ticket.future.set_running_or_notify_cancel()
-            ticket.abandon()
+            self._admission.enqueue(tickets)
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Block until these queued requests are done, running the loop here if nobody does."""
@@ -121,7 +111,7 @@ class Engine:
                     self._loop.release()
                     self._hand_over()
             else:
-                with self._turn:
+                with self._guard:
                     self._waiting += 1
                     try:
                         if self._loop.locked() and not done():
@@ -130,12 +120,17 @@ class Engine:
                         self._waiting -= 1
 
     def check_outside(self) -> None:
-        """Raises where a turn of the loop called back, and would wait for itself."""
+        """Raises where a turn of the loop called back, and would wait for itself, and in a fork."""
+        self._check_process()
         if self._stepping == threading.get_ident():
             raise UnsupportedError(
                 what="waiting for a request, or close(), in a callback of a future",
                 remedy="use submit() there, or another thread",
             )
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise FORKED
 
     def _drive(self, tickets: Sequence[Ticket]) -> None:
         if len(tickets) == 1 and not self.flight.live and self._alone(tickets[0]):
@@ -150,6 +145,8 @@ class Engine:
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
+        if os.getpid() != self._pid:
+            return  # they are the parent's
         if self._stepping == threading.get_ident():
             self._dropped.extend(tickets)  # in a callback: at the next turn
             return
@@ -157,20 +154,20 @@ class Engine:
             self._forget(tickets)
 
     def _forget(self, tickets: Sequence[Ticket]) -> None:
-        gone = {id(t) for t in tickets}
-        with self._turn:
-            self._inbox = deque(t for t in self._inbox if id(t) not in gone)
+        self._admission.take_back(tickets)
         running = [t for t in tickets if not t.done and self.flight.live.get(t.number) is t]
         self._scheduler.cancel([t.number for t in running])
         self.flight.retire(running)
         for ticket in tickets:
             if ticket.started and not ticket.done:
                 self.flight.futures -= 1
-            ticket.abandon()
+            self.flight.abandon(ticket)
         self.flight.leaving = ()
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request now, or, where another thread runs the loop, at its next turn."""
+        if os.getpid() != self._pid:
+            return  # it is the parent's
         self._dropped.append(ticket)
         self._forget_dropped()
 
@@ -192,15 +189,18 @@ class Engine:
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""
-        with self._turn:
+        with self._guard:
             if self._background is None or not self._background.is_alive():
                 self._background = background.start(self, self._turn)
             self._turn.notify_all()
 
     def close(self) -> None:
         """Finish what was queued, then leave nothing behind."""
+        if os.getpid() != self._pid:  # a fork has no part in what its parent runs
+            self._closing = True
+            return
         self.check_outside()
-        with self._turn:
+        with self._guard:
             self._closing = True
             self._turn.notify_all()
         with self._loop:
@@ -239,12 +239,24 @@ class Engine:
         self._hand_over()
 
     @property
+    def _inbox(self) -> deque[Ticket]:
+        return self._admission.inbox
+
+    @property
     def closed(self) -> bool:
         return self._closing
 
     @property
     def arena_bytes(self) -> int:
         return self._arenas.nbytes
+
+    @property
+    def live_bytes(self) -> int:
+        return self.flight.live_bytes
+
+    @property
+    def all_counters(self) -> list[Counters]:
+        return [self.counters]
 
     @property
     def num_waiting(self) -> int:
@@ -284,7 +296,7 @@ class Engine:
 
     def serve_once(self) -> bool:
         """One round of the background thread: run while there is work. False when it should end."""
-        with self._turn:
+        with self._guard:
             if not (self._inbox or self.flight.live) or self._loop.locked():
                 return not self._closing
         if self._loop.acquire(blocking=False):
@@ -301,6 +313,11 @@ class Engine:
         """Nothing for a background thread to do now."""
         return not (self._inbox or self.flight.live) or self._loop.locked()
 
+    @property
+    def working(self) -> bool:
+        """Are there requests that are not done?"""
+        return bool(self._inbox or self.flight.live)
+
     def _hand_over(self) -> None:
         """The loop is free: wake whoever waits for it or for results."""
         self._tell()
@@ -308,14 +325,14 @@ class Engine:
 
     def _tell(self) -> None:
         if self._waiting or self._background is not None:
-            with self._turn:
+            with self._guard:
                 self._turn.notify_all()
 
     def _alone(self, ticket: Ticket) -> bool:
         """Run the only request there is by itself. False where the loop has to do it."""
         if isinstance(ticket.entry, Leg):
             return False
-        with self._turn:
+        with self._guard:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():
                 return False
             try:
@@ -324,6 +341,7 @@ class Engine:
             except Exception:
                 return False  # `_admit` meets it again, and answers the ticket
             self._inbox.popleft()
+            self._admission.note_begun([ticket])
         try:
             self._replays.run(ticket)
         except BaseException:  # this thread is interrupted
@@ -338,106 +356,79 @@ class Engine:
         start, kernels = time.perf_counter(), self.counters.seconds
         self._stepping = threading.get_ident()
         try:
+            timeline = self.counters.timeline
+            if timeline is not None:
+                timeline.begin_turn(len(self._inbox), len(self.flight.live))
             if self._dropped:
                 self._forget(self._take_dropped())
-            self._admit()
+            self._admission.admit()
             if self._timeout is not None and start - self._looked > 0.01:
-                self._expire(start)
+                self._looked = start
+                self._admission.expire(start, self._timeout)
+            if timeline is not None:
+                timeline.phase("admit")
             following = self.launcher.next(
                 joined=bool(self.flight.futures), waited=bool(self._waiting)
             )
+            if timeline is not None:
+                timeline.phase("schedule")
             if following is None:
                 return
             batch, launch = following
             failed = self.launcher.run(batch, launch)
+            if timeline is not None:
+                timeline.phase("launch")
             finished = self._complete(batch, failed)
+            if timeline is not None:
+                timeline.phase("complete")
             self.flight.deliver(finished)
+            if timeline is not None:
+                timeline.phase("deliver")
             self.launcher.note_host(time.perf_counter() - start - (self.counters.seconds - kernels))
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
-        except BaseException:  # this thread is interrupted
-            self._restart()
+        except BaseException as error:  # this thread is interrupted, or ends
+            self._restart(error if threading.current_thread() is self._background else None)
             raise
         finally:
             self.flight.leaving, self._stepping = (), 0
 
-    def _restart(self) -> None:
-        """A turn was left midway: requests in flight begin again, from their data."""
-        with self._turn:
-            waiting = set(map(id, self._inbox))
-            flying = {id(t): t for t in [*self.flight.live.values(), *self.flight.leaving]}
-            again = [t for t in flying.values() if not t.done and id(t) not in waiting]
+    def recover(self, error: BaseException) -> None:
+        """The background thread met what it should not: requests in flight fail with that."""
+        with self._loop:
+            self._restart(error)
+        self._tell()
+
+    def _restart(self, cause: BaseException | None = None) -> None:
+        """A turn was left midway: requests in flight begin again, from their data, or fail with a
+        cause.
+        """
+        with self._guard:
+            again = self._admission.in_flight()
             for known in (self.flight, self._onward, self._scheduler, self._arenas):
                 known.clear()
             for ticket in again:
                 ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
                 ticket.held = ticket.branch = ticket.failure = None
-            self._inbox.extendleft(reversed(again))
+                ticket.calls = 0
+            waiting = list(self._inbox)
+            if cause is None:
+                self._admission.queue_first(again)
+            self.flight.futures = sum(t.started for t in [*waiting, *again] if not t.done)
+        if cause is not None:
+            self.counters.recoveries += 1
+            error = WorkerError(what=repr(cause))
+            error.__cause__ = cause
+            self.flight.finish_failed([(ticket, error) for ticket in again])
         for ticket in self.flight.leaving:
             if ticket.done:
                 self.flight.answer(ticket)
 
-    def _expire(self, now: float) -> None:
-        """End requests that have taken too long."""
-        assert self._timeout is not None
-        self._looked, since = now, now - self._timeout
-        error = RequestTimeout(seconds=self._timeout)
-        self.flight.fail([(t, error) for t in self.flight.live.values() if t.arrived < since])
-        with self._turn:
-            late = [t for t in self._inbox if t.arrived < since]
-            self._inbox = deque(t for t in self._inbox if t.arrived >= since)
-        self.flight.finish_failed([(ticket, twin(error)) for ticket in late])
-
     def _fail_all(self, error: Exception) -> None:
-        self.flight.fail([(ticket, error) for ticket in self.flight.live.values()])
-
-    def _admit(self) -> None:
-        """Give waiting requests regions, copy their data in, tell the scheduler of their calls."""
-        if not self._inbox:
-            return
-        tickets: list[Ticket] = []
-        prepared: set[int] = set()
-        broken: list[tuple[Ticket, Exception]] = []
-        with self._turn:
-            room = MAX_LIVE - len(self.flight.live)
-            while self._inbox and len(tickets) < room:
-                ticket = self._inbox[0]
-                plan = ticket.entry.plan
-                try:
-                    if id(plan) not in prepared and not self._arenas.prepare(plan):
-                        break
-                except Exception as error:
-                    broken.append((self._inbox.popleft(), error))
-                    continue
-                prepared.add(id(plan))
-                needed = ticket.nbytes = self._arenas.bytes_of(plan)
-                if self.flight.live_bytes + needed > self._memory_limit and (
-                    self.flight.live or tickets
-                ):
-                    break
-                self._inbox.popleft()
-                if ticket.future is not None and not ticket.started:
-                    ticket.started = True
-                    if not ticket.future.set_running_or_notify_cancel():
-                        ticket.started = False
-                        ticket.abandon()
-                        continue
-                    self.flight.futures += 1
-                self.flight.live_bytes += needed
-                tickets.append(ticket)
-        self.flight.finish_failed(broken)
         try:
-            if tickets:
-                self.flight.begin(tickets)
-        except BaseException as error:  # nobody waits for ever
-            lost = [t for t in tickets if t.number not in self.flight.live and not t.done]
-            self.flight.live_bytes -= sum(t.nbytes for t in lost)
-            if isinstance(error, Exception):  # ours
-                self.flight.finish_failed([(ticket, twin(error)) for ticket in lost])
-            else:  # this thread is interrupted, others go on
-                with self._turn:
-                    self._inbox.extendleft(reversed(lost))
-            raise
+            self.flight.fail([(ticket, error) for ticket in self.flight.live.values()])
+        except Exception:  # what is known of them is broken, too
+            self._restart(error)
 
     def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
         if failed:
@@ -453,10 +444,5 @@ class Engine:
     def _told(self) -> None:
         """There may be results that somebody waits for."""
         if self._waiting:
-            with self._turn:
+            with self._guard:
                 self._turn.notify_all()
-
-    def _queue_first(self, tickets: Sequence[Ticket]) -> None:
-        """These begin again, before all that wait."""
-        with self._turn:
-            self._inbox.extendleft(reversed(tickets))

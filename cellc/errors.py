@@ -100,6 +100,30 @@ class RequestTimeout(CellcError, TimeoutError):
     )
 
 
+class CallsError(CellcError):
+    """A request has more calls of cells than `max_calls` allows."""
+
+    template = (
+        "the request has {calls} calls of cells, the limit is {limit}; send less at once, or raise "
+        "options={{'max_calls': ..}}"
+    )
+
+
+class TooLarge(CellcError):
+    """One request needs more memory than all may have."""
+
+    template = (
+        "the request alone needs {needed} bytes of rows, the limit is {limit}; send less at once, "
+        "or raise options={{'memory_limit': ..}}"
+    )
+
+
+class WorkerError(CellcError):
+    """The thread that ran a request met what it should not; the cause says what."""
+
+    template = "the thread that ran the request was ended by {what}; send the request again"
+
+
 class Overloaded(CellcError):
     """The queue is full; try again later or raise `max_queue`."""
 
@@ -118,6 +142,11 @@ class VerifyError(CellcError):
 
 class UsageError(CellcError):
     """Wrong use of the command line or of an option (exit code 2)."""
+
+
+FORKED = UnsupportedError(
+    what="a compiled model in a forked process", remedy="call cellc.compile in the child process"
+)
 
 
 def twin(error: BaseException) -> BaseException:

@@ -120,6 +120,10 @@ class Family:
     def __init__(self) -> None:
         self._members: dict[CallForm, _Member] = {}
 
+    def __len__(self) -> int:
+        """Requests that were traced."""
+        return sum(len(member.samples) for member in self._members.values())
+
     def learn(self, sizes: Sequence[int], graph: CallGraph) -> None:
         """Add a traced request."""
         described = describe(graph)

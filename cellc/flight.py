@@ -270,9 +270,18 @@ class Flight:
             counters.requests += 1
             counters.failed += ticket.error is not None
             counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
+            if counters.timeline is not None:
+                counters.timeline.ended([ticket])
         if ticket.future is not None:
             self.futures -= ticket.started
             self.answer(ticket)
+
+    def abandon(self, ticket: Ticket) -> None:
+        """Nobody wants it any more."""
+        self.counters.cancelled += not (ticket.done or ticket.trial)
+        ticket.abandon()
+        if self.counters.timeline is not None:
+            self.counters.timeline.ended([ticket])
 
     @staticmethod
     def answer(ticket: Ticket) -> None:

@@ -23,6 +23,8 @@ from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, bad_index
 
+MAX_MEASURED = 1 << 14
+
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
 
 
@@ -99,10 +101,13 @@ class Launcher:
             start = time.perf_counter()  # it may have been made just now
             invalid = kernel(launch, self._arenas)
         except Exception as error:
+            self._note(batch, start, time.perf_counter() - start, repr(error))
             requests = self._scheduler.requests_of(batch.calls)
             return dict.fromkeys(np.unique(requests).tolist(), error)
         took = time.perf_counter() - start
         self._measure(batch, took)
+        if self._counters.timeline is not None:
+            self._note(batch, start, took)
         if log.enabled("schedule"):
             name = self._compiler.by_number[batch.cell].name
             log.info(
@@ -114,6 +119,13 @@ class Launcher:
         requests = self._scheduler.requests_of(batch.calls)
         wrong = bad_index(self._compiler.by_number[batch.cell])
         return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), wrong)
+
+    def _note(self, batch: Batch, start: float, took: float, failed: str | None = None) -> None:
+        """On the timeline, where there is one."""
+        timeline = self._counters.timeline
+        if timeline is not None:
+            name, steps = self._compiler.by_number[batch.cell].name, len(batch.steps) - 1
+            timeline.launch(name, len(batch.calls), steps, start, took, failed)
 
     def tables(self, batch: Batch) -> Launch:
         cell = self._compiler.by_number[batch.cell]
@@ -143,6 +155,8 @@ class Launcher:
         counters.steps += len(batch.steps) - 1
         counters.seconds += took
         key = (batch.cell, int(batch.steps[1]).bit_length())
+        if len(self._seconds) > MAX_MEASURED:
+            self._seconds.clear()
         known = self._seconds.get(key)
         step = took / (len(batch.steps) - 1)
         self._seconds[key] = step if known is None else min(step, 0.8 * known + 0.2 * step)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from cellc.flight import Flight
 from cellc.legs import Branch, Entry
+from cellc.limits import Limits
 from cellc.onward import Onward
 from cellc.paths import Replan
 from cellc.replica import Learned
@@ -32,12 +33,12 @@ class Moves:
         arenas: Arenas,
         onward: Onward,
         flight: Flight,
-        memory_limit: int,
+        limits: Limits,
         queue: Callable[[Sequence[Ticket]], None],
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._onward, self._flight = onward, flight
-        self._memory_limit, self._queue = memory_limit, queue
+        self._limits, self._queue = limits, queue
 
     def go_on(self, batch: Batch) -> list[Ticket]:
         """Move requests whose answers lead elsewhere than their legs; those that were, or ended."""
@@ -75,7 +76,7 @@ class Moves:
         self._scheduler.cancel([t.number for t in tickets])
         self._flight.retire(tickets)
         for ticket, leg in going:
-            ticket.entry, ticket.first, ticket.number = leg, None, -1
+            ticket.entry, ticket.first, ticket.number, ticket.calls = leg, None, -1, 0
         self._queue(tickets)
 
     def _move(self, going: Sequence[tuple[Ticket, Branch]]) -> None:
@@ -86,13 +87,13 @@ class Moves:
             plan = branch.leg.plan
             try:
                 fits = self._arenas.prepare(plan)
+                if (refusal := self._limits.refusal(plan, ticket.calls)) is not None:
+                    raise refusal
             except Exception as error:
                 self._flight.fail([(ticket, error)])
                 continue
             more = self._arenas.bytes_of(plan) - ticket.nbytes if fits else 0
-            if not fits or (
-                self._flight.live_bytes + more > self._memory_limit and len(self._flight.live) > 1
-            ):
+            if not fits or (self._flight.live_bytes + more > self._limits.memory):
                 stuck.append(ticket)
                 continue
             self._flight.live_bytes += more
@@ -113,6 +114,7 @@ class Moves:
         self._flight.free(tickets)
         for (ticket, branch), base in zip(moving, bases, strict=True):
             ticket.first = ticket.first or ticket.entry
+            ticket.calls += ticket.entry.plan.num_calls
             ticket.entry, ticket.bases = branch.leg, base
         errors = self._flight.copy_in(tickets, bases)
         self._flight.fail([(tickets[i], error) for i, error in errors.items()])

@@ -17,16 +17,19 @@ class Options:
     """Options of `cellc.compile`.
 
     fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns
-    folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of all
-    arenas; past it requests wait. tf32: f32 products on a GPU may use tf32. max_steps: values that
-    one request's forward may read; timeout: seconds that a request may take; past either it fails.
-    workers: engines that run side by side on the device; on a CPU they share its cores.
+    folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of rows
+    and tables of all requests; past it requests wait, and one that alone needs more fails at once
+    (None: a quarter of the device's memory, 8 GiB at most). tf32: f32 products on a GPU may use
+    tf32. max_calls: calls of cells that one request may have; max_steps: values that its forward
+    may read; timeout: seconds that it may take; past any of them it fails. workers: engines that
+    run side by side on the device; on a CPU they share its cores.
     """
 
     fold_bytes: int = 256 << 20
     policy: Policy = "cellular"
-    memory_limit: int = 8 << 30
+    memory_limit: int | None = None
     tf32: bool = False
+    max_calls: int | None = None
     max_steps: int | None = None
     timeout: float | None = None
     workers: int | None = None
@@ -44,7 +47,10 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
             what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
         )
     check_counts(
-        memory_limit=chosen.memory_limit, max_steps=chosen.max_steps, workers=chosen.workers
+        memory_limit=chosen.memory_limit,
+        max_calls=chosen.max_calls,
+        max_steps=chosen.max_steps,
+        workers=chosen.workers,
     )
     seconds = chosen.timeout
     if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):

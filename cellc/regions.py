@@ -109,10 +109,11 @@ class Regions:
             return True
         if self.live:
             return False
-        self.reserved = self._next = count
         if count > self.capacity:
-            self.capacity = max(2 * self.capacity, count)
-            self._grow(self.capacity)
+            capacity = max(2 * self.capacity, count)
+            self._grow(capacity)
+            self.capacity = capacity
+        self.reserved = self._next = count
         return True
 
 

@@ -71,9 +71,10 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         for number, needed in counts:
             regions = self._regions[number]
             if needed > regions.reserved:
-                if not regions.reserve(size_class(2 * needed)):
+                if regions.live:
                     return False
                 self.generation += 1  # pieces begin elsewhere from now on
+                regions.reserve(size_class(2 * needed))
         for (type, key), slot in constants:
             if (type, key) not in self._written:
                 self._tensors[type][slot] = self._constant(type, key)
@@ -85,29 +86,31 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         return len(self._tables.constants) != len(self._written)
 
     def _open(self, type: RowType) -> None:
+        """The type itself comes last: before that, an interruption leaves what the next call
+        writes over.
+        """
         number = len(self._types)
         capacity = max(FIRST_CAPACITY, FIRST_CONSTANTS)
+        regions = Regions(capacity, lambda c: self._grow(number, c), reserved=FIRST_CONSTANTS)
+        self._regions[number:], self._views[number:] = [regions], [None]
+        self._grow_type(type, number, capacity)
         self._types.append(type)
-        self._regions.append(
-            Regions(capacity, lambda c: self._grow(number, c), reserved=FIRST_CONSTANTS)
-        )
-        self._views.append(None)
-        self._grow(number, capacity)
 
     def _grow(self, number: int, capacity: int) -> None:
-        type = self._types[number]
+        self._grow_type(self._types[number], number, capacity)
+
+    def _grow_type(self, type: RowType, number: int, capacity: int) -> None:
         new = torch.empty(
             (capacity, *type.shape), dtype=TORCH_DTYPES[type.dtype], device=self._device
         )
         old = self._tensors.get(type)
         if old is not None:
             new[: len(old)] = old
-        self._tensors[type] = new
         self.generation += 1
-        self._view(number)
+        self._tensors[type] = new
+        self._view(type, number)
 
-    def _view(self, number: int) -> None:
-        type = self._types[number]
+    def _view(self, type: RowType, number: int) -> None:
         plain = self._device.type == "cpu" and type.dtype != "bf16"
         self._views[number] = self._tensors[type].numpy() if plain else None
 
@@ -122,15 +125,22 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     # -- regions --
 
     def bytes_of(self, plan: Plan) -> int:
-        """Bytes of one request's regions."""
+        """Bytes of one request's regions, and of its block in the scheduler's table."""
         known = self._bytes.get(id(plan))
         if known is None or known[0] is not plan:
-            sizes = zip(plan.num_slots, self._types, strict=False)
-            known = plan, sum(size_class(size) * type.nbytes for size, type in sizes)
+            sizes = zip(plan.num_slots, list(self._tables.types), strict=False)
+            rows = sum(size_class(size) * type.nbytes for size, type in sizes)
+            known = plan, rows + sum(a.nbytes for a in (plan.calls, plan.records, plan.successors))
             self._bytes[id(plan)] = known
-            if len(self._bytes) > MAX_SIZES:
-                self._bytes.pop(next(iter(self._bytes)))
+            if len(self._bytes) > MAX_SIZES:  # others read and add meanwhile
+                for key in list(self._bytes)[: MAX_SIZES // 2]:
+                    self._bytes.pop(key, None)
         return known[1]
+
+    @property
+    def live(self) -> int:
+        """Pieces that are given out."""
+        return sum(r.live for r in self._regions)
 
     def idle(self) -> bool:
         return all(r.live == 0 for r in self._regions)
@@ -161,9 +171,9 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def clear(self) -> None:
         """Free all regions."""
-        for number, regions in enumerate(self._regions):
-            regions.clear()
-            self._view(number)
+        for number, type in enumerate(self._types):
+            self._regions[number].clear()
+            self._view(type, number)
 
     # -- copies --
 

@@ -85,6 +85,7 @@ class Structures:
         entry = self.plans.get(key)
         if entry is not None and count:
             self.counts["plan_hits"] += 1
+            self.plans.used(entry)
         return entry
 
     def unfolds(self, request: Request) -> bool:
@@ -128,7 +129,8 @@ class Structures:
             try:
                 self.pipeline.check_constants(forest.graph)
             except ForwardError as error:  # one by one, so that it fails alone
-                self._not_unfolded.update((w.request.key, error.reason) for w in requests)
+                for wanted in requests:
+                    self._note_failure(wanted.request.key, error.reason)
                 return True
             if self.unfolder.generation != before and self.plans:
                 self._forget()
@@ -158,6 +160,7 @@ class Structures:
             raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
         with TRACING, evaluating(self.model), without_collecting():
             self.unfolder.recorder.habits = self.paths.habits
+            self.unfolder.templates.trim()
             runs = self.unfolder.unfold(requests, self.arguments.steering)
             return runs, self.unfolder.forest(runs)
 
@@ -184,9 +187,7 @@ class Structures:
             if run.failed and not run.raises:
                 reason = run.reason or (f"it raises {run.error!r}" if self.paths.on else None)
                 if reason is not None:
-                    if len(self._not_unfolded) >= MAX_FAILURES:
-                        self._not_unfolded.clear()
-                    self._not_unfolded[run.request.key] = reason
+                    self._note_failure(run.request.key, reason)
                 continue
             if run.asked or run.generates or run.draws:
                 self.paths.on = True
@@ -211,6 +212,11 @@ class Structures:
         for plan in {plan.cells: plan for plan in plans}.values():
             self._use(plan)
 
+    def _note_failure(self, key: Hashable, reason: str) -> None:
+        if len(self._not_unfolded) >= MAX_FAILURES:
+            self._not_unfolded.clear()
+        self._not_unfolded[key] = reason
+
     def _use(self, plan: Plan) -> None:
         self.store.note_priority(plan)
         self.store.make_kernels(plan)
@@ -232,6 +238,21 @@ class Structures:
         return self.graph
 
     # -- what was learned --
+
+    def cache_sizes(self) -> dict[str, int]:
+        """How much is kept, by kind."""
+        tables = self.store.tables
+        return {
+            "plans": len(self.plans),
+            "families": self.plans.num_families,
+            "branches": len(self.paths),
+            "templates": len(self.unfolder.templates),
+            "memos": len(self.unfolder.recorder.memos),
+            "kernels": len(self.store.kernels),
+            "cells": len(tables.cells),
+            "row_types": len(tables.types),
+            "constants": len(tables.constants),
+        }
 
     def distrust(self, reason: str) -> None:
         """From now on requests are traced by operators."""

@@ -38,6 +38,9 @@ class Tools(Protocol):
     def constant_value(self, key: Hashable, type: RowType) -> bool | int | float: ...
 
 
+MAX_TEMPLATES = 1 << 12
+
+
 class Templates:
     """Templates of one model's segments."""
 
@@ -51,6 +54,15 @@ class Templates:
     def __bool__(self) -> bool:
         """Are there any in use?"""
         return bool(self._live)
+
+    def __len__(self) -> int:
+        return len(self._templates)
+
+    def trim(self) -> None:
+        """Forget all where there are too many: those in use are made again, the same."""
+        if len(self._templates) > MAX_TEMPLATES:
+            self._templates.clear()
+            self._live.clear()
 
     def escapes(self, segment: Segment) -> None:
         """A value of a segment is read elsewhere, which was not known."""

@@ -19,6 +19,7 @@ from cellc.errors import RequestError
 from cellc.forests import DRAWN
 from cellc.frontends.drawing import Draws
 from cellc.legs import Branch, Entry, Leg
+from cellc.timeline import Timeline
 
 NOTHING: Any = ()  # no pieces
 
@@ -38,6 +39,7 @@ class Ticket:
     number: int = -1
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions
+    calls: int = 0  # of its earlier legs
     started: bool = False  # its future was told that it runs
     held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
     ask: Any = None  # what is asked for it
@@ -87,13 +89,18 @@ class Counters:
     requests: int = 0
     failed: int = 0
     seconds: float = 0.0
+    cancelled: int = 0
+    refused: int = 0  # past `max_queue`
+    recoveries: int = 0  # of the loop, after what should not happen
     latencies: deque[float] = field(default_factory=lambda: deque(maxlen=8192))
+    waits: deque[float] = field(default_factory=lambda: deque(maxlen=8192))  # until they ran
+    timeline: Timeline | None = None  # while somebody profiles
 
 
 def together(counters: Sequence[Counters]) -> Counters:
     """What several workers counted, as if they were one."""
     made = Counters()
-    for name in (f.name for f in fields(Counters)):
+    for name in (f.name for f in fields(Counters) if f.name != "timeline"):
         found = [getattr(c, name) for c in counters]
         lists = isinstance(found[0], deque)
         joined = deque(chain.from_iterable(map(list, found))) if lists else sum(found)

@@ -228,6 +228,7 @@ def _serve(pool: Pool, worker: Worker) -> None:
             worker.engine.turn()
         except BaseException as error:  # of a callback, as SystemExit: the others go on
             log.info("schedule", f"a turn of worker {worker.number} ended in {error!r}")
+            worker.engine.recover(error)
 
 
 def _end(pool: Pool, process: int) -> None:
@@ -249,6 +250,7 @@ class Workers:
         self._news = threading.RLock()
         self._results = threading.Condition(self._news)  # told of pieces
         self._refreshing = threading.Lock()
+        self._pid = os.getpid()
         weakref.finalize(self, _end, self._pool, os.getpid())
 
     # -- what callers use, as of an engine --
@@ -275,8 +277,9 @@ class Workers:
                 for ticket in worker.take_back(_cancelled):
                     assert ticket.future is not None
                     ticket.future.set_running_or_notify_cancel()
-                    ticket.abandon()
+                    worker.engine.flight.abandon(ticket)
         if self.num_waiting + asked > limit:
+            self._engines[0].counters.refused += asked
             raise Overloaded(waiting=self.num_waiting, limit=limit)
 
     def run(self, tickets: Sequence[Ticket]) -> None:
@@ -313,11 +316,13 @@ class Workers:
 
     def cancel(self, tickets: Sequence[Ticket]) -> None:
         """Forget requests that nobody waits for any more: now, or at their workers' next turns."""
+        if os.getpid() != self._pid:
+            return  # they are the parent's
         with self._pool.lock:
             gone = set(map(id, tickets))
             for worker in self._pool.workers:
                 for ticket in worker.take_back(lambda t: id(t) in gone):
-                    ticket.abandon()
+                    worker.engine.flight.abandon(ticket)
         for ticket in tickets:
             if not ticket.done and ticket.worker >= 0:
                 self._engines[ticket.worker].drop(ticket)
@@ -333,6 +338,9 @@ class Workers:
 
     def close(self) -> None:
         """Finish what was queued, then leave nothing behind."""
+        if os.getpid() != self._pid:  # a fork has no part in what its parent runs
+            self._pool.closing = True
+            return
         self._check_outside()
         with self._pool.lock:
             self._pool.start()
@@ -377,11 +385,19 @@ class Workers:
     @property
     def counters(self) -> Counters:
         """Of all workers together, now."""
-        return together([engine.counters for engine in self._engines])
+        return together(self.all_counters)
+
+    @property
+    def all_counters(self) -> list[Counters]:
+        return [engine.counters for engine in self._engines]
 
     @property
     def arena_bytes(self) -> int:
         return sum(engine.arena_bytes for engine in self._engines)
+
+    @property
+    def live_bytes(self) -> int:
+        return sum(engine.live_bytes for engine in self._engines)
 
     @property
     def num_waiting(self) -> int:

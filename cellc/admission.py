@@ -1,0 +1,171 @@
+"""Admission: the requests that wait, and who may run.
+
+Duty: hold the queue of one engine; refuse what is past its limits, admit the others in order while
+there is room for their rows, forget those that are cancelled or too late. Used by `cellc.engine`;
+hands tickets to `cellc.flight`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+
+from cellc import log
+from cellc.errors import Overloaded, RequestTimeout, twin
+from cellc.flight import Flight
+from cellc.limits import Limits
+from cellc.pacing import MAX_LIVE
+from cellc.state import Arenas
+from cellc.ticket import Ticket
+
+
+class Admission:
+    """`guard` is held while the inbox changes."""
+
+    def __init__(
+        self,
+        flight: Flight,
+        arenas: Arenas,
+        limits: Limits,
+        max_queue: int | None,
+        guard: threading.RLock,
+    ) -> None:
+        self._flight, self._arenas, self._limits = flight, arenas, limits
+        self._counters = flight.counters
+        self._max_queue, self._guard = max_queue, guard
+        self.inbox: deque[Ticket] = deque()
+        self._entering: Sequence[Ticket] = ()  # that may have left the inbox, and are not live yet
+
+    # -- the queue --
+
+    def enqueue(self, tickets: Sequence[Ticket]) -> None:
+        """Queue requests; raises Overloaded past `max_queue`. Those past limits of their own fail
+        now. The caller holds the guard.
+        """
+        now = time.perf_counter()
+        limit, asked = self._max_queue, sum(not t.trial for t in tickets)
+        if limit is not None and asked and len(self.inbox) + asked > limit:
+            self._forget_cancelled()
+            if len(self.inbox) + asked > limit:
+                self._counters.refused += asked
+                raise Overloaded(waiting=len(self.inbox), limit=limit)
+        for ticket in tickets:
+            ticket.arrived = ticket.arrived or now
+        if self._counters.timeline is not None:
+            self._counters.timeline.submitted(tickets)
+        refused = [(t, error) for t in tickets if (error := self._limits.refusal(t.entry.plan))]
+        if refused:
+            self._flight.finish_failed(refused)
+            tickets = [t for t in tickets if not t.done]
+        self.inbox.extend(tickets)
+
+    def queue_first(self, tickets: Sequence[Ticket]) -> None:
+        """These begin again, before all that wait."""
+        if self._counters.timeline is not None:
+            self._counters.timeline.requeued(tickets)
+        with self._guard:
+            self.inbox.extendleft(reversed(tickets))
+
+    def take_back(self, tickets: Sequence[Ticket]) -> None:
+        """These wait no more."""
+        gone = {id(t) for t in tickets}
+        with self._guard:
+            self.inbox = deque(t for t in self.inbox if id(t) not in gone)
+
+    def _forget_cancelled(self) -> None:
+        """Requests whose futures were cancelled wait no more."""
+        gone = [t for t in self.inbox if t.future is not None and t.future.cancelled()]
+        if gone:
+            self.take_back(gone)
+        for ticket in gone:
+            assert ticket.future is not None
+            ticket.future.set_running_or_notify_cancel()
+            self._flight.abandon(ticket)
+
+    def expire(self, now: float, seconds: float) -> None:
+        """End requests that have taken too long."""
+        since, error = now - seconds, RequestTimeout(seconds=seconds)
+        flight = self._flight
+        flight.fail([(t, error) for t in flight.live.values() if t.arrived < since])
+        with self._guard:
+            late = [t for t in self.inbox if t.arrived < since]
+            if late:
+                self.inbox = deque(t for t in self.inbox if t.arrived >= since)
+        flight.finish_failed([(ticket, twin(error)) for ticket in late])
+
+    # -- into flight --
+
+    def admit(self) -> None:
+        """Give waiting requests regions, copy their data in, tell the scheduler of their calls."""
+        if not self.inbox:
+            return
+        tickets: list[Ticket] = []
+        self._entering = tickets
+        with self._guard:
+            broken = self._take(tickets)
+        self._flight.finish_failed(broken)
+        self.note_begun(tickets)
+        if log.enabled("schedule", more=True) and (tickets or broken):
+            waiting, running = len(self.inbox), len(self._flight.live)
+            log.more("schedule", f"{len(tickets)} begin, {waiting} wait, {running} run")
+        try:
+            if tickets:
+                self._flight.begin(tickets)
+        except Exception as error:  # ours; where this thread is interrupted, the engine restarts
+            lost = [t for t in tickets if t.number not in self._flight.live and not t.done]
+            self._flight.live_bytes -= sum(t.nbytes for t in lost)
+            self._flight.finish_failed([(ticket, twin(error)) for ticket in lost])
+            raise
+        self._entering = ()
+
+    def _take(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
+        """Move requests that there is room for from the inbox to `tickets`; those that can never
+        run, with why.
+        """
+        prepared: set[int] = set()
+        broken: list[tuple[Ticket, Exception]] = []
+        flight = self._flight
+        room = MAX_LIVE - len(flight.live)
+        while self.inbox and len(tickets) < room:
+            ticket = self.inbox[0]
+            plan = ticket.entry.plan
+            try:
+                if id(plan) not in prepared and not self._arenas.prepare(plan):
+                    break
+                if (refusal := self._limits.refusal(plan, ticket.calls)) is not None:
+                    raise refusal
+            except Exception as error:
+                broken.append((self.inbox.popleft(), error))
+                continue
+            prepared.add(id(plan))
+            needed = ticket.nbytes = self._arenas.bytes_of(plan)
+            if flight.live_bytes + needed > self._limits.memory:
+                break
+            tickets.append(ticket)
+            self.inbox.popleft()
+            if ticket.future is not None and not ticket.started:
+                if not ticket.future.set_running_or_notify_cancel():
+                    tickets.pop()
+                    flight.abandon(ticket)
+                    continue
+                ticket.started = True
+                flight.futures += 1
+            flight.live_bytes += needed
+        return broken
+
+    def note_begun(self, tickets: Sequence[Ticket]) -> None:
+        """They have left the inbox to run."""
+        now = time.perf_counter()
+        self._counters.waits.extend([now - t.arrived for t in tickets if not t.trial])
+        if self._counters.timeline is not None:
+            self._counters.timeline.admitted(tickets)
+
+    def in_flight(self) -> list[Ticket]:
+        """Requests that have begun and have not ended, whatever was left midway."""
+        waiting = set(map(id, self.inbox))
+        flying = [*self._flight.live.values(), *self._flight.leaving, *self._entering]
+        self._entering = ()
+        found = {id(t): t for t in flying}
+        return [t for t in found.values() if not t.done and id(t) not in waiting]
