@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING
 
 from cellc.errors import (
     BackendError,
+    CallsError,
     CellcError,
     ClosedError,
     ForwardError,
     Overloaded,
     RequestError,
+    TooLarge,
     UnsupportedError,
     ValueReadError,
+    WorkerError,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "CallsError",
     "CellView",
     "CellcError",
     "CheckReport",
@@ -43,9 +47,11 @@ __all__ = [
     "Options",
     "Overloaded",
     "RequestError",
+    "TooLarge",
     "Tree",
     "UnsupportedError",
     "ValueReadError",
+    "WorkerError",
     "__version__",
     "cell",
     "check",

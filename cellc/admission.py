@@ -55,7 +55,7 @@ class Admission:
             ticket.arrived = ticket.arrived or now
         if self._counters.timeline is not None:
             self._counters.timeline.submitted(tickets)
-        refused = [(t, error) for t in tickets if (error := self._limits.refusal(t.entry.plan))]
+        refused = [(t, error) for t in tickets if (error := self._limits.refusal(t.entry))]
         if refused:
             self._flight.finish_failed(refused)
             tickets = [t for t in tickets if not t.done]
@@ -134,7 +134,7 @@ class Admission:
             try:
                 if id(plan) not in prepared and not self._arenas.prepare(plan):
                     break
-                if (refusal := self._limits.refusal(plan, ticket.calls)) is not None:
+                if (refusal := self._limits.refusal(ticket.entry)) is not None:
                     raise refusal
             except Exception as error:
                 broken.append((self.inbox.popleft(), error))

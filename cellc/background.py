@@ -7,12 +7,14 @@ the requests that were in flight, and the thread goes on.
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import weakref
 from typing import Protocol
 
 SOON = 0.05  # seconds between looks where another thread runs the loop
+LAST = 5.0  # seconds that the interpreter's end waits for a launch that runs
 
 
 class Served(Protocol):
@@ -31,15 +33,33 @@ class Served(Protocol):
 
     def recover(self, error: BaseException) -> None: ...
 
+    def leave(self) -> None: ...
+
+
+_started: weakref.WeakKeyDictionary[Served, threading.Thread] = weakref.WeakKeyDictionary()
+
 
 def start(engine: Served, turn: threading.Condition) -> threading.Thread:
     """Start the thread of an engine; `turn` is notified when there may be work."""
     thread = threading.Thread(
         target=_serve, args=(weakref.ref(engine), turn), name="cellc-engine", daemon=True
     )
-    weakref.finalize(engine, _wake, turn, os.getpid())
+    weakref.finalize(engine, _wake, turn, os.getpid()).atexit = False
+    _started[engine] = thread
     thread.start()
     return thread
+
+
+@atexit.register
+def _end() -> None:
+    """The interpreter ends: threads end before it stops them in the midst of C++, which aborts."""
+    threads = []
+    for engine, thread in list(_started.items()):
+        if thread.is_alive():  # none is in a fork
+            engine.leave()
+            threads.append(thread)
+    for thread in threads:
+        thread.join(LAST)
 
 
 def _serve(engine: weakref.ref[Served], turn: threading.Condition) -> None:

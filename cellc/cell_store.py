@@ -102,7 +102,9 @@ class CellStore:
         if len(self.kernels) <= MAX_KERNELS:
             return
         spare = [n for n in list(self.kernels) if n not in self._used]
-        for number in spare or list(self.kernels)[: MAX_KERNELS // 2]:
+        for number in spare:
+            self.kernels.pop(number, None)
+        for number in list(self.kernels)[: max(0, len(self.kernels) - MAX_KERNELS)]:
             self.kernels.pop(number, None)
         self._used.clear()
 

@@ -78,7 +78,7 @@ class Engine:
         self._stepping = 0  # the thread that is in a turn of it
         self._waiting = 0  # blocking calls whose requests somebody else runs
         self._background: threading.Thread | None = None
-        self._closing = False
+        self._closing = self._leaving = False
         self._dropped: deque[Ticket] = deque()  # to be cancelled
 
     # -- what callers use --
@@ -211,6 +211,12 @@ class Engine:
             thread.join()
         self._background = None
 
+    def leave(self) -> None:
+        """The interpreter ends: what is queued is not run any more."""
+        with self._guard:
+            self._closing = self._leaving = True
+            self._turn.notify_all()
+
     def refresh(self) -> None:
         """The weights changed: requests in flight end with the old ones, later ones see the new."""
         with self.drained():
@@ -301,12 +307,12 @@ class Engine:
                 return not self._closing
         if self._loop.acquire(blocking=False):
             try:
-                while self._inbox or self.flight.live:
+                while (self._inbox or self.flight.live) and not self._leaving:
                     self.step()
             finally:
                 self._loop.release()
                 self._hand_over()
-        return True
+        return not self._leaving
 
     @property
     def idle(self) -> bool:
@@ -410,7 +416,6 @@ class Engine:
             for ticket in again:
                 ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
                 ticket.held = ticket.branch = ticket.failure = None
-                ticket.calls = 0
             waiting = list(self._inbox)
             if cause is None:
                 self._admission.queue_first(again)

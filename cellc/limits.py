@@ -12,7 +12,7 @@ import os
 import torch
 
 from cellc.errors import CallsError, CellcError, TooLarge
-from cellc.plan import Plan
+from cellc.legs import Entry, Leg
 from cellc.state import Arenas
 
 USUAL = 8 << 30  # bytes of rows, where there is four times as much memory
@@ -24,10 +24,12 @@ class Limits:
     def __init__(self, arenas: Arenas, memory: int, calls: int | None) -> None:
         self._arenas, self.memory, self._calls = arenas, memory, calls
 
-    def refusal(self, plan: Plan, before: int = 0) -> CellcError | None:
-        """Why a request of a plan can never run; `before`: calls of its earlier legs."""
-        calls = before + plan.num_calls
-        if self._calls is not None and calls > self._calls:
+    def refusal(self, entry: Entry) -> CellcError | None:
+        """Why a request can never run. A leg holds calls that may not be needed: those of forwards
+        that read values are limited by the values read.
+        """
+        plan, calls = entry.plan, entry.plan.num_calls
+        if self._calls is not None and calls > self._calls and not isinstance(entry, Leg):
             return CallsError(calls=f"{calls:,}", limit=f"{self._calls:,}")
         needed = self._arenas.bytes_of(plan)
         if needed > self.memory:

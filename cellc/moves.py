@@ -76,7 +76,7 @@ class Moves:
         self._scheduler.cancel([t.number for t in tickets])
         self._flight.retire(tickets)
         for ticket, leg in going:
-            ticket.entry, ticket.first, ticket.number, ticket.calls = leg, None, -1, 0
+            ticket.entry, ticket.first, ticket.number = leg, None, -1
         self._queue(tickets)
 
     def _move(self, going: Sequence[tuple[Ticket, Branch]]) -> None:
@@ -87,7 +87,7 @@ class Moves:
             plan = branch.leg.plan
             try:
                 fits = self._arenas.prepare(plan)
-                if (refusal := self._limits.refusal(plan, ticket.calls)) is not None:
+                if (refusal := self._limits.refusal(branch.leg)) is not None:
                     raise refusal
             except Exception as error:
                 self._flight.fail([(ticket, error)])
@@ -114,7 +114,6 @@ class Moves:
         self._flight.free(tickets)
         for (ticket, branch), base in zip(moving, bases, strict=True):
             ticket.first = ticket.first or ticket.entry
-            ticket.calls += ticket.entry.plan.num_calls
             ticket.entry, ticket.bases = branch.leg, base
         errors = self._flight.copy_in(tickets, bases)
         self._flight.fail([(tickets[i], error) for i, error in errors.items()])

@@ -20,9 +20,10 @@ class Options:
     folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of rows
     and tables of all requests; past it requests wait, and one that alone needs more fails at once
     (None: a quarter of the device's memory, 8 GiB at most). tf32: f32 products on a GPU may use
-    tf32. max_calls: calls of cells that one request may have; max_steps: values that its forward
-    may read; timeout: seconds that it may take; past any of them it fails. workers: engines that
-    run side by side on the device; on a CPU they share its cores.
+    tf32. max_calls: calls of cells that one request may have, if its forward reads no values;
+    max_steps: values that a forward may read; timeout: seconds that a request may take; past any
+    of them it fails. workers: engines that run side by side on the device; on a CPU they share its
+    cores.
     """
 
     fold_bytes: int = 256 << 20

@@ -39,7 +39,6 @@ class Ticket:
     number: int = -1
     bases: Any = None  # first slots of its regions, a row type
     nbytes: int = 0  # of its regions
-    calls: int = 0  # of its earlier legs
     started: bool = False  # its future was told that it runs
     held: tuple[int, Any] | None = None  # its first answer that its leg does not go on with
     ask: Any = None  # what is asked for it

@@ -26,6 +26,7 @@ class Way(Protocol):
     arrived: float
     dropped: bool
     error: BaseException | None
+    trial: bool
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Timeline:
     def submitted(self, requests: Iterable[Way]) -> None:
         now, thread = time.perf_counter(), self._thread()
         for request in requests:
+            if request.trial:  # nobody asked for it
+                continue
             begin = request.arrived
             self._count += 1
             number = self._count
