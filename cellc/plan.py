@@ -106,6 +106,7 @@ class Plan:
     priority: tuple[int, ...]  # a cell's depth: later cells first
     places: Places | None = None
     events: I32 | None = None  # [E, 6], by call: see above
+    nbytes: int = 0  # of a request's rows and block, once somebody asked
 
     @property
     def num_calls(self) -> int:

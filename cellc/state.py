@@ -24,7 +24,6 @@ FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
 FEW = 16  # tensors that are copied one by one
-MAX_SIZES = 4096
 
 
 class Arenas(Mapping[RowType, torch.Tensor]):
@@ -34,7 +33,6 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self, tables: Tables, params: Mapping[str, torch.Tensor], device: torch.device
     ) -> None:
         self._tables, self._params, self._device = tables, params, device
-        self._bytes: dict[int, tuple[Plan, int]] = {}
         self._tensors: dict[RowType, torch.Tensor] = {}
         self._views: list[npt.NDArray[Any] | None] = []
         self._types: list[RowType] = []
@@ -126,16 +124,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def bytes_of(self, plan: Plan) -> int:
         """Bytes of one request's regions, and of its block in the scheduler's table."""
-        known = self._bytes.get(id(plan))
-        if known is None or known[0] is not plan:
+        if plan.nbytes == 0:
             sizes = zip(plan.num_slots, list(self._tables.types), strict=False)
             rows = sum(size_class(size) * type.nbytes for size, type in sizes)
-            known = plan, rows + sum(a.nbytes for a in (plan.calls, plan.records, plan.successors))
-            self._bytes[id(plan)] = known
-            if len(self._bytes) > MAX_SIZES:  # others read and add meanwhile
-                for key in list(self._bytes)[: MAX_SIZES // 2]:
-                    self._bytes.pop(key, None)
-        return known[1]
+            block = (plan.calls, plan.records, plan.successors)
+            plan.nbytes = rows + sum(a.nbytes for a in block)
+        return plan.nbytes
 
     @property
     def live(self) -> int:
