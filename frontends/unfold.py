@@ -39,6 +39,8 @@ from cellc.frontends.segments import LEAF, OutType
 from cellc.frontends.signature import NUMBERS, STATIC, line_of
 from cellc.frontends.stub import CannotUnfold, NumberSteers, Stack, Stub
 
+MAX_PIECES = 1 << 13  # yielded with no value read in between
+
 
 @dataclass
 class Returned:
@@ -109,6 +111,9 @@ class Recorder(Recording):
             if stubs.current.ended is not None:
                 return None
             self.yields.append((len(self.asked), self._returned(piece)))
+            pieces = self.yields
+            if len(pieces) > MAX_PIECES and pieces[-MAX_PIECES][0] == len(self.asked):
+                raise CannotUnfold(f"{MAX_PIECES:,} pieces are yielded in a row: it may never end")
         return self._returned(None)
 
     def _returned(self, result: Any) -> Returned:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 import cellc
 from cellc import batches, cell_store, plan_cache, templates
+from cellc.frontends import unfold
 from cellc.limits import usual_memory
 
 
@@ -74,6 +76,21 @@ def test_sessions_go_on_after_a_step_that_is_too_large() -> None:
                 got, _ = session.step(x)
                 state, _ = step(x, state)
                 torch.testing.assert_close(got, state)
+
+
+def test_a_generator_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfold, "MAX_PIECES", 20)
+
+    def endless(x: Tensor, steps: int) -> Iterator[Tensor]:
+        while steps:
+            x, steps = x + 1, steps - 1
+            yield x
+
+    with cellc.compile(endless, backend="eager") as compiled:
+        assert len(list(compiled.stream(torch.zeros(2), 20))) == 20
+        with pytest.raises(cellc.CellcError, match="never end"):
+            compiled.stream(torch.zeros(2), -1)
+        assert len(list(compiled.stream(torch.zeros(2), 20))) == 20
 
 
 def test_memory_is_never_past_its_limit() -> None:

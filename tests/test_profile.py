@@ -185,7 +185,7 @@ def test_the_schedule_log() -> None:
 import torch, cellc
 compiled = cellc.compile(torch.nn.GRU(3, 4).eval(), backend="eager")
 compiled.map([torch.randn(3, 3)] * 4)
-compiled(torch.randn(3, 3)), compiled(torch.randn(3, 3))
+compiled(torch.randn(3, 3))
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -196,4 +196,4 @@ compiled(torch.randn(3, 3)), compiled(torch.randn(3, 3))
     )
     assert done.returncode == 0, done.stderr
     assert "[cellc schedule] 4 begin, 0 wait, 0 run" in done.stderr
-    assert "rows in 3 steps" in done.stderr and "launches made before" in done.stderr
+    assert "rows in 3 steps" in done.stderr
