@@ -261,7 +261,7 @@ def test_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
         for owner, name in (
             (engine.launcher, "run"),
             (engine.launcher, "schedule"),
-            (engine, "_admit"),
+            (engine._admission, "admit"),
             (engine.flight, "copy_in"),
             (engine.flight, "add"),
         ):
