@@ -17,7 +17,14 @@ SOON = 0.05  # seconds between looks where another thread runs the loop
 LAST = 5.0  # seconds that the interpreter's end waits for a launch that runs
 
 
-class Served(Protocol):
+class Leaver(Protocol):
+    """Who has a thread."""
+
+    def leave(self) -> None:
+        """The interpreter ends: so does the thread, soon."""
+
+
+class Served(Leaver, Protocol):
     """What the thread needs of an engine."""
 
     @property
@@ -33,10 +40,8 @@ class Served(Protocol):
 
     def recover(self, error: BaseException) -> None: ...
 
-    def leave(self) -> None: ...
 
-
-_started: weakref.WeakKeyDictionary[Served, threading.Thread] = weakref.WeakKeyDictionary()
+_started: weakref.WeakKeyDictionary[Leaver, threading.Thread] = weakref.WeakKeyDictionary()
 
 
 def start(engine: Served, turn: threading.Condition) -> threading.Thread:
@@ -45,18 +50,23 @@ def start(engine: Served, turn: threading.Condition) -> threading.Thread:
         target=_serve, args=(weakref.ref(engine), turn), name="cellc-engine", daemon=True
     )
     weakref.finalize(engine, _wake, turn, os.getpid()).atexit = False
-    _started[engine] = thread
-    thread.start()
+    start_of(engine, thread)
     return thread
+
+
+def start_of(owner: Leaver, thread: threading.Thread) -> None:
+    """Start a thread that ends before the interpreter does."""
+    _started[owner] = thread
+    thread.start()
 
 
 @atexit.register
 def _end() -> None:
     """The interpreter ends: threads end before it stops them in the midst of C++, which aborts."""
     threads = []
-    for engine, thread in list(_started.items()):
+    for owner, thread in list(_started.items()):
         if thread.is_alive():  # none is in a fork
-            engine.leave()
+            owner.leave()
             threads.append(thread)
     for thread in threads:
         thread.join(LAST)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from cellc import log
+from cellc import background, log
 from cellc.engine import Engine
 from cellc.errors import ClosedError, Overloaded
 from cellc.launch import Crew
@@ -46,6 +46,7 @@ class Worker:
         self.work = threading.Condition(lock)  # told when there may be some
         self.thread: threading.Thread | None = None
         self.taken = 0  # requests that waited for others
+        self.leaving = False
         self._waiting: deque[Ticket] = deque()
         self._calls = 0  # of those
 
@@ -75,6 +76,12 @@ class Worker:
     @property
     def room(self) -> int:
         return ROOM - self.engine.num_running - self.engine.num_waiting
+
+    def leave(self) -> None:
+        """The interpreter ends: what waits is not run any more."""
+        with self.work:
+            self.leaving = True
+            self.work.notify_all()
 
     def put(self, ticket: Ticket, calls: int) -> None:
         ticket.worker = self.number
@@ -184,7 +191,7 @@ class Pool:
             worker.thread = threading.Thread(
                 target=_serve, args=(self, worker), name=name, daemon=True
             )
-            worker.thread.start()
+            background.start_of(worker, worker.thread)
         worker.work.notify_all()
 
     def free(self, worker: Worker) -> None:
@@ -199,6 +206,8 @@ class Pool:
         """Give a worker what it runs next, once there is something. False when it should end."""
         with self.lock:
             while True:
+                if worker.leaving:
+                    return False
                 if not self.paused:
                     tickets = worker.pop(worker.room) or self._elsewhere(worker)
                     if tickets:
@@ -251,7 +260,7 @@ class Workers:
         self._results = threading.Condition(self._news)  # told of pieces
         self._refreshing = threading.Lock()
         self._pid = os.getpid()
-        weakref.finalize(self, _end, self._pool, os.getpid())
+        weakref.finalize(self, _end, self._pool, os.getpid()).atexit = False
 
     # -- what callers use, as of an engine --
 

@@ -26,6 +26,7 @@ import cellc
 from cellc.ops import RowType
 from cellc.plan import Tables
 from cellc.state import Arenas
+from cellc.workers import Workers
 
 
 class Tagger(nn.Module):
@@ -261,10 +262,10 @@ def in_fork(work: Callable[[], None]) -> int:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
-@pytest.mark.parametrize("held", [False, True])
-def test_a_forked_child(model: nn.Module, held: bool) -> None:
+@pytest.mark.parametrize(("held", "workers"), [(False, 1), (True, 1), (True, 2)])
+def test_a_forked_child(model: nn.Module, held: bool, workers: int) -> None:
     """`held`: the parent's thread is in a turn of the loop when it forks."""
-    compiled = cellc.compile(model, backend="eager")
+    compiled = cellc.compile(model, backend="eager", options={"workers": workers})
     stream = cellc.compile(lambda x: (yield x), backend="eager")
     pieces = stream.stream(torch.randn(3))
     compiled.map(requests())
@@ -299,6 +300,8 @@ def test_a_forked_child(model: nn.Module, held: bool) -> None:
     if held:
         locks.enter_context(compiled._engine._loop)
         locks.enter_context(stream._engine._loop)
+        if isinstance(compiled._serving, Workers):
+            locks.enter_context(compiled._serving._pool.lock)
     with locks:
         assert in_fork(refused) == 0
         assert in_fork(again) == 0
@@ -335,7 +338,8 @@ SHUTDOWN = """
     from torch import nn
     torch.set_num_threads(1)
     model = nn.LSTM(64, 256)
-    compiled = cellc.compile(model.eval(), backend=sys.argv[1])
+    workers = {"workers": 2} if sys.argv[2] == "workers" else None
+    compiled = cellc.compile(model.eval(), backend=sys.argv[1], options=workers)
     compiled(torch.randn(3, 64))
     futures = [compiled.submit(torch.randn(400, 64)) for _ in range(300)]
     if sys.argv[2] == "stream":
@@ -354,7 +358,7 @@ SHUTDOWN = """
 """
 
 
-@pytest.mark.parametrize("how", ["return", "stream", "raise"])
+@pytest.mark.parametrize("how", ["return", "stream", "raise", "workers"])
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
 def test_the_interpreter_ends_with_requests_in_flight(backend: str, how: str) -> None:
     done = subprocess.run(
