@@ -15,6 +15,7 @@ from cellc.errors import (
     CallsError,
     CellcError,
     ClosedError,
+    DeadlineError,
     ForwardError,
     Overloaded,
     RequestError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from cellc.entry import compile
     from cellc.marks import cell
     from cellc.options import Options
+    from cellc.policies import Policy
     from cellc.trees import Dag, Tree
     from cellc.views import CellView
 
@@ -43,9 +45,11 @@ __all__ = [
     "ClosedError",
     "Compiled",
     "Dag",
+    "DeadlineError",
     "ForwardError",
     "Options",
     "Overloaded",
+    "Policy",
     "RequestError",
     "TooLarge",
     "Tree",
@@ -63,6 +67,7 @@ _HOMES = {
     "Compiled": "cellc.compiled",
     "Dag": "cellc.trees",
     "Options": "cellc.options",
+    "Policy": "cellc.policies",
     "Tree": "cellc.trees",
     "cell": "cellc.marks",
     "check": "cellc.checking",

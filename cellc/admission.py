@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from cellc import log
+from cellc.deadlines import Deadlines
 from cellc.errors import Overloaded, RequestTimeout, twin
 from cellc.flight import Flight
 from cellc.limits import Limits
@@ -36,6 +37,7 @@ class Admission:
         self._counters = flight.counters
         self._max_queue, self._guard = max_queue, guard
         self.inbox: deque[Ticket] = deque()
+        self.deadlines: Deadlines | None = None  # where the policy knows them
         self._entering: Sequence[Ticket] = ()  # that may have left the inbox, and are not live yet
 
     # -- the queue --
@@ -97,8 +99,10 @@ class Admission:
 
     # -- into flight --
 
-    def admit(self) -> None:
+    def admit(self, now: float) -> None:
         """Give waiting requests regions, copy their data in, tell the scheduler of their calls."""
+        if self.deadlines is not None:
+            self._triage(self.deadlines, now)
         if not self.inbox:
             return
         tickets: list[Ticket] = []
@@ -112,13 +116,23 @@ class Admission:
             log.more("schedule", f"{len(tickets)} begin, {waiting} wait, {running} run")
         try:
             if tickets:
+                begin = time.perf_counter()
                 self._flight.begin(tickets)
+                if self.deadlines is not None:
+                    self.deadlines.admitted(len(tickets), time.perf_counter() - begin)
         except Exception as error:  # ours; where this thread is interrupted, the engine restarts
             lost = [t for t in tickets if t.number not in self._flight.live and not t.done]
             self._flight.live_bytes -= sum(t.nbytes for t in lost)
             self._flight.finish_failed([(ticket, twin(error)) for ticket in lost])
             raise
         self._entering = ()
+
+    def _triage(self, deadlines: Deadlines, now: float) -> None:
+        """Shed who cannot end in time; who is next stands first."""
+        deadlines.shed(now)
+        with self._guard:
+            self.inbox, late = deadlines.triage(self.inbox, MAX_LIVE - len(self._flight.live))
+        self._flight.finish_failed(late)
 
     def _take(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
         """Move requests that there is room for from the inbox to `tickets`; those that can never
@@ -128,6 +142,8 @@ class Admission:
         broken: list[tuple[Ticket, Exception]] = []
         flight = self._flight
         room = MAX_LIVE - len(flight.live)
+        if self.deadlines is not None:
+            room = min(room, self.deadlines.following)
         while self.inbox and len(tickets) < room:
             ticket = self.inbox[0]
             plan = ticket.entry.plan

@@ -42,11 +42,12 @@ from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.replica import replicas
 from cellc.request import as_call
-from cellc.sessions import Carry, Session
+from cellc.sessions import Carry, Session, Steps
 from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.views import Cells, CellView
+from cellc.wants import NOTHING_WANTED, Wants, make_wants
 from cellc.workers import Workers, crews
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ class Compiled:
                 max_batch=max_batch,
                 max_queue=max_queue if len(devices) == 1 else None,
                 policy=options.policy,
+                max_age=options.max_age,
                 memory_limit=(options.memory_limit or usual_memory(learned.device))
                 // devices.count(learned.device),
                 max_calls=options.max_calls,
@@ -115,11 +117,34 @@ class Compiled:
         self._max_queue, self._device, self._source = max_queue, device, source
         self._carry = Carry(carry, self._compiler.arguments.names) if carry is not None else None
         self._sessions: dict[Session, None] = {}  # open ones
+        self._policy, self._wants = options.policy, NOTHING_WANTED
+        self._whole: Compiled | None = None  # what it is a copy of, which has the backend's end
         self._looked = 0.0  # when those that expired were last closed
         self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _close_backends, list(backends))
 
     # -- requests --
+
+    def with_options(self, *, deadline: float | None = None, priority: int = 0) -> Compiled:
+        """The same compiled model, whose requests are wanted otherwise: what it is called, mapped,
+        submitted, streamed and stepped with goes to the model, these do not.
+
+        deadline: seconds from the call on. A request that cannot end by then fails at once, with
+        DeadlineError. priority: higher ones go first (an integer, 0 where none is given). Both need
+        `options={"policy": "deadline"}`, or a policy of your own that says `deadlines = True`.
+
+        >>> import torch, cellc
+        >>> model = torch.nn.GRU(4, 8)
+        >>> compiled = cellc.compile(model, backend="eager", options={"policy": "deadline"})
+        >>> future = compiled.with_options(deadline=60.0).submit(torch.randn(5, 1, 4))
+        >>> future.result()[0].shape
+        torch.Size([5, 1, 8])
+        >>> compiled.close()
+        """
+        other = object.__new__(Compiled)
+        other.__dict__.update(self.__dict__)
+        other._wants, other._whole = make_wants(deadline, priority, self._policy), self
+        return other
 
     @_without_autocast
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -255,14 +280,14 @@ class Compiled:
             for old in list(self._sessions):
                 old.expire()
         session = Session(
-            _Steps(self), self._carry, initial, lifetime, lambda s: self._sessions.pop(s, None)
+            _Model(self), self._carry, initial, lifetime, lambda s: self._sessions.pop(s, None)
         )
         self._sessions[session] = None
         return session
 
     @_without_autocast
     def step_all(
-        self, steps: Iterable[tuple[Session, Any]], *, return_exceptions: bool = False
+        self, steps: Iterable[tuple[Steps, Any]], *, return_exceptions: bool = False
     ) -> list[Any]:
         """One step of each of many sessions at once, in order: (session, arguments), these as in
         `map`. Raises the first error after all have ended, as `map` does.
@@ -306,12 +331,23 @@ class Compiled:
 
     def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         self._check_open()
-        return self._intake.ticket(args, kwargs)
+        if self._wants is NOTHING_WANTED:
+            return self._intake.ticket(args, kwargs)
+        wish = self._wants.from_now()
+        ticket = self._intake.ticket(args, kwargs)
+        ticket.wish = wish
+        return ticket
 
     def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
         """Tickets in order, those of requests that cannot be planned already failed."""
         self._check_open()
-        return self._intake.tickets(calls)
+        if self._wants is NOTHING_WANTED:
+            return self._intake.tickets(calls)
+        wish = self._wants.from_now()
+        tickets = self._intake.tickets(calls)
+        for ticket in tickets:
+            ticket.wish = wish
+        return tickets
 
     # -- what it is made of --
 
@@ -335,8 +371,9 @@ class Compiled:
 
     def stats(self) -> dict[str, Any]:
         """Counters since compile: launches, rows, mean_batch (rows a step), requests (done,
-        failed, cancelled, refused past `max_queue`), plans, what is queued and kept now, and, of
-        the last requests, ms until they ran and until they were answered; `workers`: some of it by
+        failed, cancelled, refused past `max_queue`; of those with deadlines the ones that were
+        `shed`, and the ones that ended `late`), plans, what is queued and kept now, and, of the
+        last requests, ms until they ran and until they were answered; `workers`: some of it by
         worker.
         """
         counters = self._serving.counters
@@ -351,6 +388,8 @@ class Compiled:
             "failed": counters.failed,
             "cancelled": counters.cancelled,
             "refused": counters.refused,
+            "shed": counters.shed,
+            "late": counters.late,
             "recoveries": counters.recoveries,
             "waiting": self._serving.num_waiting,
             "running": self._serving.num_running,
@@ -434,7 +473,7 @@ def _generates(ticket: Ticket) -> bool:
     return isinstance(ticket.entry, Leg) and ticket.entry.generates
 
 
-class _Steps:
+class _Model:
     """A compiled model as its sessions see it."""
 
     def __init__(self, compiled: Compiled) -> None:
@@ -448,6 +487,9 @@ class _Steps:
 
     def send(self, ticket: Ticket) -> Future[Any]:
         return self._compiled._send(ticket)
+
+    def wants(self, deadline: float | None, priority: int) -> Wants:
+        return make_wants(deadline, priority, self._compiled._policy)
 
 
 def _close_backends(backends: Sequence[Backend]) -> None:

@@ -12,6 +12,7 @@ it has nothing to do.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -22,6 +23,7 @@ from typing import Any
 
 from cellc import background
 from cellc.admission import Admission
+from cellc.deadlines import Deadlines
 from cellc.errors import FORKED, ClosedError, UnsupportedError, WorkerError
 from cellc.flight import Flight
 from cellc.kernels.native import find_arithmetic
@@ -31,9 +33,10 @@ from cellc.legs import Leg
 from cellc.limits import Limits
 from cellc.moves import Moves
 from cellc.onward import Onward
+from cellc.policies import Policy
 from cellc.replay import Replays
 from cellc.replica import Learned
-from cellc.scheduler import Batch, Policy, Scheduler
+from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 
@@ -47,7 +50,8 @@ class Engine:
         *,
         max_batch: int | None,
         max_queue: int | None,
-        policy: Policy,
+        policy: str | Policy,
+        max_age: int,
         memory_limit: int,
         max_steps: int | None = None,
         max_calls: int | None = None,
@@ -56,7 +60,7 @@ class Engine:
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
-        self._scheduler = Scheduler(policy=policy, arithmetic=find_arithmetic())
+        self._scheduler = Scheduler(policy=policy, arithmetic=find_arithmetic(), max_age=max_age)
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
@@ -72,6 +76,8 @@ class Engine:
         self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._guard)
         self._moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
         self._replays = Replays(*what, self.launcher, self.flight)
+        if self._scheduler.urgency is not None:
+            self._admission.deadlines = Deadlines(self._scheduler, self.launcher, self.flight)
         self._timeout, self._looked, self._crew = timeout, 0.0, crew
         self._pid = os.getpid()
         self._loop = threading.Lock()  # held by whoever runs the loop
@@ -336,7 +342,7 @@ class Engine:
 
     def _alone(self, ticket: Ticket) -> bool:
         """Run the only request there is by itself. False where the loop has to do it."""
-        if isinstance(ticket.entry, Leg):
+        if isinstance(ticket.entry, Leg) or ticket.wish.due < math.inf:
             return False
         with self._guard:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():
@@ -345,7 +351,7 @@ class Engine:
                 if not self._arenas.prepare(ticket.entry.plan):
                     return False
             except Exception:
-                return False  # `_admit` meets it again, and answers the ticket
+                return False  # admission meets it again, and answers the ticket
             self._inbox.popleft()
             self._admission.note_begun([ticket])
         try:
@@ -367,7 +373,7 @@ class Engine:
                 timeline.begin_turn(len(self._inbox), len(self.flight.live))
             if self._dropped:
                 self._forget(self._take_dropped())
-            self._admission.admit()
+            self._admission.admit(start)
             if self._timeout is not None and start - self._looked > 0.01:
                 self._looked = start
                 self._admission.expire(start, self._timeout)

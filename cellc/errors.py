@@ -132,6 +132,21 @@ class Overloaded(CellcError):
     )
 
 
+class DeadlineError(CellcError, TimeoutError):
+    """A request was shed, since it cannot end before its deadline; others keep theirs."""
+
+    template = (
+        "the request was shed: its deadline is in {left:.1f} ms, and it cannot end by then beside "
+        "the others; give it more time, or send fewer"
+    )
+
+
+class PolicyError(CellcError):
+    """A policy of the user's own chose what it may not."""
+
+    template = "pick() of policy {policy} returned {got}; return one of the queues it is given"
+
+
 class VerifyError(CellcError):
     """The IR broke one of its own rules: a bug in cellc, please report it."""
 

@@ -98,7 +98,9 @@ class Flight:
         for size in {len(t.bases) for t in calling}:
             alike = [t for t in calling if len(t.bases) == size]
             bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
-            self._scheduler.add([t.entry.plan for t in alike], [t.number for t in alike], bases)
+            wishes = () if self._scheduler.urgency is None else [t.wish for t in alike]
+            numbers = [t.number for t in alike]
+            self._scheduler.add([t.entry.plan for t in alike], numbers, bases, wishes)
         for ticket in tickets:
             if isinstance(ticket.entry, Leg):
                 self._onward.enter(ticket)
@@ -269,7 +271,9 @@ class Flight:
             counters = self.counters
             counters.requests += 1
             counters.failed += ticket.error is not None
-            counters.latencies.append((now or time.perf_counter()) - ticket.arrived)
+            now = now or time.perf_counter()
+            counters.latencies.append(now - ticket.arrived)
+            counters.late += now > ticket.wish.due and ticket.error is None
             if counters.timeline is not None:
                 counters.timeline.ended([ticket])
         if ticket.future is not None:

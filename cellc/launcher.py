@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from cellc import log, pacing
-from cellc.costs import Costs
+from cellc.costs import GUESS, Costs
 from cellc.launch import EVERYBODY, Crew, Launch, Ragged
 from cellc.machines import place
 from cellc.onward import Onward
@@ -68,18 +68,42 @@ class Launcher:
         self._host_seconds = pacing.averaged(self._host_seconds, seconds)
 
     def schedule(self, *, joined: bool, waited: bool) -> Batch | None:
-        self._scheduler.patience = pacing.patience(joined=joined)
+        self._scheduler.turn.patience = pacing.patience(joined=joined)
         self._scheduler.max_batch = self._max_batch or pacing.most_rows(joined=joined)
         chosen = self._scheduler.peek()
         if chosen is None:
             return None
         cell, rows = chosen
-        measured = self._seconds.get((cell, rows.bit_length()))
-        seconds = measured or self._costs.seconds(self._compiler.by_number[cell], rows)
+        seconds = self.step_seconds(cell, rows)
         steps = pacing.num_steps(seconds, self._host_seconds, shared=joined or waited)
         if self._compiler.paths.on:
             steps = min(steps, self.ahead(seconds))
         return self._scheduler.next(steps)
+
+    def step_seconds(self, cell: int, rows: int) -> float:
+        """Of a step: measured, before the first launch by a curve or a guess."""
+        measured = self._seconds.get((cell, rows.bit_length()))
+        return measured or self._costs.seconds(self._compiler.by_number[cell], rows)
+
+    def pace(self, cell: int, rows: int) -> float:
+        """Seconds that a step of so many ready calls takes, with its share of the host's part; of
+        rows that no launch had, what is known of fewer, or else a share of more: nobody is shed
+        for a guess that is too high.
+        """
+        most = self._scheduler.max_batch
+        size = min(rows, most)
+        step = self._seconds.get((cell, size.bit_length()))
+        curve = self._costs.curve(self._compiler.by_number[cell]) if step is None else None
+        if curve is not None:
+            step = curve(size)
+        if step is None:
+            known = sorted((bits, s) for (c, bits), s in self._seconds.items() if c == cell)
+            fewer = [s for bits, s in known if bits < size.bit_length()]
+            more = known[0][1] * size / (1 << known[0][0]) if known else GUESS
+            step = fewer[-1] if fewer else more
+        host = self._host_seconds
+        each = step + host / pacing.num_steps(step, host, shared=True)
+        return max(each * max(1.0, rows / most), 1e-7)
 
     def ahead(self, seconds: float) -> int:
         """How many steps a launch may run beyond questions that are not answered: most useful steps
@@ -108,6 +132,8 @@ class Launcher:
         self._measure(batch, took)
         if self._counters.timeline is not None:
             self._note(batch, start, took)
+        if self._scheduler.urgency is not None:
+            self._scheduler.urgency.ran(batch.cell, launch.num_steps)
         if log.enabled("schedule"):
             name = self._compiler.by_number[batch.cell].name
             log.info(

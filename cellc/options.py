@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from cellc.errors import UnsupportedError
-from cellc.scheduler import Policy
+from cellc.policies import MAX_AGE, POLICIES, Policy
 
 BackendName = Literal["auto", "triton", "cpp", "eager"]
 
@@ -17,17 +17,19 @@ class Options:
     """Options of `cellc.compile`.
 
     fold_bytes: largest table that folding an embedding into a product may make, in bytes; 0 turns
-    folding off. policy: `cellular` or `fifo` (see `cellc.scheduler`). memory_limit: bytes of rows
-    and tables of all requests; past it requests wait, and one that alone needs more fails at once
-    (None: a quarter of the device's memory, 8 GiB at most). tf32: f32 products on a GPU may use
-    tf32. max_calls: calls of cells that one request may have, if its forward reads no values;
-    max_steps: values that a forward may read; timeout: seconds that a request may take; past any
-    of them it fails. workers: engines that run side by side on the device; on a CPU they share its
-    cores.
+    folding off. policy: `cellular`, `fifo`, `deadline`, or an object of your own (see
+    `cellc.policies`). max_age: launches after which a call that waits goes first, whatever the
+    policy says. memory_limit: bytes of rows and tables of all requests; past it requests wait, and
+    one that alone needs more fails at once (None: a quarter of the device's memory, 8 GiB at most).
+    tf32: f32 products on a GPU may use tf32. max_calls: calls of cells that one request may have,
+    if its forward reads no values; max_steps: values that a forward may read; timeout: seconds that
+    a request may take; past any of them it fails. workers: engines that run side by side on the
+    device; on a CPU they share its cores.
     """
 
     fold_bytes: int = 256 << 20
-    policy: Policy = "cellular"
+    policy: str | Policy = "cellular"
+    max_age: int = MAX_AGE
     memory_limit: int | None = None
     tf32: bool = False
     max_calls: int | None = None
@@ -43,14 +45,17 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
     if unknown:
         raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
     chosen = Options(**(options or {}))
-    if chosen.policy not in get_args(Policy):
+    named = isinstance(chosen.policy, str)
+    if chosen.policy not in POLICIES if named else not _picks(chosen.policy):
         raise UnsupportedError(
-            what=f"policy {chosen.policy!r}", remedy=f"use {' or '.join(get_args(Policy))}"
+            what=f"policy {chosen.policy!r}",
+            remedy=f"use {', '.join(POLICIES)}, or an object with a method pick(ready, turn)",
         )
     check_counts(
         memory_limit=chosen.memory_limit,
         max_calls=chosen.max_calls,
         max_steps=chosen.max_steps,
+        max_age=chosen.max_age,
         workers=chosen.workers,
     )
     seconds = chosen.timeout
@@ -59,6 +64,10 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
             what=f"timeout={seconds!r}", remedy="use a number of seconds above 0"
         )
     return chosen
+
+
+def _picks(policy: object) -> bool:
+    return not isinstance(policy, type) and callable(getattr(policy, "pick", None))
 
 
 def check_counts(**counts: int | None) -> None:

@@ -25,7 +25,7 @@ def num_steps(step_seconds: float, host_seconds: float, *, shared: bool) -> int:
 
 
 def patience(*, joined: bool) -> int:
-    """For `Scheduler.patience`; `joined`: requests may come."""
+    """For `Turn.patience` of the scheduler; `joined`: requests may come."""
     return PATIENT if joined else PATIENT_ALONE
 
 
@@ -34,6 +34,13 @@ def most_rows(*, joined: bool) -> int:
     whoever joins would wait for them.
     """
     return ROWS if joined else ROWS_ALONE
+
+
+def admissions(request_seconds: float) -> int:
+    """Requests that are admitted in a turn where deadlines count: more would hold up those that
+    run; `request_seconds`: what one costs the host.
+    """
+    return max(1, int(SHARED / max(request_seconds, 1e-7)))
 
 
 def averaged(host_seconds: float, turn_seconds: float) -> float:

@@ -7,24 +7,21 @@ threads, no clock of its own; numpy in, numpy out. The engine admits requests wi
 A call's successors are told at once when it is scheduled, before its kernel has run: one worker
 runs launches first in, first out.
 
-Policy `cellular` (BatchMaker, EuroSys 2018; ARCHITECTURE.md says what is ours): a cell whose ready
-calls fill its largest batch first; else what such a launch left behind, so that requests that came
-together stay together; else the deepest cell with ready calls, since it brings requests nearer to
-their end, but for a while a cell with many times as many: more may join the few. `fifo`: the cell
-whose oldest ready call has waited longest.
+Which cell goes first is a policy's choice (`cellc.policies`), which calls of it a queue's
+(`cellc.queues`). Under any policy a call that has been ready for `max_age` turns (admissions and
+launches) goes first, the oldest of those before the others: nobody waits for ever.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from cellc.arithmetic import SCHEDULED, Arithmetic, Numpy
+from cellc.errors import PolicyError
 from cellc.plan import (
     CELL,
     FIRST_CALL,
@@ -36,13 +33,14 @@ from cellc.plan import (
     REQUEST,
     Plan,
 )
+from cellc.policies import MAX_AGE, Policy, Turn, make_policy, takes_deadlines
+from cellc.queues import Queue, UrgentQueue
 from cellc.regions import Flat
+from cellc.urgency import NO_WISH, Seconds, Urgency, Wish
 
 I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
-FEW = 4  # times as many ready calls elsewhere make those of a cell few
-
-Policy = Literal["cellular", "fifo"]
+GUESS = 1e-4  # seconds of a step, where nobody knows
 
 
 @dataclass(frozen=True)
@@ -58,55 +56,40 @@ class Batch:
     answering: I32  # the request of each of these calls
 
 
-@dataclass
-class _Queue:
-    """Ready calls of one cell, oldest first, in chunks."""
-
-    chunks: deque[npt.NDArray[np.int64]] = field(default_factory=deque)
-    size: int = 0
-    since: deque[int] = field(default_factory=deque)  # arrival tick of each chunk
-
-    def push(self, calls: npt.NDArray[np.int64], tick: int) -> None:
-        self.chunks.append(calls)
-        self.since.append(tick)
-        self.size += len(calls)
-
-    def pop(self, count: int) -> npt.NDArray[np.int64]:
-        taken = []
-        while count and self.chunks:
-            chunk = self.chunks[0]
-            if len(chunk) <= count:
-                self.chunks.popleft()
-                self.since.popleft()
-                part = chunk
-            else:
-                part, self.chunks[0] = chunk[:count], chunk[count:]
-            taken.append(part)
-            count -= len(part)
-            self.size -= len(part)
-        return taken[0] if len(taken) == 1 else np.concatenate(taken)
-
-
 class Scheduler:
-    """See the module. `record_lengths` and `priority` are looked up by cell number and may grow."""
+    """See the module. `record_lengths` and `priority` are looked up by cell number and may grow.
+    `seconds(cell, num_rows)`: of a step, for policies with deadlines.
+    """
 
     def __init__(
         self,
         *,
         max_batch: int = 512,
-        policy: Policy = "cellular",
+        policy: str | Policy = "cellular",
         arithmetic: Arithmetic | None = None,
+        max_age: int = MAX_AGE,
+        seconds: Seconds = lambda cell, num_rows: GUESS,
     ) -> None:
-        self.max_batch, self.policy, self._arithmetic = max_batch, policy, arithmetic or Numpy()
+        self.max_age, self._arithmetic = max_age, arithmetic or Numpy()
+        self.policy = make_policy(policy)
+        self.urgency = Urgency(seconds) if takes_deadlines(policy) else None
         self.record_lengths: dict[int, int] = {}
         self.priority: dict[int, int] = {}
         self._table = Flat(np.zeros((8192, NUM_COLUMNS), np.int32))  # blocks of plans
-        self._queues: dict[int, _Queue] = {}
+        self._queues: dict[int, Queue] = {}
         self._requests: dict[int, tuple[Plan, int]] = {}  # plan, first call
         self._left = np.zeros(64, np.int64)
-        self._tick = 0
-        self.patience = 64  # launches that few calls of a deep cell wait for more
-        self._cut = -1  # the cell of a full launch that left ready calls behind
+        self._turns = 0
+        self.turn = Turn(max_batch)
+        self._picked: Queue | None = None  # what `next` takes, until something changes
+
+    @property
+    def max_batch(self) -> int:
+        return self.turn.max_batch
+
+    @max_batch.setter
+    def max_batch(self, most: int) -> None:
+        self.turn.max_batch = most
 
     @property
     def num_ready(self) -> int:
@@ -129,16 +112,25 @@ class Scheduler:
     # -- requests --
 
     def add(
-        self, plans: Sequence[Plan], requests: Sequence[int], bases: npt.NDArray[np.int64]
+        self,
+        plans: Sequence[Plan],
+        requests: Sequence[int],
+        bases: npt.NDArray[np.int64],
+        wishes: Sequence[Wish] = (),
     ) -> None:
-        """Admit requests, one a plan; `bases` [m, row types]: first slots of their regions."""
-        self._tick += 1
+        """Admit requests, one a plan; `bases` [m, row types]: first slots of their regions;
+        `wishes`: one each, or none at all.
+        """
+        self._turns += 1
+        self._picked = None
         firsts = self._table.allocate([plan.num_rows for plan in plans])
         self._reserve(max(requests))
         for request, plan, first in zip(requests, plans, firsts, strict=True):
             self._requests[request] = (plan, first)
         numbers, first_calls = np.asarray(requests), np.asarray(firsts)
         self._left[numbers] = [plan.num_calls for plan in plans]
+        if self.urgency is not None:
+            self.urgency.place(plans, firsts, wishes or [NO_WISH] * len(plans))
         for start in range(0, len(plans), ADDED_TOGETHER):
             part = slice(start, start + ADDED_TOGETHER)
             self._place(plans[part], numbers[part], first_calls[part], bases[part])
@@ -172,17 +164,8 @@ class Scheduler:
         self._left[known] = 0
         owners = self._table.data[:, REQUEST]
         for queue in self._queues.values():
-            if not queue.size:
-                continue
-            stays = [~gone[owners[chunk]] for chunk in queue.chunks]
-            kept = [
-                (chunk[stay], tick)
-                for chunk, stay, tick in zip(queue.chunks, stays, queue.since, strict=True)
-                if stay.any()
-            ]
-            queue.chunks = deque(chunk for chunk, _ in kept)
-            queue.since = deque(tick for _, tick in kept)
-            queue.size = sum(len(chunk) for chunk in queue.chunks)
+            queue.keep(lambda calls: ~gone[owners[calls]])
+        self._picked = None
         self.release(known)
 
     def ran(self, request: int, calls: npt.NDArray[np.int64]) -> bool:
@@ -201,20 +184,23 @@ class Scheduler:
         self._requests.clear()
         self._queues.clear()
         self._table.clear()
+        self._picked = None
 
     # -- launches --
 
     def next(self, max_steps: int | None = None) -> Batch | None:
         """The next launch, or None when nothing is ready. `max_steps` bounds its steps."""
-        cell = self._pick()
-        if cell is None:
+        queue = self._pick()
+        if queue is None:
             return None
-        self._tick += 1
-        heads = self._queues[cell].pop(self.max_batch)
-        if self._queues[cell].size:
-            self._cut = cell
-        elif cell == self._cut:
-            self._cut = -1
+        self._turns += 1
+        self._picked = None
+        cell, turn = queue.cell, self.turn
+        heads = queue.pop(turn.max_batch, self._turns - self.max_age)
+        if queue.size:
+            turn.cut = cell
+        elif cell == turn.cut:
+            turn.cut = -1
         done = self._arithmetic.advance(
             self._table.data, self._left, heads, max_steps, self.record_lengths[cell]
         )
@@ -229,27 +215,44 @@ class Scheduler:
         return requests
 
     def peek(self) -> tuple[int, int] | None:
-        """(cell, rows) of what `next` would launch."""
-        cell = self._pick()
-        return None if cell is None else (cell, min(self._queues[cell].size, self.max_batch))
+        """(cell, rows) of what `next` will launch."""
+        queue = self._pick()
+        return None if queue is None else (queue.cell, min(queue.size, self.turn.max_batch))
 
-    def _pick(self) -> int | None:
-        ready = [(c, q) for c, q in self._queues.items() if q.size]
-        if len(ready) <= 1:
-            return ready[0][0] if ready else None
-        if self.policy == "fifo":
-            return min(ready, key=lambda item: (item[1].since[0], item[0]))[0]
-        full = [c for c, q in ready if q.size >= self.max_batch]
-        candidates = full or [c for c, _ in ready]
-        if not full and self._cut in candidates:
-            return self._cut
-        deepest = max(candidates, key=lambda c: (self.priority.get(c, 0), -c))
-        if not full:
-            largest, queue = max(ready, key=lambda item: (item[1].size, -item[0]))
-            few = self._queues[deepest]
-            if queue.size >= FEW * few.size and self._tick - few.since[0] < self.patience:
-                return largest
-        return deepest
+    def late(self) -> list[int]:
+        """Requests that cannot end in time any more."""
+        assert self.urgency is not None
+        ready = [(q.cell, chunk) for q in self._queues.values() for chunk in q.chunks]
+        calls = self.urgency.late(ready) if ready else _NO_CALLS
+        return np.unique(self.requests_of(calls)).tolist() if len(calls) else []
+
+    def stretch(self) -> float:
+        """How many times as long as alone a request takes, as things are."""
+        assert self.urgency is not None
+        return self.urgency.stretch({q.cell: q.size for q in self._queues.values()}, 1.0)
+
+    def _pick(self) -> Queue | None:
+        if self._picked is None:
+            ready = [q for q in self._queues.values() if q.size]
+            if len(ready) > 1:
+                self._picked = self._choose(ready)
+            elif ready:
+                self._picked = ready[0]
+        return self._picked
+
+    def _choose(self, ready: list[Queue]) -> Queue:
+        turns, depths, oldest = self._turns, self.priority, ready[0]
+        for queue in ready:
+            queue.age = turns - queue.since[0]
+            queue.depth = depths.get(queue.cell, 0)
+            if queue.age > oldest.age:
+                oldest = queue
+        if oldest.age >= self.max_age:
+            return oldest
+        chosen = self.policy.pick(ready, self.turn)
+        if chosen not in ready:
+            raise PolicyError(policy=type(self.policy).__name__, got=repr(chosen))
+        return chosen
 
     def _push(self, calls: npt.NDArray[np.int64]) -> None:
         if len(calls) == 0:
@@ -257,12 +260,18 @@ class Scheduler:
         cells = self._table.data[calls, CELL]
         first = int(cells[0])
         if (cells == first).all():
-            self._queue(first).push(calls, self._tick)
+            self._queue(first).push(calls, self._turns)
             return
         for cell in np.unique(cells).tolist():
-            self._queue(cell).push(calls[cells == cell], self._tick)
+            self._queue(cell).push(calls[cells == cell], self._turns)
 
-    def _queue(self, cell: int) -> _Queue:
-        if cell not in self._queues:
-            self._queues[cell] = _Queue()
-        return self._queues[cell]
+    def _queue(self, cell: int) -> Queue:
+        queue = self._queues.get(cell)
+        if queue is None:
+            urgency = self.urgency
+            queue = Queue(cell) if urgency is None else UrgentQueue(cell, urgency)
+            self._queues[cell] = queue
+        return queue
+
+
+_NO_CALLS = np.zeros(0, np.int64)

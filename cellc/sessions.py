@@ -21,11 +21,12 @@ from torch.utils import _pytree as pytree
 from cellc.copier import Copier
 from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
 from cellc.ticket import Ticket
+from cellc.wants import Wants
 
 _MISSING: Any = object()
 
 
-class Steps(Protocol):
+class Model(Protocol):
     """What a session needs of its compiled model."""
 
     def ticket(self, args: Any, kwargs: Any) -> Ticket: ...
@@ -33,6 +34,8 @@ class Steps(Protocol):
     def run(self, tickets: Sequence[Ticket]) -> None: ...
 
     def send(self, ticket: Ticket) -> Future[Any]: ...
+
+    def wants(self, deadline: float | None, priority: int) -> Wants: ...
 
 
 class Carry:
@@ -128,35 +131,18 @@ def _inside(
     return following
 
 
-class Session:
-    """State of one stream, made by `Compiled.session`. Steps follow each other; many sessions step
-    at the same time. Safe in threads; also a context manager.
-    """
+class Steps:
+    """Ways to ask for a step, of a session or of one whose steps have options."""
 
-    def __init__(
-        self,
-        steps: Steps,
-        carry: Carry,
-        initial: Mapping[str, Any] | None,
-        lifetime: float | None,
-        ended: Callable[[Session], None],
-    ) -> None:
-        strange = [name for name in initial or {} if name not in carry.paths]
-        if strange:
-            raise RequestError(
-                argument=", ".join(strange),
-                got="an initial value",
-                expected=f"values of what is carried: {', '.join(carry.paths)}",
-            )
-        self._steps, self._carry, self._lifetime, self._ended = steps, carry, lifetime, ended
-        self._initial = _copied(initial or {})
-        self._state = self._initial
-        self._lock = threading.RLock()
-        self._running: Ticket | None = None  # the step that runs
-        self._worker = -1  # where the state is
-        self._beginning = False
-        self._closed: str | None = None
-        self.used = time.monotonic()
+    _model: Model
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        """The request of the next step."""
+        raise NotImplementedError
+
+    def _release(self, ticket: Ticket) -> None:
+        """A step does not run any more."""
+        raise NotImplementedError
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
         """One step: what the forward returns. Raises SessionBusy while another step runs,
@@ -164,7 +150,7 @@ class Session:
         """
         ticket = self.begin(args, kwargs)
         try:
-            self._steps.run([ticket])
+            self._model.run([ticket])
         finally:
             ticket.abandon()  # if it never ran
         if ticket.error is not None:
@@ -177,7 +163,7 @@ class Session:
         """
         ticket = self.begin(args, kwargs)
         try:
-            future = self._steps.send(ticket)
+            future = self._model.send(ticket)
         except BaseException:
             ticket.abandon()
             raise
@@ -188,6 +174,43 @@ class Session:
         """One step in asyncio."""
         return await asyncio.wrap_future(self.submit(*args, **kwargs))
 
+
+class Session(Steps):
+    """State of one stream, made by `Compiled.session`. Steps follow each other; many sessions step
+    at the same time. Safe in threads; also a context manager.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        carry: Carry,
+        initial: Mapping[str, Any] | None,
+        lifetime: float | None,
+        ended: Callable[[Session], None],
+    ) -> None:
+        strange = [name for name in initial or {} if name not in carry.paths]
+        if strange:
+            raise RequestError(
+                argument=", ".join(strange),
+                got="an initial value",
+                expected=f"values of what is carried: {', '.join(carry.paths)}",
+            )
+        self._model, self._carry, self._lifetime, self._ended = model, carry, lifetime, ended
+        self._initial = _copied(initial or {})
+        self._state = self._initial
+        self._lock = threading.RLock()
+        self._running: Ticket | None = None  # the step that runs
+        self._worker = -1  # where the state is
+        self._beginning = False
+        self._closed: str | None = None
+        self.used = time.monotonic()
+
+    def with_options(self, *, deadline: float | None = None, priority: int = 0) -> Steps:
+        """The same session, whose steps have a deadline and a priority: see
+        `Compiled.with_options`.
+        """
+        return _Wanted(self, self._model.wants(deadline, priority))
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         """The request of the next step."""
         with self._lock:
@@ -197,7 +220,7 @@ class Session:
                 raise SessionBusy()
             self._beginning, state = True, self._state
         try:
-            ticket = self._steps.ticket(*self._carry.call(args, kwargs, state))
+            ticket = self._model.ticket(*self._carry.call(args, kwargs, state))
             ticket.before_end = self._end
             ticket.worker, ticket.stays = self._worker, self._worker >= 0
             self._running = ticket
@@ -285,3 +308,19 @@ class Session:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Wanted(Steps):
+    """A session whose steps are wanted otherwise."""
+
+    def __init__(self, session: Session, wants: Wants) -> None:
+        self._session, self._model, self._wants = session, session._model, wants
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        wish = self._wants.from_now()
+        ticket = self._session.begin(args, kwargs)
+        ticket.wish = wish
+        return ticket
+
+    def _release(self, ticket: Ticket) -> None:
+        self._session._release(ticket)

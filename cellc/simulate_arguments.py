@@ -17,8 +17,8 @@ _ABOUT = """\
 Run the scheduler itself on a virtual clock: requests come, it decides launches, and each launch
 takes what a curve of its cell says. Compared with batches of whole requests, simulated alike, with
 the same cells at the same costs: padded in the order of arrival, in buckets of about one length,
-and merged into one graph that runs to its end (as Fold and DyNet do). `cellular` and `fifo` are the
-two policies of cellc.compile(options={"policy": ...}).
+and merged into one graph that runs to its end (as Fold and DyNet do). `cellular`, `fifo` and
+`deadline` are the policies of cellc.compile(options={"policy": ...}); --policy is one of your own.
 
 Costs of v100 and h100 follow from their data sheets: bytes and arithmetic of each cell at a share
 of the roofline, plus what it takes to start a kernel; the host's part is that of docs/gpu.md. Costs
@@ -39,6 +39,8 @@ examples:
   cellc simulate lstm --device v100 --host-turn-us 5 --host-request-us 5     a faster host
   cellc simulate lstm --device cpu --lengths lengths.txt --json
   cellc simulate lstm --device h100 --variation 3                            bursts
+  cellc simulate lstm --device v100 --deadline-ms 12 --loads 0.9,1.2            who ends in time
+  cellc simulate seq2seq --device v100 --policy examples/policy.py:Oldest
   cellc simulate lstm --device cpu --validate"""
 
 
@@ -58,6 +60,7 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--hidden", type=_whole, metavar="H", help="units (default 1024, cpu 256)"
     )
     _add_load(simulate)
+    _add_policy(simulate)
     _add_costs(simulate)
     simulate.add_argument("--seed", type=_natural, default=0, metavar="S", help="(default 0)")
     simulate.add_argument("--json", action="store_true", help="one JSON object in place of a table")
@@ -88,6 +91,18 @@ def _add_load(simulate: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
         "or stretched to give --rate or --loads",
+    )
+
+
+def _add_policy(simulate: argparse.ArgumentParser) -> None:
+    simulate.add_argument(
+        "--deadline-ms",
+        type=_positive,
+        metavar="T",
+        help="of each request: simulates the policy `deadline`, too, and prints who is in time",
+    )
+    simulate.add_argument(
+        "--policy", metavar="FILE.py:NAME", help="a policy of your own, as options take it"
     )
 
 
@@ -130,6 +145,10 @@ def _checked(text: str, fits: Callable[[float], bool], what: str) -> float:
 
 def _number(text: str) -> float:
     return _checked(text, lambda x: x >= 0, "a number of at least 0")
+
+
+def _positive(text: str) -> float:
+    return _checked(text, lambda x: x > 0, "a number above 0")
 
 
 def _share(text: str) -> float:

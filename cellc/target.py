@@ -55,6 +55,11 @@ def load(text: str, inputs: str | None = None) -> Target:
     return Target(text, model, _as_requests(module.example_inputs, where))
 
 
+def load_object(text: str) -> Any:
+    """Whatever `file.py:name` or `package.module:name` names. Raises UsageError."""
+    return _attribute(*_module_and_name(text), text)
+
+
 # -- modules and names -----------------------------------------------------------------------------
 
 

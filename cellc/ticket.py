@@ -20,6 +20,7 @@ from cellc.forests import DRAWN
 from cellc.frontends.drawing import Draws
 from cellc.legs import Branch, Entry, Leg
 from cellc.timeline import Timeline
+from cellc.urgency import NO_WISH, Wish
 
 NOTHING: Any = ()  # no pieces
 
@@ -57,6 +58,7 @@ class Ticket:
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
     worker: int = -1  # that has it, where there are several
     stays: bool = False  # there: its rows are
+    wish: Wish = NO_WISH  # when it is due, and its priority
 
     def abandon(self) -> None:
         """End it, without a result: nobody wants it any more."""
@@ -87,6 +89,8 @@ class Counters:
     steps: int = 0
     requests: int = 0
     failed: int = 0
+    shed: int = 0  # of those: they could not end before their deadlines
+    late: int = 0  # ended after their deadlines
     seconds: float = 0.0
     cancelled: int = 0
     refused: int = 0  # past `max_queue`

@@ -38,6 +38,7 @@ def test_example(path: Path) -> None:
     [
         ("tree_lstm", ["--functions", "40"], "known shapes"),
         ("nested_sequences", [], "equal to eager"),
+        ("policy", [], "equal to eager"),
     ],
 )
 def test_example_as_a_script(name: str, arguments: list[str], said: str) -> None:

@@ -7,6 +7,7 @@ request's rows or on rows given out again shows.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from cellc.planner import make_plan
 from cellc.regions import Regions
 from cellc.rows import DataSource, RowOutput
 from cellc.scheduler import Batch, Scheduler
+from cellc.urgency import Wish
 
 POLICIES = ("cellular", "fifo")
 checked = settings(deadline=None, derandomize=True, max_examples=40)
@@ -91,7 +93,7 @@ class Engine:
         self.numbers = iter(range(1 << 20))
         self.free_numbers: list[int] = []
 
-    def add(self, k: int, count: int) -> list[int]:
+    def add(self, k: int, count: int, wishes: Sequence[Wish] = ()) -> list[int]:
         """Admit `count` requests of graph k; numbers are used again."""
         plan = self.plans[k]
         requests = [
@@ -105,7 +107,7 @@ class Engine:
         for request, base in zip(requests, bases, strict=True):
             self.live[request], self.ran[request] = (k, base), set()
             self.memory.put_data(request, self.graphs[k], plan, base)
-        self.scheduler.add([plan] * len(requests), requests, bases)
+        self.scheduler.add([plan] * len(requests), requests, bases, wishes)
         return requests
 
     def leave(self, request: int) -> None:
@@ -336,7 +338,7 @@ def test_few_calls_of_a_deep_cell_wait_for_more() -> None:
     picked = {}
     for patience in (0, 1, 64):
         engine = Engine([two_layers(1), two_layers(8)], 512, "cellular")
-        engine.scheduler.patience = patience
+        engine.scheduler.turn.patience = patience
         a, b = (engine.tables.cell(cell) for cell in (A, B))
         engine.add(0, 1)
         engine.launch()
@@ -356,7 +358,7 @@ def test_first_come_first_served() -> None:
 @given(st.lists(call_graphs, min_size=1, max_size=3), st.integers(1, 4))
 @checked
 def test_nobody_waits_for_ever(graphs: list[CallGraph], max_batch: int) -> None:
-    """With `fifo` a request ends however many come after it."""
+    """With `fifo` a request ends however many come after it (other policies: `test_policies`)."""
     engine = Engine(graphs, max_batch, "fifo")
     (request,) = engine.add(0, 1)
     for _ in range(2000):

@@ -23,6 +23,7 @@ from cellc.plan import CELL, CHAIN, EDGES, MISSING, NUM_SUCCESSORS, SUCCESSOR
 from cellc.simulation import applications, runs
 from cellc.simulation.command import work_of
 from cellc.simulation.curves import CostTable, Host, roofline_curves
+from cellc.simulation.measured import least_squares
 from cellc.simulation.servers import Work, alone
 
 NAMES = ("lstm", "seq2seq", "treelstm")
@@ -208,6 +209,56 @@ def test_ours_only(capsys: pytest.CaptureFixture[str]) -> None:
     figures = json.loads(capsys.readouterr().out)["figures"]
     assert [(f["batching"], f["offered"]) for f in figures] == [("cellular", 900.0)]
     assert main([*GIVEN, "--cellular-only"]) == 2
+
+
+def test_deadlines_and_a_policy_of_ones_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """Far more requests than can be answered: some are, if others are shed."""
+    policy = str(Path(__file__).parents[1] / "examples" / "policy.py") + ":Oldest"
+    command = [*GIVEN, "--cellular-only", "--rate", "60000", "--deadline-ms", "5"]
+    assert main([*command, "--requests", "1500", "--policy", policy, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)["figures"]
+    assert [f["batching"] for f in figures] == [runs.CELLULAR, runs.DEADLINE, runs.OWN]
+    first, timed, own = figures
+    assert timed["in_time"] > 2 * first["in_time"] and timed["shed"] > 100 > first["shed"] == 0
+    assert 0 <= own["in_time"] < 1
+    assert main([*command, "--policy", policy.replace("Oldest", "PATIENCE")]) == 2
+    assert main([*command, "--policy", policy.replace("Oldest", "Latest")]) == 2
+    assert main([*GIVEN, "--deadline-ms", "0"]) == 2
+
+
+def test_all_are_answered_or_shed() -> None:
+    for name in NAMES:
+        work = replace(loaded(name, 30_000.0), deadline=4e-3)
+        for devices in (1, 2):
+            latencies, counts = runs.simulate(runs.DEADLINE, setting(name, devices=devices), work)
+            assert 0 < np.isnan(latencies).sum() < len(latencies)
+            assert counts.rows <= sum(work.plans[i].num_calls for i in work.chosen)
+
+
+def test_requests_that_come_meanwhile_cost_kernels_time() -> None:
+    work, times = loaded("lstm", 2000.0), []
+    for beside in (0.0, 1e-4):
+        host = replace(HOST, beside=beside)
+        times.append(runs.simulate(runs.CELLULAR, setting("lstm", host), work)[1].busy)
+    assert times[0] < times[1] <= times[0] + 2 * 150 * 1e-4
+
+
+def test_requests_that_come_late_are_late() -> None:
+    """Latencies count from when they were due; what disturbs turns makes them longer, too."""
+    work = loaded("lstm", 2000.0)
+    plain, lagging, disturbed = (
+        runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, **given)), work)[0]
+        for given in ({}, {"lag": (5e-3,)}, {"spread": (0.0, 0.0, 2e-3)})
+    )
+    assert lagging == pytest.approx(plain + 5e-3)
+    assert np.quantile(disturbed, 0.9) > np.quantile(plain, 0.9) + 5e-4
+
+
+def test_the_host_is_measured_by_least_squares() -> None:
+    draw = np.random.default_rng(0)
+    columns = draw.uniform(0, 1, (50, 3))
+    assert least_squares(columns, columns @ (2.0, 0.5, 3.0)) == pytest.approx((2.0, 0.5, 3.0))
+    assert least_squares(columns, columns @ (2.0, -0.5, 3.0))[1] == 0.0
 
 
 def test_table_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,13 +21,14 @@ I64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Turn:
-    """What a server does next: until when, and the requests that it answers then. One that does
-    nothing is `idle`, until a time or, if that is infinite, until a request comes.
+    """What a server does next: until when, and the requests that it answers then, or sheds. One
+    that does nothing is `idle`, until a time or, if that is infinite, until a request comes.
     """
 
     until: float
     finished: Sequence[int] = ()
     idle: bool = False
+    shed: Sequence[int] = ()
 
 
 REST = Turn(math.inf, idle=True)
@@ -79,7 +80,7 @@ class Clock:
         self._placed = 0
 
     def run(self) -> F64:
-        """Until every request is answered; latencies in seconds."""
+        """Until every request is answered or shed; latencies in seconds, NaN of those shed."""
         total, done = len(self.arrivals), 0
         while done < total:
             nearest = min(self._wake)
@@ -97,11 +98,13 @@ class Clock:
         return self.answered - self.arrivals
 
     def _deliver(self, number: int, now: float) -> int:
-        finished = self._turns[number].finished
+        finished, shed = self._turns[number].finished, self._turns[number].shed
         if len(finished):
             self.answered[finished] = now
             self._loads[number] -= int(self.weights[finished].sum())
-        return len(finished)
+        if len(shed):
+            self._loads[number] -= int(self.weights[shed].sum())
+        return len(finished) + len(shed)
 
     def _place(self, until: float) -> None:
         """Give away requests that arrive up to `until`, or up to when one wakes a server."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,11 +24,13 @@ from cellc.costs import Curve
 from cellc.demo_steps import Steps
 from cellc.errors import UsageError
 from cellc.kernels.native import find_arithmetic
+from cellc.policies import Policy
 from cellc.simulation import applications, measured, runs, validation
 from cellc.simulation.applications import Application
 from cellc.simulation.curves import GIVEN, GPUS, CostTable, Host, roofline_curves
 from cellc.simulation.report import SHOWN, CellCost, Outcome, draw, table_of
 from cellc.simulation.servers import Work
+from cellc.target import load_object
 
 POOL = 1000  # different requests
 REQUESTS, LOADS = 100_000, (0.3, 0.7, 0.95)
@@ -48,7 +51,13 @@ def run(args: argparse.Namespace, console: Console) -> int:
     curves, host, device, source = _costs(app, args, steps)
     table = CostTable(curves, host, args.max_batch)
     setting = runs.Setting(
-        table, find_arithmetic(), args.max_batch, args.devices, args.timeout_ms, args.width
+        table,
+        find_arithmetic(),
+        args.max_batch,
+        args.devices,
+        args.timeout_ms,
+        args.width,
+        _policy(args.policy),
     )
     start = time.perf_counter()
     figures = list(_Loads(app, setting, args, steps, trace).figures())
@@ -118,6 +127,17 @@ def _costs(
     return curves, _host(args, GIVEN), gpu.name, source
 
 
+def _policy(name: str | None) -> Policy | None:
+    """Of the user's own: an object with a method `pick`, or a class of such."""
+    if name is None:
+        return None
+    found = load_object(name)
+    made = found() if isinstance(found, type) else found
+    if not isinstance(made, Policy):
+        raise UsageError(f"--policy {name}: it has no method pick(ready, turn)")
+    return made
+
+
 def _host(args: argparse.Namespace, host: Host) -> Host:
     turn, request = args.host_turn_us, args.host_request_us
     return replace(
@@ -147,7 +167,7 @@ class _Loads:
 
     def figures(self) -> list[runs.Figure]:
         count = self.args.requests or REQUESTS
-        work = work_of(self.app)
+        work = replace(work_of(self.app), deadline=(self.args.deadline_ms or math.inf) / 1e3)
         if self.args.cellular_only:
             return [f for rate in self.args.rate for f in self._load(work, None, rate, count)]
         peak = runs.at_once(work, min(count, runs.AT_ONCE), self.args.seed)
@@ -179,9 +199,10 @@ class _Loads:
         self, text: str, work: Work, rate: float | None, share: float | None
     ) -> list[runs.Figure]:
         figures = []
-        ways = runs.batchings(self.setting, padded=self.app.padded)
+        timed = self.args.deadline_ms is not None
+        ways = runs.batchings(self.setting, padded=self.app.padded, deadline=timed)
         if self.args.cellular_only:
-            ways = [runs.CELLULAR]
+            ways = [way for way in ways if way != runs.FIFO and runs.ours(way)]
         parts = 100
         total = len(work.arrivals)
         with self.steps.step(text, parts * len(ways)) as done:

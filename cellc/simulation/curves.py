@@ -25,16 +25,19 @@ POINTS = tuple(1 << k for k in range(17))
 @dataclass(frozen=True)
 class Host:
     """Seconds of the host, kernels aside: of every launch, of every request, and until it begins
-    where it had nothing to do. `slowdown`: what kernels take longer than curves say, as a share,
-    since other threads run beside them. `spread`: what launches took beyond that, as often one as
-    another.
+    where it had nothing to do. `slowdown`: what kernels take longer than curves say, as a share.
+    `beside`: what they lose to each request that comes meanwhile, as its thread takes a processor
+    from them. `spread`: what turns took beyond all that, in the order they were seen: what disturbs
+    one lasts. `lag`: until the engine has a request that is due, as often one as another.
     """
 
     turn: float
     request: float
     wake: float = 0.0
     slowdown: float = 0.0
+    beside: float = 0.0
     spread: tuple[float, ...] = ()
+    lag: tuple[float, ...] = ()
 
 
 GIVEN = Host(turn=50e-6, request=45e-6)  # of GPUs, unless said: docs/gpu.md, docs/benchmarks.md

@@ -45,7 +45,10 @@ class Outcome:
     seconds: float  # that simulating took
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        found = asdict(self)
+        for samples in ("spread", "lag"):
+            del found["host"][samples]
+        return found
 
     @property
     def title(self) -> str:
@@ -58,7 +61,9 @@ def table_of(outcome: Outcome) -> Table:
     table = Table(title=outcome.title, title_justify="left")
     table.add_column("load")
     table.add_column("batching")
-    for name in ("requests/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "mean batch", "busy"):
+    timed = any(f.in_time is not None for f in outcome.figures)
+    names = ["requests/s", "answered/s", "p50 ms", "p90 ms", "p99 ms", "mean batch", "busy"]
+    for name in [*names, *(["in time"] if timed else [])]:
         table.add_column(name, justify="right")
     above: str | None = None
     for f in outcome.figures:
@@ -92,7 +97,8 @@ def _load(f: Figure) -> str:
 
 def _cells(f: Figure) -> list[str]:
     latencies = (f"{ms:,.3g}" if ms < 1000 else f"{ms:,.0f}" for ms in (f.p50, f.p90, f.p99))
-    return [f"{f.answered:,.0f}", *latencies, f"{f.batch:,.1f}", f"{f.busy:.0%}"]
+    in_time = [] if f.in_time is None else [f"{f.in_time:.1%}"]
+    return [f"{f.answered:,.0f}", *latencies, f"{f.batch:,.1f}", f"{f.busy:.0%}", *in_time]
 
 
 def draw(path: Path, outcome: Outcome) -> None:

@@ -6,6 +6,7 @@ Duty: an application, costs and a load to a `Figure`. Comes in from `cellc.simul
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -16,11 +17,15 @@ from cellc.arithmetic import Arithmetic
 from cellc.bench.arrivals import Load
 from cellc.bench.batch_server import Policy as BatchPolicy
 from cellc.bench.measure import percentiles
+from cellc.policies import Policy
 from cellc.simulation.clock import Clock, Counts, Server
 from cellc.simulation.curves import CostTable
 from cellc.simulation.servers import Cellular, Padded, Profiles, WholeRequests, Work
 
-CELLULAR, FIFO, PADDED, WHOLE = "cellular", "cellular, fifo", "padded", "whole requests"
+CELLULAR, FIFO, DEADLINE = "cellular", "cellular, fifo", "cellular, deadline"
+PADDED, WHOLE = "padded", "whole requests"
+OWN = "cellular, own policy"
+OURS = {CELLULAR: "cellular", FIFO: "fifo", DEADLINE: "deadline"}
 AT_ONCE = 20_000  # requests that measure a peak
 
 Tell = Callable[[int], None]
@@ -36,6 +41,7 @@ class Setting:
     devices: int = 1
     timeout_ms: float = 0.0
     width: int = 10
+    policy: Policy | None = None  # of the user's own
 
 
 @dataclass(frozen=True)
@@ -56,11 +62,15 @@ class Figure:
     launches: int
     busy: float
     requests: int
+    in_time: float | None = None  # share that was answered by its deadline
+    shed: int = 0
 
 
-def batchings(setting: Setting, *, padded: bool) -> list[str]:
+def batchings(setting: Setting, *, padded: bool, deadline: bool = False) -> list[str]:
     """Ways to batch, ours first."""
     ours = [CELLULAR, FIFO]
+    ours += [DEADLINE] if deadline else []
+    ours += [OWN] if setting.policy is not None else []
     return [*ours, PADDED, buckets(setting), WHOLE] if padded else [*ours, WHOLE]
 
 
@@ -69,16 +79,20 @@ def buckets(setting: Setting) -> str:
 
 
 def ours(batching: str) -> bool:
-    return batching in (CELLULAR, FIFO)
+    return batching in OURS or batching == OWN
 
 
 def simulate(
     batching: str, setting: Setting, work: Work, tell: Tell = lambda answered: None
 ) -> tuple[np.ndarray, Counts]:
-    """Latencies in seconds of all requests, and what was launched."""
+    """Latencies in seconds of all requests (NaN: shed), and what was launched."""
+    due = work.arrivals
+    if setting.costs.host.lag:
+        late = np.random.default_rng(0).choice(setting.costs.host.lag, len(due))
+        work = replace(work, arrivals=np.sort(due + late))
     servers = [_server(batching, setting, work) for _ in range(setting.devices)]
     calls = np.array([plan.num_calls for plan in work.plans])
-    latencies = Clock(work.arrivals, calls[work.chosen], servers, tell).run()
+    latencies = Clock(work.arrivals, calls[work.chosen], servers, tell).run() + work.arrivals - due
     counts = Counts()
     for server in servers:
         counts.add(server.counts)
@@ -88,7 +102,9 @@ def simulate(
 def _server(batching: str, setting: Setting, work: Work) -> Server:
     what = work, setting.costs, setting.max_batch, setting.arithmetic
     if ours(batching):
-        return Cellular(*what, policy="fifo" if batching == FIFO else "cellular")
+        policy = setting.policy if batching == OWN else OURS[batching]
+        assert policy is not None
+        return Cellular(*what, policy=copy.deepcopy(policy))
     if batching == WHOLE:
         return WholeRequests(*what)
     profiles = Profiles.of(work, len(setting.costs.curves), setting.max_batch, setting.arithmetic)
@@ -105,20 +121,25 @@ def figure(
     share: float | None = None,
     tell: Tell = lambda answered: None,
 ) -> Figure:
-    """Simulate, and sum up."""
+    """Simulate, and sum up; all but `in_time` is of requests that were answered."""
     latencies, counts = simulate(batching, setting, work, tell)
-    last = float((work.arrivals + latencies).max())
+    answered = ~np.isnan(latencies)
+    ended = latencies[answered]
+    last = float((work.arrivals[answered] + ended).max()) if len(ended) else 0.0
+    timed = math.isfinite(work.deadline)
     return Figure(
         batching,
         share,
         offered,
-        len(latencies) / last if last > 0 else math.inf,
-        *percentiles(latencies),
+        len(ended) / last if last > 0 else math.inf,
+        *(percentiles(ended) if len(ended) else (math.nan,) * 3),
         counts.rows / max(counts.steps, 1),
         counts.largest,
         counts.launches,
         counts.busy / (setting.devices * last) if last > 0 else 0.0,
         len(latencies),
+        float((ended <= work.deadline).sum() / len(latencies)) if timed else None,
+        len(latencies) - len(ended),
     )
 
 

@@ -8,6 +8,7 @@ the same costs. No torch.
 
 from __future__ import annotations
 
+import math
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -21,34 +22,59 @@ from cellc.arithmetic import Arithmetic
 from cellc.bench.batch_server import Batcher
 from cellc.bench.batch_server import Policy as BatchPolicy
 from cellc.plan import Plan
-from cellc.scheduler import Batch, Policy, Scheduler
+from cellc.policies import Policy
+from cellc.scheduler import Batch, Scheduler
 from cellc.simulation.clock import F64, I64, REST, Counts, Turn
 from cellc.simulation.curves import CostTable
+from cellc.urgency import Waiting, Wish
+
+RUN = 30  # turns
 
 
 @dataclass(frozen=True)
 class Work:
-    """Requests of a run: number i has structure `chosen[i]`, and comes at `arrivals[i]`."""
+    """Requests of a run: number i has structure `chosen[i]`, comes at `arrivals[i]`, and is due
+    `deadline` seconds later.
+    """
 
     plans: Sequence[Plan]  # by structure, without slots
     lengths: I64  # by structure
     priority: dict[int, int]
     arrivals: F64
     chosen: I64
+    deadline: float = math.inf
 
 
 class _Scheduled:
     """A scheduler, and what its launches cost."""
 
     def __init__(
-        self, work: Work, costs: CostTable, max_batch: int, arithmetic: Arithmetic, policy: Policy
+        self,
+        work: Work,
+        costs: CostTable,
+        max_batch: int,
+        arithmetic: Arithmetic,
+        policy: str | Policy,
     ) -> None:
         self._work, self._costs, self.counts = work, costs, Counts()
-        self._scheduler = Scheduler(max_batch=max_batch, policy=policy, arithmetic=arithmetic)
+        self._scheduler = Scheduler(
+            max_batch=max_batch,
+            policy=policy,
+            arithmetic=arithmetic,
+            seconds=self._seconds,
+        )
         self._scheduler.record_lengths = dict.fromkeys(costs.curves, 0)  # no kernel reads slots
         self._scheduler.priority = work.priority
         self._waiting: deque[I64] = deque()
         self._num_waiting = 0
+
+    def _seconds(self, cell: int, num_rows: int) -> float:
+        """Of a step, with its share of the host's part."""
+        most = self._scheduler.max_batch
+        launches = num_rows / most if num_rows > most else 1.0
+        step = self._costs.step(cell, min(num_rows, most))
+        steps = pacing.num_steps(step, self._costs.host.turn, shared=True)
+        return launches * (step + self._costs.host.turn / steps)
 
     def add(self, requests: I64) -> None:
         self._waiting.append(requests)
@@ -70,7 +96,9 @@ class _Scheduled:
         taken = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._num_waiting -= len(taken)
         plans = [self._work.plans[i] for i in self._work.chosen[taken].tolist()]
-        self._scheduler.add(plans, taken.tolist(), np.zeros((len(taken), 0), np.int64))
+        due = self._work.arrivals[taken] + self._work.deadline
+        wishes = [Wish(at) for at in due.tolist()]
+        self._scheduler.add(plans, taken.tolist(), np.zeros((len(taken), 0), np.int64), wishes)
         return taken
 
     def _run(self, batch: Batch) -> float:
@@ -94,36 +122,80 @@ class Cellular(_Scheduled):
         costs: CostTable,
         max_batch: int,
         arithmetic: Arithmetic,
-        policy: Policy = "cellular",
+        policy: str | Policy = "cellular",
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, policy)
-        self._scheduler.patience = pacing.patience(joined=True)
+        self._scheduler.turn.patience = pacing.patience(joined=True)
         self._host_seconds, self._rested = 0.0, True
-        self._draw = random.Random(0)
+        self._draw, self._at, self._left = random.Random(0), 0, 0
+
+    def _spread(self, seen: Sequence[float]) -> float:
+        """What a turn takes beyond what it should: RUN in a row of those that were seen."""
+        if not self._left:
+            self._at, self._left = self._draw.randrange(len(seen)), RUN
+        self._at, self._left = (self._at + 1) % len(seen), self._left - 1
+        return seen[self._at]
+
+    def _beside(self, now: float, took: float) -> float:
+        """A turn with what it loses to requests that come meanwhile."""
+        beside = self._costs.host.beside
+        if not beside:
+            return took
+        arrivals = self._work.arrivals
+        first = last = int(np.searchsorted(arrivals, now, "right"))
+        while last < len(arrivals) and arrivals[last] <= now + took + (last - first) * beside:
+            last += 1
+        return took + (last - first) * beside
+
+    def _triage(self, room: int) -> tuple[int, list[int]]:
+        """(how many that wait are next, and stand first now; those that cannot end in time)."""
+        urgency, work = self._scheduler.urgency, self._work
+        assert urgency is not None
+        waiting = np.concatenate(self._waiting)
+        needs = np.array([urgency.needs(work.plans[i]) for i in work.chosen[waiting].tolist()])
+        arrived, nobody_first = work.arrivals[waiting], np.zeros(len(waiting), np.int64)
+        rows = Waiting(arrived + work.deadline, nobody_first, needs, arrived)
+        following, late = urgency.triage(rows, self._scheduler.stretch(), room)
+        rest = np.delete(waiting, np.append(following, late))
+        self._waiting = deque(part for part in (waiting[following], rest) if len(part))
+        self._num_waiting = len(following) + len(rest)
+        return len(following), waiting[late].tolist()
 
     def turn(self, now: float) -> Turn:
-        scheduler, host = self._scheduler, self._costs.host
+        scheduler, host, urgency = self._scheduler, self._costs.host, self._scheduler.urgency
         admitted = 0
+        shed: list[int] = []
+        if urgency is not None:
+            urgency.now = now
+        room = pacing.MAX_LIVE - scheduler.num_requests
+        if urgency is not None and self._num_waiting:
+            room = min(room, pacing.admissions(host.request))
+            room, shed = self._triage(room)
         if self._num_waiting:
-            admitted = len(self._admit(pacing.MAX_LIVE - scheduler.num_requests))
+            admitted = len(self._admit(room))
+        if urgency is not None:
+            shed += scheduler.late()
+            scheduler.cancel(shed)  # of those that wait it knows nothing
         chosen = scheduler.peek()
         if chosen is None:
             self._rested = True
-            return REST
+            return Turn(now, shed=shed) if shed else REST
         step = self._costs.step(*chosen)
         batch = scheduler.next(pacing.num_steps(step, self._host_seconds, shared=True))
         assert batch is not None
         on_host = host.turn + admitted * host.request
         if host.spread:
-            on_host = max(0.0, on_host + self._draw.choice(host.spread))
+            on_host = max(0.0, on_host + self._spread(host.spread))
         self._host_seconds = pacing.averaged(self._host_seconds, on_host)
         if self._rested:
             on_host, self._rested = on_host + host.wake, False
-        took = on_host + self._run(batch)
+        took = self._beside(now, on_host + self._run(batch))
         self.counts.busy += took
+        if urgency is not None:
+            urgency.ran(batch.cell, len(batch.steps) - 1)
         if len(batch.finished):
             scheduler.release(batch.finished)
-        return Turn(now + took, batch.finished)
+        return Turn(now + took, batch.finished, shed=shed)
 
 
 class WholeRequests(_Scheduled):
@@ -135,7 +207,7 @@ class WholeRequests(_Scheduled):
         self, work: Work, costs: CostTable, max_batch: int, arithmetic: Arithmetic
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, "cellular")
-        self._scheduler.patience = pacing.patience(joined=False)
+        self._scheduler.turn.patience = pacing.patience(joined=False)
         self._max_batch = max_batch
 
     def turn(self, now: float) -> Turn:
