@@ -236,13 +236,19 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     inspect.add_argument("target", metavar="TARGET", help="file.py:name or package.module:name")
     inspect.add_argument("--input", metavar="FILE:NAME", help="requests, in place of the file's")
     inspect.add_argument(
-        "--backend", choices=BACKENDS, help="kernels of this backend (default auto)"
+        "--backend",
+        choices=BACKENDS,
+        help="kernels of this backend (default auto; --code: C++ and Triton)",
     )
     what = inspect.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     what.add_argument("--ir", metavar="STAGE", help="print graph, rows, extract, passes or plan")
     what.add_argument(
-        "--code", nargs="?", const="", metavar="CELL", help="print the kernels, or one cell's"
+        "--code",
+        nargs="?",
+        const="",
+        metavar="CELL",
+        help="print the kernels, or one cell's, as C++ and as Triton",
     )
     what.add_argument("--graph", metavar="FILE", help="draw the cells into a .svg, .dot or .html")
 

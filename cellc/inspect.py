@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -51,9 +51,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
 
 def _backend(args: argparse.Namespace) -> BackendName:
     """What runs the requests: nothing need be compiled to see the IR or another backend's text."""
-    name: BackendName = args.backend or "auto"
-    if args.ir is not None or (args.code is not None and args.backend is not None):
+    if args.ir is not None or (args.code is not None and args.backend != "auto"):
         return "eager"
+    name: BackendName = args.backend or "auto"
     return name
 
 
@@ -149,12 +149,13 @@ def _listed(lines: Sequence[str]) -> str:
 def _print_code(
     compiled: Compiled, found: Survey, args: argparse.Namespace, console: Console
 ) -> None:
-    source_of = _printer(compiled, args.backend)
+    printers = _printers(compiled, args.backend)
     for name in _chosen([cell.name for cell in found.cells], args.code):
-        source = source_of(compiled.cells[name].cell)
-        if args.code == "" and len(found.cells) > 1:
-            console.out(f"{'#' * 8} {name}", highlight=False)
-        console.out(source.rstrip("\n"), highlight=False)
+        for language, source_of in printers.items():
+            if language or (args.code == "" and len(found.cells) > 1):
+                heading = f"{name}, {language}" if language else name
+                console.out(f"{'#' * 8} {heading}", highlight=False)
+            console.out(source_of(compiled.cells[name].cell).rstrip("\n"), highlight=False)
 
 
 def _chosen(names: Sequence[str], wanted: str) -> Sequence[str]:
@@ -169,15 +170,15 @@ def _chosen(names: Sequence[str], wanted: str) -> Sequence[str]:
     raise UsageError(f"there is no cell {wanted!r}; {hint}")
 
 
-def _printer(compiled: Compiled, backend: BackendName | None) -> Callable[[Cell], str]:
-    """Text of a cell's kernel, for a backend that need not run here."""
-    if backend == "triton":
-        return _triton_source
-    if backend == "cpp":
-        return _cpp_source
-    if backend == "eager":
-        return _eager_source
-    return lambda cell: _own_source(compiled, cell)
+def _printers(
+    compiled: Compiled, backend: BackendName | None
+) -> Mapping[str, Callable[[Cell], str]]:
+    """What prints a cell's kernel: C++ and Triton, or one backend, which need not run here."""
+    if backend is None:
+        return {"C++": _cpp_source, "Triton": _triton_source}
+    if backend == "auto":
+        return {"": lambda cell: _own_source(compiled, cell)}
+    return {"": {"triton": _triton_source, "cpp": _cpp_source, "eager": _eager_source}[backend]}
 
 
 def _own_source(compiled: Compiled, cell: Cell) -> str:

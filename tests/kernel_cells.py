@@ -307,6 +307,31 @@ def embedding_cell(V: int, D: int, dtype: str = "f32") -> Cell:
     return b.cell("embedding", b("sum", b("tanh", y), dims=(0,)), rows)
 
 
+def child_sum_cell(D: int, H: int, dtype: str = "f32") -> Cell:
+    """A node of a child-sum TreeLSTM: any number of children's states, and of what each keeps."""
+    b = Builder(dtype)
+    x, h, kept = b.input("x", D), b.input("h", H, ragged=True), b.input("kept", H, ragged=True)
+    wx, wh, bias = b.param("wx", D, 3 * H), b.param("wh", H, 3 * H), b.param("b", 3 * H)
+    gates = b("add", b("linear", x, wx, bias), b("linear", b("ragged_sum", h), wh))
+    i, o, u = b.chunks(gates, 3)
+    c1 = b("add", b("mul", b("sigmoid", i), b("tanh", u)), b("ragged_sum", kept))
+    return b.cell("child_sum", b("mul", b("sigmoid", o), b("tanh", c1)), c1, recurrent=True)
+
+
+def decoder_cell(V: int, H: int, dtype: str = "f32") -> Cell:
+    """A step of greedy decoding: a GRU on the last token, and the best of the next."""
+    b = Builder(dtype)
+    token, h = b.input("token", dtype="i64"), b.input("h", H)
+    gx = b("embedding", b.param("table", V, 3 * H), token)
+    gh = b("linear", h, b.param("wh", H, 3 * H), b.param("bh", 3 * H))
+    (rx, zx, nx), (rh, zh, nh) = b.chunks(gx, 3), b.chunks(gh, 3)
+    r, z = b("sigmoid", b("add", rx, rh)), b("sigmoid", b("add", zx, zh))
+    n = b("tanh", b("add", nx, b("mul", r, nh)))
+    h1 = b("add", n, b("mul", z, b("sub", h, n)))
+    scores = b("linear", h1, b.param("w", H, V), b.param("b", V))
+    return b.cell("decoder", h1, b("argmax", scores, dims=(0,)), recurrent=True)
+
+
 def fallback_cell(H: int) -> Cell:
     """Operators without a row operation: a constant, two results, a list."""
     b = Builder()

@@ -167,8 +167,16 @@ def test_code(backend: str, text: str, capsys: pytest.CaptureFixture[str]) -> No
     assert one.strip() in both and len(one) < len(both) / 2
 
 
-def test_code_of_the_chosen_backend(capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_of_both_languages(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "tagger.py:model", "--code", "rnn"]) == 0
+    out = capsys.readouterr().out
+    cpp, triton = out.split("######## rnn.l0, Triton\n")
+    assert cpp.startswith("######## rnn.l0, C++\n") and "extern" in cpp and "@triton" not in cpp
+    assert "@triton.jit" in triton and "extern" not in triton
+
+
+def test_code_of_the_backend_that_runs_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "tagger.py:model", "--code", "rnn", "--backend", "auto"]) == 0
     assert capsys.readouterr().out.strip()
 
 
