@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
-from cellc import env
+from cellc import env, files
 from cellc.cells import Cell
 
 GUESS = 20e-6  # seconds a row and step, of a cell that was never measured
@@ -113,11 +111,8 @@ def _curve(points: Mapping[str, list[float]]) -> Curve:
 def keep(place: Place, found: Mapping[str, Curve]) -> Path:
     """Add to what is known; the file is replaced whole."""
     path = _file(place)
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = {key: asdict(curve) for key, curve in {**known(place), **found}.items()}
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+    files.write(path, json.dumps(data, indent=1, sort_keys=True))
     return path
 
 

@@ -36,18 +36,31 @@ _open_lock = threading.Lock()
 @lru_cache
 def _runtime() -> ctypes.CDLL:
     """The library that holds threads and products, one a process."""
-    library = cpp_build.load((cpp_build.HERE / "runtime.cpp").read_text(), "runtime")
+    library = cpp_build.load_own("runtime")
     library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cellc_launch.restype = ctypes.c_int64
     library.cellc_packed_count.argtypes = [ctypes.c_int64] * 3
     library.cellc_packed_count.restype = library.cellc_num_workers.restype = ctypes.c_int64
-    for pack in (library.cellc_pack_f32, library.cellc_pack_f64):
-        pack.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-        pack.restype = None
+    _declare_pack(library.cellc_pack_f32)
+    library.cellc_use_f64.argtypes, library.cellc_use_f64.restype = [ctypes.c_void_p], None
     library.cellc_alloc.argtypes, library.cellc_alloc.restype = [ctypes.c_int64], ctypes.c_void_p
     library.cellc_free.argtypes, library.cellc_free.restype = [ctypes.c_void_p], None
     library.cellc_stop.restype = None
     return library
+
+
+@lru_cache
+def _products_f64() -> ctypes.CDLL:
+    """The library of products of doubles, known to the runtime from then on."""
+    library = cpp_build.load_own("gemm_f64")
+    _declare_pack(library.cellc_pack_f64)
+    _runtime().cellc_use_f64(ctypes.cast(library.cellc_gemm_f64, ctypes.c_void_p))
+    return library
+
+
+def _declare_pack(function: Any) -> None:
+    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    function.restype = None
 
 
 def shutdown() -> None:
@@ -71,6 +84,7 @@ class CppBackend:
 
     def __init__(self) -> None:
         global _open_backends
+        cpp_build.prepare_own("native")  # the engine's, compiled beside the runtime
         _runtime()
         self._open = True
         with _open_lock:
@@ -210,5 +224,5 @@ class _Packed:
             raise MemoryError(f"no memory for a packed weight of {k} x {n}")
         weakref.finalize(self, library.cellc_free, memory).atexit = False
         self.address: int = memory
-        pack = library.cellc_pack_f32 if item == 4 else library.cellc_pack_f64
+        pack = library.cellc_pack_f32 if item == 4 else _products_f64().cellc_pack_f64
         pack(weight.data_ptr(), k, n, memory)

@@ -19,18 +19,21 @@ import subprocess
 import tempfile
 import threading
 import warnings
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
+from cellc import env
 from cellc.errors import BackendError
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
-    "-O3 -std=c++17 -shared -fPIC -pthread -fwrapv -fno-math-errno -fno-trapping-math "
+    "-O3 -std=c++17 -pipe -shared -fPIC -pthread -fwrapv -fno-math-errno -fno-trapping-math "
     "-ffp-contract=fast"
 ).split()
 DIGEST = 32
-_loaded: dict[str, ctypes.CDLL] = {}
+_loaded: dict[str, Future[ctypes.CDLL]] = {}  # by key; some are being built
 _lock = threading.Lock()
 
 
@@ -54,13 +57,38 @@ def require_compiler() -> str:
 
 
 def load(source: str, name: str) -> ctypes.CDLL:
-    """The library of `source`: from memory, from disk, or compiled now as name-key.so."""
+    """The library of `source`: from memory, from disk, or compiled now as name-key.so. Threads that
+    want the same one wait for one build; others build side by side.
+    """
     compiler = require_compiler()
     key = _key(source, compiler)
     with _lock:
-        if key not in _loaded:
-            _loaded[key] = _from_disk(source, f"{name}-{key[:32]}", compiler)
-        return _loaded[key]
+        known = _loaded.get(key)
+        future = _loaded.setdefault(key, Future())
+    if known is None:
+        try:
+            future.set_result(_from_disk(source, f"{name}-{key[:32]}", compiler))
+        except BaseException as error:
+            with _lock:
+                _loaded.pop(key, None)  # the next one tries again
+            future.set_exception(error)
+    return future.result()
+
+
+def load_own(name: str) -> ctypes.CDLL:
+    """The library of a file of this folder."""
+    return load((HERE / f"{name}.cpp").read_text(), name)
+
+
+def prepare_own(name: str) -> None:
+    """Begin to load it; what fails, fails again where it is wanted, but the lack of a compiler."""
+    require_compiler()
+
+    def run() -> None:
+        with suppress(Exception):
+            load_own(name)
+
+    threading.Thread(target=run, name=f"cellc-build-{name}").start()
 
 
 def flags() -> list[str]:
@@ -94,11 +122,6 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.lower().startswith(wanted)))
 
 
-def cache_dir() -> Path:
-    """$CELLC_CACHE, else ~/.cache/cellc."""
-    return Path(os.environ.get("CELLC_CACHE") or Path.home() / ".cache" / "cellc")
-
-
 @lru_cache
 def _temporary_dir() -> Path:
     path = Path(tempfile.mkdtemp(prefix="cellc-"))
@@ -107,20 +130,37 @@ def _temporary_dir() -> Path:
 
 
 def _from_disk(source: str, name: str, compiler: str) -> ctypes.CDLL:
-    path = cache_dir() / f"{name}.so"
+    path = env.cache() / f"{name}.so"
     if _intact(path):
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             pass  # not for this machine after all: build it again
+    elif path.exists():
+        _warn_damaged(str(path.parent))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _build(source, path, compiler)
     except OSError as error:
         _warn_unwritable(str(path.parent), str(error))
         path = _temporary_dir() / path.name
-        _build(source, path, compiler)
+        try:
+            _build(source, path, compiler)
+        except OSError as also:
+            raise BackendError(
+                f"compiled kernels can be kept neither in {env.cache()} ({error}) nor in "
+                f"{path.parent} ({also}); free some space, or set CELLC_CACHE to another folder",
+                backend="cpp",
+            ) from also
     return ctypes.CDLL(str(path))
+
+
+@lru_cache
+def _warn_damaged(folder: str) -> None:
+    warnings.warn(
+        f"compiled kernels in {folder} are damaged; those that are needed are compiled again",
+        stacklevel=5,
+    )
 
 
 @lru_cache

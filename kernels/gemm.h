@@ -1,6 +1,6 @@
 // Products of gathered rows with a packed weight.
 //
-// Duty: the runtime's matrix product; included by runtime.cpp alone. In: row addresses, a weight
+// Duty: the runtime's matrix product; included by runtime.cpp and gemm_f64.cpp. In: row addresses, a weight
 // packed in panels of NV vectors of columns; out: rows, straight to their addresses. One row's sums
 // are taken in ascending order of depth, whatever other rows there are.
 #pragma once

@@ -37,7 +37,7 @@ class Native:
     """See the module."""
 
     def __init__(self) -> None:
-        library = cpp_build.load((cpp_build.HERE / "native.cpp").read_text(), "native")
+        library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
         self._place = library.cellc_place
         pointer, number = ctypes.c_void_p, ctypes.c_int64

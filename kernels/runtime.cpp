@@ -21,7 +21,7 @@ using namespace cellc;
 
 namespace {
 
-const Runtime runtime = {gemm<float>, gemm<double>};
+Runtime runtime = {gemm<float>, nullptr};  // doubles: cellc_use_f64
 
 // ---- Waiting
 
@@ -298,7 +298,8 @@ int64_t cellc_packed_count(int64_t k, int64_t n, int64_t item) {
     return (n + lanes - 1) / lanes * lanes * k;
 }
 void cellc_pack_f32(const float *w, int64_t k, int64_t n, float *out) { pack(w, k, n, out); }
-void cellc_pack_f64(const double *w, int64_t k, int64_t n, double *out) { pack(w, k, n, out); }
+// Products of doubles are a library of their own (gemm_f64.cpp), built where a cell has some
+void cellc_use_f64(decltype(Runtime::gemm_f64) gemm) { runtime.gemm_f64 = gemm; }
 void cellc_stop() {
     for (int64_t i = 0; i < TEAMS; ++i) pools[i].stop();
 }

@@ -24,7 +24,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from cellc import env, log
+from cellc import env, files, log
 from cellc.cells import Cell
 from cellc.errors import BackendError, UnsupportedError, UsageError
 from cellc.kernels.tile import schedule, unsupported
@@ -126,12 +126,8 @@ def _written(name: str, source: str) -> Path:
     for folder in (env.cache() / "triton", Path(tempfile.gettempdir()) / f"cellc-{os.getuid()}"):
         path = folder / name
         try:
-            if path.exists() and path.read_text() == source:
-                return path
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-                file.write(source)
-            os.replace(file.name, path)
+            if not path.exists() or path.read_bytes() != source.encode():
+                files.write(path, source)
         except OSError:
             continue
         return path

@@ -15,12 +15,13 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cellc import env
+from cellc import env, files
 from cellc.cells import Cell, CellInput, CellOp, Param
 from cellc.errors import BackendError, UsageError
 from cellc.kernels.tile_ir import TileProgram
@@ -142,14 +143,8 @@ def known(printed: Printed, index: int, target: str) -> Report | None:
 
 
 def _keep(printed: Printed, index: int, report: Report) -> None:
-    path = _file(printed, index, report.target)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(asdict(report), file)
-        Path(file.name).replace(path)
-    except OSError:  # it is compiled again, then
-        return
+    with suppress(OSError):  # it is compiled again, then
+        files.write(_file(printed, index, report.target), json.dumps(asdict(report)))
 
 
 def _file(printed: Printed, index: int, target: str) -> Path:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cellc import env
+from cellc import env, files
 from cellc.kernels.triton_tiles import PrintedKernel, Tiles
 
 if TYPE_CHECKING:
@@ -103,10 +101,7 @@ def _read(path: Path) -> Any:
 
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-    os.replace(file.name, path)
+    files.write(path, json.dumps(data, indent=1, sort_keys=True))
 
 
 def _file(device: str, kind: str = "") -> Path:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import subprocess
 import sys
+import tempfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from cellc import files
 from cellc.errors import BackendError
 from cellc.kernels import cpp_build
 from cellc.kernels.cpp import CppBackend, _runtime
@@ -60,8 +65,94 @@ def test_damaged_entry_is_rebuilt(
     path.unlink()  # it is mapped: write another file
     path.write_bytes(data[: len(data) // 2] if damage is None else damage)
     monkeypatch.setattr(cpp_build, "_loaded", {})
-    assert answer(cpp_build.load(source, "one")) == 42
+    cpp_build._warn_damaged.cache_clear()
+    with pytest.warns(UserWarning, match="compiled again"):
+        assert answer(cpp_build.load(source, "one")) == 42
     assert path.read_bytes() == data or len(path.read_bytes()) > 1000
+    path.unlink()
+    path.write_bytes(b"")
+    monkeypatch.setattr(cpp_build, "_loaded", {})
+    assert answer(cpp_build.load(source, "one")) == 42  # said once
+
+
+FULL = """#!/bin/sh
+# A compiler on a machine whose disk is full beyond the folders that hold $ROOM
+case "$*" in *"$ROOM"*|*--version*) exec {compiler} "$@";; esac
+echo "/usr/bin/ld: final link failed: No space left on device" >&2
+exit 1
+"""
+
+
+@compiled
+@pytest.mark.parametrize("room", ["cellc-", "nowhere"])
+def test_full_disk_while_compiling(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: str
+) -> None:
+    script = tmp_path / "compiler"
+    script.write_text(FULL.format(compiler=cpp_build.find_compiler()))
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("ROOM", f"{tempfile.gettempdir()}/{room}")
+    cpp_build._warn_unwritable.cache_clear()
+    cpp_build._temporary_dir.cache_clear()
+    with pytest.warns(UserWarning, match="no space left on device.*Set CELLC_CACHE"):
+        if room == "nowhere":
+            with pytest.raises(BackendError, match="free some space"):
+                cpp_build.load(SOURCE, "one")
+        else:
+            assert answer(cpp_build.load(SOURCE, "one")) == 42
+    assert not list(cache.iterdir())
+
+
+@compiled
+def test_full_disk_while_keeping(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if cache in path.parents:
+            write(path, data[:100])  # what still found room
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cpp_build._warn_unwritable.cache_clear()
+    with pytest.warns(UserWarning, match="No space left on device"):
+        assert answer(cpp_build.load(SOURCE + "\n\n", "one")) == 42
+    assert not list(cache.iterdir())
+
+
+def test_files_are_written_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a" / "b.txt"
+    files.write(path, "first")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(files.os, "replace", _full)
+        files.write(path, "second")
+    assert path.read_text() == "first" and list(path.parent.iterdir()) == [path]
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "full")
+
+
+@compiled
+def test_threads_build_side_by_side_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One build waits for another, which a single lock would not let begin."""
+    begun, build = threading.Barrier(2, timeout=60), cpp_build._build
+    built = []
+
+    def slow(source: str, path: Path, compiler: str) -> None:
+        built.append(source)
+        begun.wait()
+        build(source, path, compiler)
+
+    monkeypatch.setattr(cpp_build, "_build", slow)
+    sources = [SOURCE + "// a\n", SOURCE + "// b\n"] * 2
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda source: cpp_build.load(source, "one"), sources))
+    assert found[0] is found[2] and found[1] is found[3] and len(built) == 2
+    assert [answer(library) for library in found] == [42] * 4
 
 
 @compiled

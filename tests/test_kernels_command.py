@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -14,14 +13,12 @@ from typing import Any
 import kernel_cells as kc
 import pytest
 import torch
-from test_zoo import NAMES
 from torch import nn
 
 import cellc
 from cellc.bench.tree_models import TreeLSTM
 from cellc.cells import Cell
 from cellc.cli import main
-from cellc.errors import UnsupportedError
 from cellc.kernels import triton_pool, triton_repro
 from cellc.kernels.triton_backend import print_cell
 from cellc.kernels.triton_devices import DEVICES, launch_bytes, occupancy, roofline
@@ -29,7 +26,6 @@ from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_pool import Job, compile_all
 from cellc.kernels.triton_targets import Report, retyped
 from cellc.kernels.triton_tiles import pointwise_tile
-from cellc.kernels_command import spill_reason
 
 MATRIX = {"cuda:90": "wgmma.mma_async", "cuda:100": "tcgen05.mma"}
 FILE = """
@@ -276,48 +272,3 @@ def test_a_map_of_many_rows_has_fewer_lanes() -> None:
     assert kernel.constants["BM"] < pointwise_tile(1, 3)["BM"] == 1024
     (report,) = kernels_of([cell], ["cuda:90"])
     assert report.good and report.spill_bytes == 0
-
-
-# -- the zoo ---------------------------------------------------------------------------------------
-
-BY_LENGTH = frozenset(["multi_head_attention_decoder", "transformer_greedy"])
-"""Models with a cell for every length: their first requests show cells of every kind."""
-
-
-@pytest.fixture(scope="module")
-def zoo_cells() -> list[Cell]:
-    """One cell of every form that the zoo's models have, the largest."""
-    found: dict[Any, Cell] = {}
-    for name in NAMES:
-        zoo = importlib.import_module(f"zoo.{name}")
-        torch.manual_seed(0)
-        with cellc.compile(zoo.make().eval(), backend="eager") as compiled:
-            compiled.map(zoo.requests()[: 1 if name in BY_LENGTH else None])
-            for view in compiled.cells.values():
-                form = form_of(view.cell)
-                if form not in found or found[form].flops_per_row < view.cell.flops_per_row:
-                    found[form] = view.cell
-    return [cell for cell in found.values() if has_kernels(cell)]
-
-
-def form_of(cell: Cell) -> Any:
-    """What it computes, whatever its sizes."""
-    return tuple(
-        (op.op, op.operands, tuple((len(t.shape), t.dtype) for t in op.types)) for op in cell.ops
-    )
-
-
-def has_kernels(cell: Cell) -> bool:
-    try:
-        return bool(print_cell(cell)[1].kernels)
-    except UnsupportedError:
-        return False
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100"])
-def test_the_zoo_compiles_without_spills(target: str, zoo_cells: list[Cell]) -> None:
-    reports = kernels_of(zoo_cells, [target])
-    assert len(reports) > 300
-    assert not [r for r in reports if not r.good or r.registers is None]
-    assert not [(r, spill_reason(r)) for r in reports if r.spill_bytes]
