@@ -23,7 +23,7 @@ from cellc.feedforward import FeedForward
 from cellc.ops import RowType
 from cellc.recurrences import Recurrences
 from cellc.request_roles import RequestRoles
-from cellc.roles import Roles, Slot, networkx
+from cellc.roles import Roles, Slot
 from cellc.rows import ParamRef, RaggedRefs, Refs, RowGraph, ScalarRef
 from cellc.units import Unit, refs_of, same_columns
 
@@ -41,7 +41,7 @@ def extract(rows: RowGraph, roles: Roles) -> CallGraph:
 
 def _recurrences(roles: Roles) -> dict[int, int]:
     """The recurrence of every role that is in one."""
-    components = list(networkx().strongly_connected_components(roles.graph))
+    components = roles.graph.components()
     return {
         role: i
         for i, component in enumerate(components)

@@ -10,9 +10,9 @@ from collections import defaultdict
 
 import numpy as np
 
-from cellc import calls
+from cellc import calls, digraph
 from cellc.request_roles import RequestRoles
-from cellc.roles import Slot, networkx
+from cellc.roles import Slot
 from cellc.rows import RaggedRefs, Refs, RowNode
 from cellc.units import Unit, concat, made_by, refs_of
 
@@ -74,31 +74,25 @@ class FeedForward:
         """
         level, order = self._levels()
         self._delay(level, [role for role in order if role not in self.recurrent])
-        nx, unpaired = networkx(), self.roles.unpaired
-        links = nx.Graph()
-        links.add_nodes_from(order)
+        unpaired, links = self.roles.unpaired, list[tuple[int, int]]()
         for u, v in self.roles.graph.edges():
             # an edge that only other requests have does not say which calls belong together here
             joined = (u, v) in self.request.edges and (u, v) not in unpaired
             if u in self._nodes and v in self._nodes and level[u] == level[v] and joined:
-                links.add_edge(u, v)
+                links.append((u, v))
         rank = {role: k for k, role in enumerate(order)}
-        found = [sorted(c, key=rank.__getitem__) for c in nx.connected_components(links)]
+        found = [sorted(c, key=rank.__getitem__) for c in digraph.joined(order, links)]
         return sorted(found, key=lambda c: rank[c[0]])
 
     def _levels(self) -> tuple[dict[int, int], list[int]]:
         """How many edges that do not join lead to each role; this request's roles by dependence."""
-        graph, unpaired, nx = self.roles.graph, self.roles.unpaired, networkx()
-        condensed = nx.condensation(graph)
+        graph, unpaired = self.roles.graph, self.roles.unpaired
         level: dict[int, int] = {}
         order: list[int] = []
-        for component in nx.lexicographical_topological_sort(
-            condensed, key=lambda c: min(condensed.nodes[c]["members"])
-        ):
-            members = condensed.nodes[component]["members"]
+        for members in graph.ordered(min):
             best = 0
             for role in members:
-                for source in graph.predecessors(role):
+                for source in graph.predecessors[role]:
                     if source not in members:
                         joined = (
                             role not in self.recurrent
@@ -115,7 +109,7 @@ class FeedForward:
         """Move feed-forward roles to the level of who reads them, where that is possible."""
         returned = self._returned_roles()
         for role in reversed(order):
-            readers = [r for r in self.roles.graph.successors(role) if r in level]
+            readers = [r for r in self.roles.graph.successors[role] if r in level]
             latest = [
                 level[r]
                 - (

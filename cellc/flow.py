@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import networkx as nx
 import numpy as np
 
+from cellc.digraph import Digraph
 from cellc.forests import Unfolded
 from cellc.frontends.segments import Segment
 from cellc.frontends.stub import StubType
@@ -84,9 +84,9 @@ class Flow:
 
     def _components(self) -> bool:
         """Find the places in the code that feed themselves; True if that changed."""
-        graph = nx.DiGraph(self._edges)
+        graph = Digraph(self._edges)
         component: dict[int, int] = {}
-        for members in nx.strongly_connected_components(graph):
+        for members in graph.components():
             if len(members) > 1 or any(graph.has_edge(m, m) for m in members):
                 component.update(dict.fromkeys(members, 1 + min(members)))
         changed = False

@@ -6,26 +6,16 @@ which calls do not correspond. Kept by `cellc.compiler`, one a model; used by `c
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TypeAlias
 
+from cellc.digraph import Digraph
 from cellc.ops import RowType
 from cellc.rows import ParamRef, RaggedRefs, Refs, RowNode, ScalarRef
 
-if TYPE_CHECKING:
-    import networkx as nx
-
 Slot: TypeAlias = "tuple[int, int]"  # role, operand number
-
-
-def networkx() -> Any:
-    """networkx, imported when the first model is traced: it would double the cost of `import
-    cellc`.
-    """
-    return importlib.import_module("networkx")
 
 
 def _row_type(refs: Refs, type_of: Callable[[int], RowType]) -> RowType | None:
@@ -37,7 +27,7 @@ class Roles:
     """What all traces of a model have shown about its roles."""
 
     index: dict[Hashable, int] = field(default_factory=dict)
-    graph: nx.DiGraph = field(default_factory=lambda: networkx().DiGraph())
+    graph: Digraph = field(default_factory=Digraph)
     unpaired: set[tuple[int, int]] = field(default_factory=set)
     escaping: set[tuple[int, int]] = field(default_factory=set)
     distinct: set[tuple[Slot, Slot]] = field(default_factory=set)
@@ -84,7 +74,8 @@ class Roles:
         ones.
         """
         self.old = set(self.graph)
-        self.graph.add_nodes_from(roles)
+        for role in roles:
+            self.graph.add_node(role)
         for u, v in edges:
             if not self.graph.has_edge(u, v):
                 self.graph.add_edge(u, v)

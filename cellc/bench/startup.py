@@ -53,8 +53,8 @@ def startup_case(hidden: int, backend: str = "auto") -> Case:
 
 
 def _python(code: str, *args: str, **env: str) -> list[float]:
-    """What the code prints in a fresh interpreter."""
-    full: Mapping[str, str] = {**os.environ, **env}
+    """What the code prints in a fresh interpreter, which keeps its bytecode, as Python does."""
+    full: Mapping[str, str] = {**os.environ, "PYTHONDONTWRITEBYTECODE": "", **env}
     done = subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, text=True, env=full
     )

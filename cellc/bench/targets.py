@@ -164,6 +164,14 @@ TARGETS: Sequence[Target] = [
         "import cellc beyond torch's own import",
         100.0, " ms", "startup", _fact("startup", startup.IMPORT), at_least=False,
     ),
+    Target(
+        "an LSTM classifier's first result, in a process where nothing is cached",
+        3.0, " s", "startup", _fact("startup", startup.COLD), at_least=False,
+    ),
+    Target(
+        "the same in the next process, its kernels cached",
+        0.3, " s", "startup", _fact("startup", startup.WARM), at_least=False,
+    ),
 ]  # fmt: skip
 
 
