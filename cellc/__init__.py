@@ -7,6 +7,7 @@ What compiles and runs models is imported when it is first asked for, so that `i
 little more than `import torch`.
 """
 
+import gc
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -78,7 +79,13 @@ _HOMES = {
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'cellc' has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES[name]), name)
+    collecting = gc.isenabled()
+    gc.disable()  # of what is imported nothing is garbage; to look through torch's takes as long
+    try:
+        value: object = getattr(import_module(_HOMES[name]), name)
+    finally:
+        if collecting:
+            gc.enable()
     globals()[name] = value
     return value
 
