@@ -36,7 +36,7 @@ from cellc.kernels.triton_targets import signature
 from cellc.kernels_command import spill_reason
 from cellc.samples import outputs, part
 
-AT_ONCE = ("layer_norm_lstm", "mgu", "slstm", "tree_lstm_child_sum")
+AT_ONCE = ("mgu", "slstm", "tree_lstm_child_sum")
 MODELS = [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 STEPS = 100
 compiler = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="no C++ compiler")
