@@ -123,6 +123,43 @@ class Cell:
     def weight_bytes(self) -> int:
         return sum(p.type.nbytes for p in self.params)
 
+    @cached_property
+    def vectors(self) -> tuple[int | None, ...]:
+        """For every operation, the ragged input along whose vectors its result lies; None: a row.
+
+        Inputs that one operation reads together have vectors of one length: the first of them
+        stands for all (`lengths`).
+        """
+        return self._vectors[0]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """For every input, the first one whose vectors are known to be as long."""
+        return self._vectors[1]
+
+    @cached_property
+    def _vectors(self) -> tuple[tuple[int | None, ...], tuple[int, ...]]:
+        same = list(range(len(self.inputs)))
+        along: list[int | None] = []
+        for op in self.ops:
+            found = [
+                along[x.index] if x.kind == "op" else x.index if self.is_ragged_input(x) else None
+                for x in op.operands
+            ]
+            reads = {same[v] for v in found if v is not None}
+            same = [min(reads) if s in reads else s for s in same]
+            along.append(min(reads) if reads and op.op not in ops.RAGGED else None)
+        return tuple(v if v is None else same[v] for v in along), tuple(same)
+
+    def vector_of(self, operand: Operand) -> int | None:
+        """As `vectors`, of any operand."""
+        if operand.kind == "op":
+            return self.vectors[operand.index]
+        return self.lengths[operand.index] if self.is_ragged_input(operand) else None
+
+    def is_ragged_input(self, operand: Operand) -> bool:
+        return operand.kind == "input" and self.inputs[operand.index].ragged
+
     def uses(self) -> Iterator[tuple[int, Operand]]:
         """Every (operation index, operand), outputs last with index len(ops)."""
         for i, op in enumerate(self.ops):

@@ -23,7 +23,6 @@ from torch.utils import _pytree as pytree
 from cellc import env, log, passes, verify
 from cellc.calls import CallGraph
 from cellc.cell_store import CellStore
-from cellc.cells import Cell
 from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, RequestError
 from cellc.extract import extract
@@ -63,7 +62,7 @@ class Pipeline:
         self.reads_weights = False  # is what was traced another graph when weights change?
         self._options = options
         self._data_points: set[Hashable] = set()
-        self._rewritten: dict[str, Cell] = {}
+        self._rewritten = passes.Rewritten()
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
 
     # -- whole requests --

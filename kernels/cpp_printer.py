@@ -9,12 +9,15 @@ and left to the compiler to vectorise.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 from cellc import ops
-from cellc.kernels.cpp_expr import C_TYPES, CALLS_LIBM, expression, stored
+from cellc.kernels.cpp_body import Want, indented, loops, row_loop
+from cellc.kernels.cpp_expr import C_TYPES, CALLS_LIBM
+from cellc.kernels.cpp_vectors import VectorPrinter, is_along
 from cellc.kernels.tile import (
     Index,
     Instr,
@@ -23,7 +26,6 @@ from cellc.kernels.tile import (
     Product,
     RaggedReduce,
     Reduce,
-    Ref,
     Stage,
     TileProgram,
     written,
@@ -31,22 +33,7 @@ from cellc.kernels.tile import (
 
 MAX_TILE = 48
 SCRATCH_BYTES = 1 << 20  # of all rows of a tile: they must stay in L2
-KEYWORDS = frozenset(
-    "alignas alignof and asm auto bool break case catch char class const continue default delete "
-    "do double else enum explicit export extern false float for friend goto if inline int long "
-    "mutable namespace new noexcept not or operator private protected public register return "
-    "short signed sizeof static struct switch template this throw true try typedef typename union "
-    "unsigned using virtual void volatile while xor "
-    "part parts share rows lanes values acc block count cellc".split()
-)
-
-
-@dataclass(frozen=True)
-class Want:
-    """A parameter that a kernel reads: packed for products (a matrix), or as it is."""
-
-    param: int
-    packed: bool
+LENGTH = 16  # of a vector, where its cost is guessed
 
 
 @dataclass(frozen=True)
@@ -68,7 +55,7 @@ def marks_bad(program: TileProgram) -> bool:
     for stage in program.stages:
         if isinstance(stage, RaggedReduce) and stage.op in ("amax", "amin"):
             return True
-        if isinstance(stage, Map | Reduce) and any(_checks(x) for x in stage.body):
+        if isinstance(stage, Map | Reduce | RaggedReduce) and any(_checks(x) for x in stage.body):
             return True
     return False
 
@@ -78,15 +65,9 @@ def _checks(instr: Instr) -> bool:
     return instr.op == "gather" or (division and instr.dtype not in ops.FLOAT_DTYPES)
 
 
-class _Printer:
-    def __init__(self, program: TileProgram) -> None:
-        self.program, self.cell = program, program.cell
-        self.wants: list[Want] = []
-        self.names: dict[Ref, str] = {}
-        self._taken: dict[str, int] = {}  # names, and the last number given to one
-
+class _Printer(VectorPrinter):
     def text(self) -> str:
-        stages = [self._stage(i, s) for i, s in enumerate(self.program.stages)]
+        stages = [self._stage(i, s) for i, s in enumerate(self._groups)]
         comment = "\n".join(f"// {line}".rstrip() for line in str(self.program).splitlines())
         body = "\n".join(stages)
         return (
@@ -95,82 +76,56 @@ class _Printer:
             f"{body}\n{self._tables()}\n}}  // namespace\n\n{self._export()}"
         )
 
+    @cached_property
+    def _groups(self) -> list[list[Stage]]:
+        """Stages by the functions that they are printed in: those along vectors together."""
+        groups: list[list[Stage]] = []
+        for along, stages in groupby(self.program.stages, is_along):
+            groups += [list(stages)] if along else [[s] for s in stages]
+        return groups
+
     def _tables(self) -> str:
         cell, buffers = self.cell, self.program.buffers
         sizes = [0 if i.ragged else i.type.nbytes for i in cell.inputs]
         sizes += [t.nbytes for t in cell.output_types] + [b.type.nbytes for b in buffers]
-        stages = ", ".join(f"stage{i}" for i in range(len(self.program.stages)))
-        sizes_text = ", ".join(map(str, sizes))
-        return (
-            f"const int64_t row_bytes[] = {{{sizes_text}}};\nconst Stage stages[] = {{{stages}}};\n"
-        )
+        along = [-1 if b.over is None else b.over for b in buffers]
+        tables = {
+            "int64_t row_bytes": map(str, sizes),
+            "int64_t vectors": map(str, along or [-1]),
+            "Stage stages": (f"stage{i}" for i in range(len(self._groups))),
+        }
+        return "".join(f"const {k}[] = {{{', '.join(v)}}};\n" for k, v in tables.items())
 
     def _export(self) -> str:
         counts = (len(self.cell.inputs), len(self.cell.outputs), len(self.program.buffers))
-        scratch = sum(b.type.nbytes for b in self.program.buffers) or 1
+        scratch = 1 + sum(
+            b.type.nbytes * (1 if b.over is None else LENGTH) for b in self.program.buffers
+        )
         tile = max(1, min(MAX_TILE, SCRATCH_BYTES // scratch))
         row_ns = sum(_cost_ns(stage) for stage in self.program.stages)
         weights = {s.weight: s for s in self.program.stages if isinstance(s, Product)}
         weight_bytes = sum(self.cell.params[w].type.nbytes for w in weights)
-        fields = [*counts, "row_bytes", len(self.program.stages), "stages", tile]
+        fields = [*counts, "row_bytes", "vectors", len(self._groups), "stages", tile]
         text = ", ".join(map(str, [*fields, f"{row_ns:.1f}", f"{weight_bytes}."]))
         return f'extern "C" const Kernel cellc_kernel = {{\n    {text}}};\n'
 
-    # References
-
-    def _operand(self, ref: Ref) -> int:
-        """Position of a row in Tile::at."""
-        before = {"input": 0, "output": len(self.cell.inputs)}
-        both = len(self.cell.inputs) + len(self.cell.outputs)
-        assert ref.kind != "param"
-        return before.get(ref.kind, both) + ref.index
-
-    def _want(self, param: int, packed: bool = False) -> int:
-        want = Want(param, packed)
-        if want not in self.wants:
-            self.wants.append(want)
-        return self.wants.index(want)
-
-    def _name(self, ref: Ref) -> str:
-        """A C++ identifier, distinct from those of the other rows."""
-        if ref not in self.names:
-            name = re.sub(r"\W", "_", self.program.name_of(ref).lstrip("@"))
-            bad = (
-                name in KEYWORDS or name.isupper() or re.fullmatch(r"\d.*|([iv]|row)\d+|[tr]", name)
-            )
-            name = f"{name}_" if bad else name
-            unique, count = name, self._taken.get(name, 1)
-            while unique in self._taken:
-                count += 1
-                unique = f"{name}_{count}"
-            self._taken[name] = count
-            self._taken.setdefault(unique, 1)
-            self.names[ref] = unique
-        return self.names[ref]
-
-    def _declare(self, ref: Ref, writes: bool) -> str:
-        ctype, name = stored(self.program.type_of(ref).dtype), self._name(ref)
-        if ref.kind == "param":
-            return f"const {ctype} *__restrict {name} = t.param<{ctype}>({self._want(ref.index)});"
-        const = "" if writes else "const "
-        return (
-            f"{const}{ctype} *__restrict {name} = t.row<{const}{ctype}>({self._operand(ref)}, r);"
-        )
-
     # Stages
 
-    def _stage(self, i: int, stage: Stage) -> str:
-        printers: dict[type, Callable[..., list[str]]] = {
-            Product: self._product, MatMul: self._matmul, Map: self._map, Reduce: self._reduce,
-            RaggedReduce: self._ragged,
-        }  # fmt: skip
-        lines = printers[type(stage)](stage)
-        names = ", ".join(self.program.name_of(ref) for ref in written(stage))
-        origin = "" if isinstance(stage, Map) else self.cell.ops[stage.source].origin
+    def _stage(self, i: int, stages: list[Stage]) -> str:
+        first = stages[0]
+        if is_along(first):
+            lines = self._along(stages)
+        else:
+            printers: dict[type, Callable[..., list[str]]] = {
+                Product: self._product, MatMul: self._matmul, Map: self._map, Reduce: self._reduce,
+            }  # fmt: skip
+            lines = printers[type(first)](first)
+        names = ", ".join(self.program.name_of(ref) for s in stages for ref in written(s))
+        origin = "" if isinstance(stages[-1], Map) else self.cell.ops[stages[-1].source].origin
         head = f"// {names}" + f"  {origin}" * bool(origin)
         used = "int64_t part, int64_t parts"
         return "\n".join(
-            [head, f"void stage{i}(const Tile &t, {used}) {{", *_indented(lines), "}", ""]
+            [head, f"void stage{i}(const Tile &t, {used}) {{", *indented(lines), "}", ""]
         )
 
     def _product(self, s: Product) -> list[str]:
@@ -193,19 +148,8 @@ class _Printer:
         operands = ", ".join(str(x) for group in numbers for x in group)
         call = f"matmul<{C_TYPES[s.dtype]}>({operands});"
         declared = [self._declare(ref, False) for ref in dict.fromkeys((s.a.ref, s.b.ref))]
-        loops = _loops(batch, [[] for _ in batch] + [[call]])
-        return _row_loop([*declared, self._declare(s.out, True), *loops])
-
-    def _ragged(self, s: RaggedReduce) -> list[str]:
-        given = stored(self.cell.inputs[s.input].type.dtype)
-        op, mean, some = (
-            _OPS[s.op],
-            str(s.op == "mean").lower(),
-            str(s.op in ("amax", "amin")).lower(),
-        )
-        types = f"{op}, {given}, {stored(s.dtype)}"
-        place = f"{s.input}, {s.size}, {self._operand(s.out)}"
-        return [f"ragged<{types}>(t, {place}, {mean}, {some}, split(t.rows, part, parts));"]
+        nest = loops(batch, [[] for _ in batch] + [[call]])
+        return row_loop([*declared, self._declare(s.out, True), *nest])
 
     def _map(self, s: Map) -> list[str]:
         space = s.space or (1,)
@@ -213,132 +157,12 @@ class _Printer:
         for target in s.targets:
             at = target.index.text([f"i{d}" for d in range(len(space))])
             levels[-1].append(f"{self._name(target.ref)}[{at}] = v{target.value};")
-        loops = _loops(space, levels, ("share.points.begin", "share.points.end"))
+        nest = loops(space, levels, ("share.points.begin", "share.points.end"))
         rows = [ref for ref in dict.fromkeys(ref for ref, _ in s.reads())]
         declared = [self._declare(ref, False) for ref in rows]
         declared += [self._declare(ref, True) for ref in written(s)]
         head = f"const Share share(t.rows, {space[0]}, part, parts);"
-        return [head, *_row_loop([*declared, *loops], "share.rows")]
-
-    def _body(self, body: Sequence[Instr], rank: int) -> list[list[str]]:
-        """Statements by the number of loops that they stand in."""
-        depths: list[int] = []
-        levels: list[list[str]] = [[] for _ in range(rank + 1)]
-        names = [f"i{d}" for d in range(rank)]
-        checked: dict[tuple[int, int, int], str] = {}
-        for i, x in enumerate(body):
-            own = [d + 1 for d, c in enumerate(x.index.coefs) if c] if x.index else []
-            depths.append(max([0, *own, *(depths[a] for a in x.args)]))
-            place = x.index.text(names) if x.index else ""
-            if x.op == "gather":
-                row = checked.setdefault((x.args[0], x.limit, x.scale), f"row{i}")
-                place = f"{row} + {place}"
-                if row == f"row{i}":
-                    check = f"cellc::checked(v{x.args[0]}, {x.limit}, &t.bad[r]) * {x.scale}"
-                    levels[depths[x.args[0]]].append(f"const int64_t {row} = {check};")
-            element = f"{self._name(x.ref)}[{place}]" if x.ref else ""
-            text = expression(x, [body[a].dtype for a in x.args], element, body)
-            origin = self.cell.ops[x.source].origin if x.source >= 0 else ""
-            comment = f"  // {origin}" * bool(origin)
-            levels[depths[-1]].append(f"const {C_TYPES[x.dtype]} v{i} = {text};{comment}")
-        return levels
-
-    # Reductions
-
-    def _reduce(self, s: Reduce) -> list[str]:
-        declared = [self._declare(ref, False) for ref in dict.fromkeys(r for r, _ in s.reads())]
-        declared.append(self._declare(s.out, True))
-        lines = self._by_columns(s) if _columns_first(s) else self._by_points(s)
-        return _row_loop([*declared, *lines])
-
-    def _by_points(self, s: Reduce) -> list[str]:
-        """For each kept point, blocks of values, reduced in lanes."""
-        rank, kept = len(s.space), s.num_kept
-        arg = s.op.startswith("arg")
-        ctype = stored(s.body[s.value].dtype if arg else s.dtype)
-        op = _OPS[s.op.replace("arg", "a")]
-        levels = self._body(s.body, rank)
-        last, n = f"i{rank - 1}", s.space[-1]
-        levels[rank].append(f"values[{last} - block] = {op}::from<{ctype}>(v{s.value});")
-        blocks = [
-            f"for (int64_t block = 0; block < {n}; block += VALUES) {{",
-            f"    const int64_t count = {n} - block < VALUES ? {n} - block : VALUES;",
-            *_indented(_loops((n,), [[], levels[rank]], ("block", "block + count"), rank - 1)),
-            "    lanes.add(values, count);",
-            "}",
-        ]
-        inside = [[], *levels[kept + 1 : rank]]
-        inside[-1] = [*inside[-1], *blocks]
-        middle = _loops(s.space[kept:-1], inside, None, kept, pragma=False)
-        flat = Index(0, tuple(math.prod(s.space[d + 1 : kept]) for d in range(kept)))
-        at = flat.text([f"i{d}" for d in range(kept)])
-        result = "lanes.at" if arg else "lanes.result()"
-        if s.op == "mean":
-            result += f" / {stored(s.dtype)}({math.prod(s.space[kept:])})"
-        kind = f"{'Arg' if arg else 'Lanes'}<{op}, {ctype}>"
-        lanes = [f"{kind} lanes;", f"{ctype} values[VALUES];"]
-        point = [*levels[kept], *lanes, *middle, f"{self._name(s.out)}[{at}] = {result};"]
-        return _loops(s.space[:kept], [*levels[:kept], point], pragma=False)
-
-    def _by_columns(self, s: Reduce) -> list[str]:
-        """For all points of the last kept dimension at once, one reduced point after another."""
-        kept, ctype, op = s.num_kept, stored(s.dtype), _OPS[s.op]
-        order = [*range(kept - 1), *range(kept, len(s.space)), kept - 1]
-        body = [_reordered(x, order) for x in s.body]
-        space = tuple(s.space[d] for d in order)
-        names, n = [f"i{d}" for d in range(len(space))], space[-1]
-        levels = self._body(body, len(space))
-        flat = Index(0, tuple(math.prod(s.space[d + 1 : kept]) for d in range(kept - 1)))
-        last = names[-1]
-        value = f"{op}::from<{ctype}>(v{s.value})"
-        levels[-1].append(f"acc[{last}] = {op}::join<{ctype}>(acc[{last}], {value});")
-        each = f"for (int64_t {last} = 0; {last} < {n}; ++{last})"
-        begin = [
-            f"{ctype} *__restrict acc = {self._name(s.out)} + {flat.text(names)};",
-            f"{each} acc[{last}] = {op}::first<{ctype}>();",
-        ]
-        inner = _loops(space[kept - 1 :], [[], *levels[kept:]], first=kept - 1)
-        count = math.prod(s.space[kept:])
-        end = [f"{each} acc[{last}] = acc[{last}] / {ctype}({count});"] if s.op == "mean" else []
-        point = [*levels[kept - 1], *begin, *inner, *end]
-        return _loops(space[: kept - 1], [*levels[: kept - 1], point], pragma=False)
-
-
-_OPS = {
-    "sum": "Sum",
-    "mean": "Sum",
-    "prod": "Prod",
-    "amax": "Amax",
-    "amin": "Amin",
-    "any": "Any",
-    "all": "All",
-}
-
-
-def _columns_first(s: Reduce) -> bool:
-    """Whether the values lie next to each other along the kept, not along the reduced dimension."""
-    if s.num_kept == 0 or s.op.startswith("arg"):
-        return False
-    loads = [index.coefs for _, index in s.reads()]
-    return any(c[-1] > 1 for c in loads) and all(c[s.num_kept - 1] in (0, 1) for c in loads)
-
-
-def _reordered(instr: Instr, order: Sequence[int]) -> Instr:
-    if instr.index is None:
-        return instr
-    index = Index(instr.index.const, tuple(instr.index.coefs[d] for d in order))
-    return Instr(
-        instr.op,
-        instr.dtype,
-        instr.args,
-        instr.ref,
-        index,
-        instr.value,
-        instr.limit,
-        instr.scale,
-        instr.source,
-    )
-
+        return [head, *row_loop([*declared, *nest], "share.rows")]
 
 def _cost_ns(stage: Stage) -> float:
     """Rough time of a stage on one row, on one core."""
@@ -346,45 +170,5 @@ def _cost_ns(stage: Stage) -> float:
         return 2 * stage.num_rows * stage.num_columns * stage.depth / 60
     if isinstance(stage, MatMul):
         return 2 * math.prod(stage.shape) * stage.a.shape[-1] / 10
-    if isinstance(stage, RaggedReduce):
-        return float(stage.size)
     each = sum(10.0 if x.op in CALLS_LIBM else 0.1 for x in stage.body)
-    return math.prod(stage.space) * each
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
-
-
-def _row_loop(lines: list[str], rows: str = "") -> list[str]:
-    head = [] if rows else ["const Range rows = split(t.rows, part, parts);"]
-    rows = rows or "rows"
-    return [
-        *head,
-        f"for (int64_t r = {rows}.begin; r < {rows}.end; ++r) {{",
-        *_indented(lines),
-        "}",
-    ]
-
-
-def _loops(
-    space: Sequence[int],
-    levels: Sequence[list[str]],
-    bounds: tuple[str, str] | None = None,
-    first: int = 0,
-    pragma: bool = True,
-) -> list[str]:
-    """A nest over `space`; levels[d] are the statements in d loops, `bounds` the first one's."""
-    if not space:
-        return list(levels[0])
-    i = f"i{first}"
-    begin, end = bounds or ("0", str(space[0]))
-    inner = _loops(space[1:], levels[1:], None, first + 1, pragma)
-    head = ["#pragma GCC ivdep"] if pragma and len(space) == 1 else []
-    return [
-        *levels[0],
-        *head,
-        f"for (int64_t {i} = {begin}; {i} < {end}; ++{i}) {{",
-        *_indented(inner),
-        "}",
-    ]
+    return math.prod(stage.space) * each * (1 if stage.over is None else LENGTH)

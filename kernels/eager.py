@@ -88,8 +88,8 @@ class _Step:
     def run(self) -> Index:
         for i, table in enumerate(self.launch.inputs):
             self.inputs.append(self._gather(i, table))
-        for op in self.cell.ops:
-            self.results.append(self._compute(op))
+        for op, vector in zip(self.cell.ops, self.cell.vectors, strict=True):
+            self.results.append(self._compute(op, vector))
         for table, operand in zip(self.launch.outputs, self.cell.outputs, strict=True):
             arena, value = self.arenas[self.cell.type_of(operand)], self._value(operand)
             slots = _index(table[self.start : self.stop], arena.device)
@@ -118,26 +118,45 @@ class _Step:
             return self.kernel.params[operand.index]
         return self.results[operand.index][operand.port]
 
-    def _compute(self, op: CellOp) -> tuple[Tensor, ...]:
+    def _along(self, vector: int, operand: Operand, value: Tensor) -> Tensor:
+        """A row once for every position of its call's vector."""
+        if operand.kind in ("scalar", "param") or self.cell.vector_of(operand) is not None:
+            return value
+        return value if value.shape[0] == 1 < self.num_rows else self._repeated(vector, value)
+
+    def _repeated(self, vector: int, value: Tensor) -> Tensor:
+        return value.expand(self.num_rows, *value.shape[1:]).repeat_interleave(
+            self.lengths[vector], 0
+        )
+
+    def _compute(self, op: CellOp, vector: int | None) -> tuple[Tensor, ...]:
         args = [self._value(x) for x in op.operands]
+        if vector is not None:
+            args = [self._along(vector, x, a) for x, a in zip(op.operands, args, strict=True)]
         if op.op.startswith("aten:"):
             results = fallback(op, args)
         elif op.op in ops.RAGGED:
-            lengths = self.lengths[op.operands[0].index]
+            along = self.cell.vector_of(op.operands[0])
+            assert along is not None
+            lengths = self.lengths[along]
             if op.op in ("ragged_amax", "ragged_amin"):
                 self.bad |= (lengths == 0).cpu().numpy()
             results = (ragged(op.op, args[0], lengths),)
         elif op.op == "embedding":
-            results = (self._embedding(args[0], args[1]),)
+            results = (self._embedding(args[0], args[1], vector),)
         else:
             if op.op in ops.POINTWISE:
                 args = _aligned(args)
             results = (FUNCTIONS[op.op](args, op.attributes, op),)
         return tuple(r.to(DTYPES[t.dtype]) for r, t in zip(results, op.types, strict=True))
 
-    def _embedding(self, table: Tensor, index: Tensor) -> Tensor:
+    def _embedding(self, table: Tensor, index: Tensor, vector: int | None) -> Tensor:
         wrong = (index < 0) | (index >= table.shape[1])
-        self.bad |= wrong.reshape(wrong.shape[0], -1).any(1).cpu().numpy()
+        found = wrong.reshape(wrong.shape[0], -1).any(1).cpu().numpy()
+        if vector is None or self.num_rows == 1:
+            self.bad |= found.any() if vector is not None else found
+        else:
+            self.bad[np.repeat(np.arange(self.num_rows), self.lengths[vector].cpu())[found]] = True
         index = torch.where(wrong, 0, index).long()
         if table.shape[0] == 1:
             return table[0][index]

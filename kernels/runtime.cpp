@@ -140,12 +140,13 @@ struct Scratch {  // one a thread, kept
         return memory;
     }
 };
-thread_local Scratch scratch, shared_scratch;
+thread_local Scratch scratch, shared_scratch, vector_scratch, shared_vector_scratch;
 
 struct Job {
     const Kernel *kernel;
     const Launch *launch;
     char *shared;  // scratch of a tile that all threads work on; null: each has tiles of its own
+    char *shared_vectors;
     alignas(64) std::atomic<int64_t> next{0};
     alignas(64) std::atomic<int64_t> done{0};
     alignas(64) std::atomic<int64_t> claimed[256];  // the phase that each part is claimed for next
@@ -157,10 +158,23 @@ struct Job {
 
 inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+// Of one row, all buffers but those along vectors
 int64_t buffer_bytes(const Kernel &k) {
     int64_t total = 0;
     for (int64_t b = 0; b < k.num_buffers; ++b)
-        total += padded(k.row_bytes[k.num_inputs + k.num_outputs + b]);
+        if (k.vectors[b] < 0) total += padded(k.row_bytes[k.num_inputs + k.num_outputs + b]);
+    return total;
+}
+
+// Of rows first, .., first + n - 1, the buffers along vectors
+int64_t vector_bytes(const Kernel &k, const Launch &l, int64_t first, int64_t n) {
+    int64_t total = 0;
+    for (int64_t b = 0; b < k.num_buffers; ++b) {
+        if (k.vectors[b] < 0) continue;
+        const int32_t *offsets = l.operands()[k.vectors[b]].offsets + first;
+        const int64_t bytes = k.row_bytes[k.num_inputs + k.num_outputs + b];
+        for (int64_t r = 0; r < n; ++r) total += padded(bytes * (offsets[r + 1] - offsets[r]));
+    }
     return total;
 }
 
@@ -179,12 +193,19 @@ struct Pointers {
         return padded(count(k) * (1 + k.max_tile) * int64_t(sizeof(char *)));
     }
 
-    Tile tile(int64_t first, int64_t n, char *buffers) const {
+    Tile tile(int64_t first, int64_t n, char *buffers, char *vectors) const {
         const int64_t operands = kernel.num_inputs + kernel.num_outputs;
         for (int64_t x = 0; x < count(kernel); ++x) {
             char **to = at[x] = rows + x * kernel.max_tile;
             const int64_t bytes = kernel.row_bytes[x];
-            if (x >= operands) {
+            const int64_t along = x < operands ? -1 : kernel.vectors[x - operands];
+            if (along >= 0) {
+                const int32_t *offsets = launch.operands()[along].offsets + first;
+                for (int64_t r = 0; r < n; ++r) {
+                    to[r] = vectors;
+                    vectors += padded(bytes * (offsets[r + 1] - offsets[r]));
+                }
+            } else if (x >= operands) {
                 for (int64_t r = 0; r < n; ++r, buffers += padded(bytes)) to[r] = buffers;
             } else if (bytes) {
                 const Operand &o = launch.operands()[x];
@@ -217,8 +238,10 @@ void run_tiles(Job &job, int64_t parts) {
         if (ticket < base + tiles) job.wait_for(base);
         for (; ticket < base + tiles; ticket = job.next.fetch_add(1)) {
             const int64_t first = (ticket - base) * size;
-            const Tile tile = pointers.tile(begin + first, first + size < n ? size : n - first,
-                                            memory + Pointers::bytes(k));
+            const int64_t count = first + size < n ? size : n - first;
+            char *vectors = vector_scratch.get(size_t(vector_bytes(k, l, begin + first, count)));
+            const Tile tile =
+                pointers.tile(begin + first, count, memory + Pointers::bytes(k), vectors);
             for (int64_t i = 0; i < k.num_stages; ++i) k.stages[i](tile, 0, 1);
             job.done.fetch_add(1, std::memory_order_acq_rel);
         }
@@ -239,7 +262,8 @@ void run_together(Job &job, int64_t part, int64_t parts) {
             if (job.done.load(std::memory_order_acquire) >= (phase + k.num_stages) * parts)
                 continue;
             const int64_t n = l.steps[s + 1] - first;
-            const Tile tile = pointers.tile(first, n < k.max_tile ? n : k.max_tile, job.shared);
+            const int64_t count = n < k.max_tile ? n : k.max_tile;
+            const Tile tile = pointers.tile(first, count, job.shared, job.shared_vectors);
             for (int64_t i = 0; i < k.num_stages; ++i) {
                 for (int64_t j = 0; j < parts; ++j) {
                     const int64_t mine = (part + j) % parts;
@@ -255,6 +279,18 @@ void run_together(Job &job, int64_t part, int64_t parts) {
             }
         }
     }
+}
+
+// Of any tile that threads work on together
+size_t largest_vectors(const Kernel &k, const Launch &l) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < l.num_steps; ++s)
+        for (int64_t first = l.steps[s]; first < l.steps[s + 1]; first += k.max_tile) {
+            const int64_t n = l.steps[s + 1] - first;
+            const int64_t bytes = vector_bytes(k, l, first, n < k.max_tile ? n : k.max_tile);
+            most = bytes > most ? bytes : most;
+        }
+    return size_t(most);
 }
 
 void work(void *context, int64_t part, int64_t parts) {
@@ -289,6 +325,8 @@ int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
         kernel->weight_bytes > 2e6;  // more than L2 holds: reading it once is worth more
     const bool few = rows < (large ? 20 : 8) * threads * launch->num_steps && threads > 1;
     job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
+    job.shared_vectors =
+        few ? shared_vector_scratch.get(largest_vectors(*kernel, *launch)) : nullptr;
     pools[uint64_t(launch->team) % TEAMS].run(threads, work, &job);
     return launch->bad && memchr(launch->bad, 1, size_t(rows));
 }

@@ -25,8 +25,18 @@ struct Launch {  // followed by one Operand a cell input, then one a cell output
 
 struct Runtime;
 
+struct Vector {  // of one call, of a ragged input: rows slots[0], slots[1], ..
+    char *base;
+    const int32_t *slots;
+    int64_t size;
+    template <class T>
+    T *row(int64_t numel, int64_t j) const {
+        return reinterpret_cast<T *>(base) + numel * slots[j];
+    }
+};
+
 struct Tile {  // some rows of one step; at[x][r] is row r of input, output or buffer x, in this
-               // order
+               // order; of a buffer along vectors its first row
     int64_t rows, first;
     char *const *const *at;
     const void *const *params;
@@ -36,6 +46,11 @@ struct Tile {  // some rows of one step; at[x][r] is row r of input, output or b
     template <class T>
     T *row(int64_t x, int64_t r) const {
         return reinterpret_cast<T *>(at[x][r]);
+    }
+    Vector vector(int64_t x, int64_t r) const {
+        const Operand &o = operands[x];
+        const int32_t begin = o.offsets[first + r];
+        return {o.base, o.slots + begin, o.offsets[first + r + 1] - begin};
     }
     template <class T>
     const T *param(int64_t p) const {
@@ -48,6 +63,8 @@ typedef void (*Stage)(const Tile &, int64_t part, int64_t parts);
 struct Kernel {
     int64_t num_inputs, num_outputs, num_buffers;
     const int64_t *row_bytes;  // of inputs (ragged: 0), outputs, buffers
+    const int64_t *vectors;    // of buffers: the ragged input along which there is a row a position,
+                               // or -1
     int64_t num_stages;
     const Stage *stages;
     int64_t max_tile;             // rows that share scratch

@@ -78,6 +78,7 @@ class _Body:
     """Instructions of one stage, each distinct one once."""
 
     space: Shape
+    over: int | None = None
     instrs: list[Instr] = field(default_factory=list)
     known: dict[Instr, int] = field(default_factory=dict)
     here: dict[Ref, int] = field(default_factory=dict)  # rows this map writes, at this very point
@@ -156,27 +157,29 @@ class _Scheduler:
         if i not in self.refs:
             op = self.cell.ops[i]
             self.refs[i] = Ref("buffer", len(self.buffers))
-            self.buffers.append(Buffer(self._name(Operand("op", i), f"{op.op}_{i}"), op.type))
+            name = self._name(Operand("op", i), f"{op.op}_{i}")
+            self.buffers.append(Buffer(name, op.type, self.cell.vectors[i]))
         return self.refs[i]
 
     # Stages
 
     def _emit(self, i: int) -> None:
-        op, ref = self.cell.ops[i], self._ref(i)
-        if op.op == "linear" and op.operands[1].kind == "param":
+        op, ref, over = self.cell.ops[i], self._ref(i), self.cell.vectors[i]
+        if op.op in ("linear", "matmul") and over is not None:
+            self._product_along(i, op, ref)
+        elif op.op == "linear" and op.operands[1].kind == "param":
             self._add(self._product(i, op, ref), ref)
         elif op.op in ("linear", "matmul"):
             self._add(self._matmul(i, op, ref), ref)
         elif op.op in ops.REDUCE:
             self._add(self._reduce(i, op, ref), ref)
         elif op.op in ops.RAGGED:
-            name, size = op.op.removeprefix("ragged_"), op.type.numel
-            self._add(RaggedReduce(name, op.operands[0].index, size, ref, op.type.dtype, i), ref)
+            self._add(self._ragged(i, op, ref), ref)
         elif op.op == "cat":
-            self._cat(op, ref)
+            self._cat(op, ref, over)
         else:
             shape = op.type.shape
-            self._map(shape, _Store(ref, flat_index(shape), Operand("op", i), True))
+            self._map(shape, _Store(ref, flat_index(shape), Operand("op", i), True), over)
 
     def _add(self, stage: Stage, ref: Ref) -> None:
         self.position[ref] = len(self.stages)
@@ -207,28 +210,66 @@ class _Scheduler:
         shape, dims = self.cell.shape_of(op.operands[0]), op.attributes["dims"]
         assert isinstance(dims, tuple)
         order = [d for d in range(len(shape)) if d not in dims] + sorted(dims)
-        body = _Body(tuple(shape[d] for d in order))
+        body = _Body(tuple(shape[d] for d in order), self.cell.vectors[i])
         point = body.coordinates()
         index = tuple(point[order.index(d)] for d in range(len(shape)))
         value = self._value(body, op.operands[0], index, self._dtype(op.operands[0], op.type.dtype))
-        kept = len(shape) - len(dims)
-        indices = [x.index for x in body.instrs if x.index is not None]
-        outer = merge_groups(body.space, range(kept), indices)
-        inner = merge_groups(body.space, range(kept, len(shape)), indices) or [[]]
-        space = tuple(math.prod(body.space[d] for d in group) for group in [*outer, *inner])
-        instrs = _merged(body, [*outer, *inner])
-        return Reduce(op.op, space, len(outer), instrs, value, ref, op.type.dtype, i)
+        return _reduced(op.op, body, len(shape) - len(dims), value, ref, op.type.dtype, i)
+
+    def _product_along(self, i: int, op: CellOp, ref: Ref) -> None:
+        """A product at every position of a vector: sums of products of its elements."""
+        shapes, dtype = [self.cell.shape_of(x) for x in op.operands], op.type.dtype
+        body = _Body((*op.type.shape, shapes[0][-1]), self.cell.vectors[i])
+        *batch, n, k = body.coordinates()
+        rows = (*batch, k)  # of a
+        columns = (k, n) if op.op == "linear" else (*batch[:-1], k, n)
+        values = []
+        for operand, shape, at in zip(op.operands, shapes, (rows, columns), strict=False):
+            near = at[len(at) - len(shape) :]
+            point = tuple(body.zero if s == 1 else x for s, x in zip(shape, near, strict=True))
+            values.append(self._value(body, operand, point, dtype))
+        value = body.add(Instr("mul", dtype, tuple(values), source=i))
+        biased = len(op.operands) > 2
+        out = ref
+        if biased:
+            out = Ref("buffer", len(self.buffers))
+            name = self._name(Operand("op", i), "product")
+            self.buffers.append(Buffer(name, op.type, self.cell.vectors[i]))
+        self._add(_reduced("sum", body, len(op.type.shape), value, out, dtype, i), out)
+        if biased:
+            self._bias(i, op, out, ref)
+
+    def _bias(self, i: int, op: CellOp, product: Ref, ref: Ref) -> None:
+        body = _Map(op.type.shape, self.cell.vectors[i])
+        point, shape = body.coordinates(), self.cell.shape_of(op.operands[2])
+        bias = self._value(body, op.operands[2], point[len(point) - len(shape) :], op.type.dtype)
+        flat = flat_index(op.type.shape)
+        total = body.add(Instr("load", op.type.dtype, ref=product, index=flat))
+        value = body.add(Instr("add", op.type.dtype, (total, bias), source=i))
+        body.targets.append(Target(ref, flat, value))
+        self.stages.append(body)
+        self._placed(ref, len(self.stages) - 1)
+
+    def _ragged(self, i: int, op: CellOp, ref: Ref) -> RaggedReduce:
+        operand = op.operands[0]
+        over = self.cell.vector_of(operand)
+        assert over is not None
+        body = _Body(op.type.shape, over)
+        value = self._value(body, operand, body.coordinates(), self._dtype(operand, ""))
+        space, groups = _merged_space(body, [range(len(body.space))])
+        name, instrs = op.op.removeprefix("ragged_"), _merged(body, groups)
+        return RaggedReduce(name, over, space, instrs, value, ref, op.type.dtype, i)
 
     def _dtype(self, operand: Operand, default: str) -> str:
         return default if operand.kind == "scalar" else self.cell.type_of(operand).dtype
 
-    def _cat(self, op: CellOp, ref: Ref) -> None:
+    def _cat(self, op: CellOp, ref: Ref, over: int | None) -> None:
         dim, start = op.attributes["dim"], 0
         assert isinstance(dim, int)
         strides = strides_of(op.type.shape)
         for part in op.operands:
             shape = self.cell.shape_of(part)
-            self._map(shape, _Store(ref, Index(start * strides[dim], strides), part, False))
+            self._map(shape, _Store(ref, Index(start * strides[dim], strides), part, False), over)
             start += shape[dim]
 
     def _view(self, operand: Operand) -> View:
@@ -241,15 +282,15 @@ class _Scheduler:
         assert instr.ref is not None and instr.index is not None
         return View(instr.ref, instr.index.const, body.space, instr.index.coefs)
 
-    def _map(self, space: Shape, store: _Store) -> None:
+    def _map(self, space: Shape, store: _Store, over: int | None = None) -> None:
         """Put a store into the first map that can hold it, or into a new one."""
-        trial = _Map(space)
+        trial = _Map(space, over)
         self._store(trial, store)
         needs = {x.ref for x in trial.instrs if x.ref is not None and x.ref in self.position}
         last = max((self.position[ref] for ref in needs), default=-1)
         for k in range(max(last, 0), len(self.stages)):
             stage = self.stages[k]
-            if isinstance(stage, _Map) and stage.space == space:
+            if isinstance(stage, _Map) and (stage.space, stage.over) == (space, over):
                 local = [ref for ref in needs if self.position[ref] == k]
                 if all(_reads_here(trial, stage, ref) for ref in local):
                     self._store(stage, store)
@@ -358,13 +399,32 @@ def _reads_here(trial: _Body, stage: _Map, ref: Ref) -> bool:
 
 def _closed(body: _Map) -> Map:
     """The finished map, its dimensions merged."""
-    indices = [x.index for x in body.instrs if x.index is not None] + [
-        t.index for t in body.targets
-    ]
-    groups = merge_groups(body.space, range(len(body.space)), indices)
-    space = tuple(math.prod(body.space[d] for d in group) for group in groups)
+    space, groups = _merged_space(
+        body, [range(len(body.space))], [target.index for target in body.targets]
+    )
     targets = tuple(Target(t.ref, regrouped(t.index, groups), t.value) for t in body.targets)
-    return Map(space, _merged(body, groups), targets)
+    return Map(space, _merged(body, groups), targets, body.over)
+
+
+def _reduced(
+    op: str, body: _Body, kept: int, value: int, out: Ref, dtype: str, source: int
+) -> Reduce:
+    """A reduction over the dimensions from `kept` on, both parts merged."""
+    outer, _ = _merged_space(body, [range(kept)])
+    space, groups = _merged_space(body, [range(kept), range(kept, len(body.space))])
+    if len(outer) == len(space):  # over nothing but dimensions of size 1
+        space, groups = (*space, 1), [*groups, []]
+    instrs = _merged(body, groups)
+    return Reduce(op, space, len(outer), instrs, value, out, dtype, source, body.over)
+
+
+def _merged_space(
+    body: _Body, parts: Sequence[Sequence[int]], indices: Sequence[Index] = ()
+) -> tuple[Shape, list[list[int]]]:
+    """The sizes of the merged dimensions of a space, part by part, and which they are made of."""
+    indices = [*(x.index for x in body.instrs if x.index is not None), *indices]
+    groups = [group for part in parts for group in merge_groups(body.space, part, indices)]
+    return tuple(math.prod(body.space[d] for d in group) for group in groups), groups
 
 
 def _merged(body: _Body, groups: Sequence[Sequence[int]]) -> Body:

@@ -2,8 +2,10 @@
 
 Duty: the data that `cellc.kernels.tile.schedule` makes of a cell and that the C++ and the Triton
 printers read. Every stage reads and writes contiguous rows: cell inputs, parameters, scratch
-buffers (one row a call) and cell outputs. Inside a stage, a value lives at a point of an iteration
-space; an element is addressed by an `Index`, affine in the coordinates of that space. Stages are in
+buffers (one row a call, or one a position of the call's vector) and cell outputs. Inside a stage, a
+value lives at a point of an iteration space; an element is addressed by an `Index`, affine in the
+coordinates of that space. A stage `over` a ragged input is done for every position of its vector:
+what it reads of ragged inputs and of buffers along them is the row at that position. Stages are in
 execution order; within one, points are independent of each other.
 """
 
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from cellc.cells import Cell
+from cellc.cells import Cell, Operand
 from cellc.ops import RowType, Shape
 
 
@@ -99,6 +101,7 @@ class Map:
     space: Shape
     body: Body
     targets: tuple[Target, ...]
+    over: int | None = None
 
     def reads(self) -> Iterator[tuple[Ref, Index]]:
         return _reads(self.body)
@@ -169,6 +172,7 @@ class Reduce:
     out: Ref
     dtype: str
     source: int
+    over: int | None = None
 
     def reads(self) -> Iterator[tuple[Ref, Index]]:
         return _reads(self.body)
@@ -176,17 +180,27 @@ class Reduce:
 
 @dataclass(frozen=True)
 class RaggedReduce:
-    """out = op (sum, mean, ..) over the rows of ragged input `input`.
+    """out[flat point of `space`] = op (sum, mean, ..) of `value` over the positions of the vectors
+    of ragged input `over`.
 
-    amax and amin of no rows make the row bad.
+    amax and amin of no positions make the row bad.
     """
 
     op: str
-    input: int
-    size: int
+    over: int
+    space: Shape
+    body: Body
+    value: int
     out: Ref
     dtype: str
     source: int
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.space)
+
+    def reads(self) -> Iterator[tuple[Ref, Index]]:
+        return _reads(self.body)
 
 
 Stage: TypeAlias = Map | Product | MatMul | Reduce | RaggedReduce
@@ -194,10 +208,11 @@ Stage: TypeAlias = Map | Product | MatMul | Reduce | RaggedReduce
 
 @dataclass(frozen=True)
 class Buffer:
-    """Scratch for one row."""
+    """Scratch for one row, or for one a position of the vectors of ragged input `over`."""
 
     name: str
     type: RowType
+    over: int | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +230,12 @@ class TileProgram:
         if ref.kind == "output":
             return self.cell.output_types[ref.index]
         return (self.cell.inputs if ref.kind == "input" else self.cell.params)[ref.index].type
+
+    def vector_of(self, ref: Ref) -> int | None:
+        """The ragged input along whose vectors there is a row a position; None: one a call."""
+        if ref.kind == "buffer":
+            return self.buffers[ref.index].over
+        return self.cell.vector_of(Operand("input", ref.index)) if ref.kind == "input" else None
 
     def name_of(self, ref: Ref) -> str:
         if ref.kind == "output":
@@ -248,8 +269,6 @@ def read(stage: Stage) -> tuple[Ref, ...]:
         return (stage.x.ref, *(Ref("param", p) for p in params))
     if isinstance(stage, MatMul):
         return tuple(dict.fromkeys((stage.a.ref, stage.b.ref)))
-    if isinstance(stage, RaggedReduce):
-        return (Ref("input", stage.input),)
     return tuple(dict.fromkeys(ref for ref, _ in stage.reads()))
 
 
@@ -269,7 +288,9 @@ def _text(program: TileProgram) -> str:
         f"{n}: {t}" for n, t in zip(program.output_names, cell.output_types, strict=True)
     )
     lines = [f"tile {cell.name}({inputs}) -> ({outputs}):"]
-    lines += [f"    buffer {b.name}: {b.type}" for b in program.buffers]
+    for b in program.buffers:
+        along = "" if b.over is None else f" along {cell.inputs[b.over].name}"
+        lines.append(f"    buffer {b.name}: {b.type}{along}")
     for stage in program.stages:
         lines += ["    " + line for line in _stage_lines(program, stage)]
         origin = "" if isinstance(stage, Map) else cell.ops[stage.source].origin
@@ -288,19 +309,18 @@ def _stage_lines(program: TileProgram, stage: Stage) -> list[str]:
         return [
             f"matmul {name(stage.out)}{shape} = {_view(name, stage.a)} @ {_view(name, stage.b)}"
         ]
-    if isinstance(stage, RaggedReduce):
-        rows = name(Ref("input", stage.input))
-        return [f"ragged {name(stage.out)}[i < {stage.size}] = {stage.op} of {rows}[.., i]"]
     dims = [f"{c} < {size}" for c, size in zip(COORDINATES, stage.space, strict=False)]
+    along = "" if stage.over is None else f" along {program.cell.inputs[stage.over].name}"
     if isinstance(stage, Map):
         stores = [
             f"    {name(t.ref)}[{t.index.text(COORDINATES)}] = v{t.value}" for t in stage.targets
         ]
-        return [f"map {', '.join(dims)}:", *_body_lines(program, stage.body), *stores]
-    head = f"reduce {', '.join(dims[: stage.num_kept])} over {', '.join(dims[stage.num_kept :])}:"
-    flat = Index(
-        0, tuple(math.prod(stage.space[d + 1 : stage.num_kept]) for d in range(stage.num_kept))
-    )
+        head = f"map {', '.join(dims)}{along}:"
+        return [head, *_body_lines(program, stage.body), *stores]
+    kept = stage.num_kept if isinstance(stage, Reduce) else len(stage.space)
+    what = f"reduce {', '.join(dims[:kept])} over {', '.join(dims[kept:])}{along}:"
+    head = what if isinstance(stage, Reduce) else f"reduce {', '.join(dims)}{along}:"
+    flat = Index(0, tuple(math.prod(stage.space[d + 1 : kept]) for d in range(kept)))
     store = f"    {name(stage.out)}[{flat.text(COORDINATES)}] = {stage.op}(v{stage.value})"
     return [head, *_body_lines(program, stage.body), store]
 

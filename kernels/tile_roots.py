@@ -32,30 +32,31 @@ def unsupported(cell: Cell, dtypes: Collection[str] | None = None) -> str | None
         reason = _unsupported_op(cell, op)
         if reason:
             return reason
-    ragged = any(o.kind == "input" and cell.inputs[o.index].ragged for o in cell.outputs)
-    return "a ragged input that is an output" if ragged else None
+    ragged = any(cell.vector_of(o) is not None for o in cell.outputs)
+    return "an output along a vector" if ragged else None
 
 
 def _unsupported_op(cell: Cell, op: CellOp) -> str | None:
     if op.op not in STAGES | INLINE or len(op.types) != 1:
         return f"operation {op.op}"
-    for x in op.operands:
-        ragged = x.kind == "input" and cell.inputs[x.index].ragged
-        if ragged != (op.op in ops.RAGGED):
-            return f"operation {op.op} on {'' if ragged else 'what is not '}a ragged input"
-        if x.kind == "scalar" and op.op not in ops.POINTWISE:
-            return f"operation {op.op} on a scalar"
+    along = [x.kind != "scalar" and cell.vector_of(x) is not None for x in op.operands]
+    if op.op in ops.RAGGED and not along[0]:
+        return f"operation {op.op} on what is not a vector of rows"
+    if op.op == "embedding" and along[0]:
+        return "a table of every position of a vector"
+    if op.op not in ops.POINTWISE and any(x.kind == "scalar" for x in op.operands):
+        return f"operation {op.op} on a scalar"
     if op.op in ("linear", "matmul"):
-        return _unsupported_product(cell, op)
+        return _unsupported_product(cell, op, any(along))
     return None
 
 
-def _unsupported_product(cell: Cell, op: CellOp) -> str | None:
-    if op.operands[0].kind == "param":
+def _unsupported_product(cell: Cell, op: CellOp, along: bool) -> str | None:
+    if op.operands[0].kind == "param" and not along:
         return f"operation {op.op} of parameters alone"
     if op.type.dtype not in ops.FLOAT_DTYPES:
         return f"operation {op.op} in {op.type.dtype}"
-    if op.op == "linear" and len(op.operands) > 2:
+    if op.op == "linear" and len(op.operands) > 2 and not along:
         weight, bias = op.operands[1:]
         if (weight.kind, bias.kind) != ("param", "param") or cell.shape_of(bias) != op.type.shape[
             -1:
@@ -70,11 +71,25 @@ def choose_roots(cell: Cell) -> frozenset[int]:
     for i, op in enumerate(cell.ops):
         if op.op in STAGES:
             roots.add(i)
-        if op.op in ("linear", "matmul"):
+        if cell.vectors[i] is not None:
+            roots |= {r for x in _operands(op) if (r := _row_read(cell, x)) is not None}
+        elif op.op in ("linear", "matmul"):
             products = [x.index for x in op.operands if x.kind == "op"]
             roots |= {x for x in products if cell.ops[x].op not in ops.VIEWS}
     roots |= _deep(cell, roots)
     return frozenset(roots | _shared(cell, roots))
+
+
+def _row_read(cell: Cell, i: int) -> int | None:
+    """The operation whose row an operation along a vector reads, by views: computed once, not at
+    every position.
+    """
+    while cell.vectors[i] is None and cell.ops[i].op in ops.VIEWS:
+        operand = cell.ops[i].operands[0]
+        if operand.kind != "op":
+            return None
+        i = operand.index
+    return i if cell.vectors[i] is None else None
 
 
 def _deep(cell: Cell, roots: Collection[int]) -> set[int]:
@@ -128,7 +143,9 @@ def _shared(cell: Cell, roots: Collection[int]) -> set[int]:
         if i not in roots and op.op not in ops.VIEWS and (wider or again):
             shared.add(i)
         root = i in roots or i in shared
-        stage = ("map", op.type.shape, levels[i]) if op.op not in STAGES else (i,)
+        stage: tuple[object, ...] = (i,)
+        if op.op not in STAGES:
+            stage = ("map", op.type.shape, levels[i], cell.vectors[i])
         for x in _operands(op):
             readers[x] |= {stage} if root else readers[i]
             spaces[x] = max(spaces[x], _space(cell, op) if root else max(spaces[i], numel))
@@ -140,4 +157,6 @@ def _space(cell: Cell, op: CellOp) -> int:
     operand: Operand = op.operands[0]
     if op.op in ops.REDUCE and operand.kind != "scalar":
         return cell.type_of(operand).numel
+    if op.op in ("linear", "matmul"):  # along a vector; other products read rows
+        return op.type.numel * cell.shape_of(operand)[-1]
     return 1 if op.op == "cat" else op.type.numel

@@ -457,9 +457,10 @@ def make_run(
         return np.array([free[kind].pop() for _ in range(n)], np.int32)
 
     inputs: list[Index | Ragged] = []
-    for i in cell.inputs:
+    known: dict[int, Index] = {}  # lengths of vectors that are used together
+    for number, i in enumerate(cell.inputs):
         if i.ragged:
-            lengths = rng.integers(1, 4, N)
+            lengths = known.setdefault(cell.lengths[number], rng.integers(1, 4, N))
             offsets = np.cumsum([0, *lengths]).astype(np.int32)
             inputs.append(Ragged(offsets, take(i.type, int(offsets[-1]))))
         else:
