@@ -36,6 +36,8 @@ class Facts:
     uniform: set[object] = field(default_factory=set)  # inputs of maps that do not
     distinct: set[object] = field(default_factory=set)  # pairs of inputs that read other rows
     needed: set[object] = field(default_factory=set)  # outputs that others read
+    paired: set[object] = field(default_factory=set)  # cells that followed others in pairs
+    unpaired: set[object] = field(default_factory=set)  # cells that did not always
 
     def add_input(
         self,

@@ -25,7 +25,7 @@ def join_calls(graph: CallGraph, fused: list[CallGroup], facts: Facts) -> None:
     recurrence.
     """
     while True:
-        pair = _pair(graph, fused)
+        pair = _pair(graph, fused, facts)
         if pair is None:
             return
         first, second, order = pair
@@ -38,18 +38,24 @@ def join_calls(graph: CallGraph, fused: list[CallGroup], facts: Facts) -> None:
 
 
 def _pair(
-    graph: CallGraph, fused: list[CallGroup]
+    graph: CallGraph, fused: list[CallGroup], facts: Facts
 ) -> tuple[CallGroup, CallGroup, Refs] | None:
     """Two groups to join, and for each call of the first the one of the second."""
     edges = _Edges(graph)
     marked = {id(g) for g in fused}
     for a, b in sorted(edges.read):
         first, second = graph.groups[a], graph.groups[b]
-        alike = first.cell.recurrent == second.cell.recurrent and not marked.isdisjoint((id(first), id(second)))
-        if a == b or first.num_calls != second.num_calls or not (alike or _is_views(second)):
+        near = not marked.isdisjoint((id(first), id(second)))
+        wanted = near and first.cell.recurrent == second.cell.recurrent
+        if a == b or not (wanted or _is_views(second)):
             continue
-        order = edges.order(a, b)
-        if order is not None and not edges.between(a, b):
+        key, order = (first.cell.key, second.cell.key), edges.order(a, b)
+        if order is None:
+            facts.unpaired.add(key)
+        elif wanted or len(order) > 1:
+            facts.paired.add(key)
+        always = key in facts.paired and key not in facts.unpaired
+        if order is not None and always and not edges.between(a, b):
             return first, second, order
     return None
 
@@ -79,6 +85,8 @@ class _Edges:
 
     def order(self, a: int, b: int) -> Refs | None:
         """For each call of a, the call of b that reads it, where they correspond one to one."""
+        if self.groups[a].num_calls != self.groups[b].num_calls:
+            return None
         found: Refs | None = None
         for i, column in enumerate(self.groups[b].inputs):
             makers = self.maker[self.groups[b].input_values(i)]

@@ -186,7 +186,7 @@ class TritonKernel:
         """The launch as a call without arguments, good for as long as no arena grows."""
         if launch.num_rows == 0:
             return tuple
-        if self.launches is None:
+        if self.launches is None or self.memory.along:
             return self.plain(launch, arenas)
         bound = self.launches.bind(launch, arenas)
 
@@ -201,6 +201,9 @@ class TritonKernel:
     ) -> Callable[[], Sequence[int]]:
         """`bind`, kernel by kernel."""
         largest = int(np.diff(launch.steps).max())
+        entries = {
+            i: len(table.slots) for i, table in enumerate(launch.inputs) if isinstance(table, Ragged)
+        }
         tables, bases = self._upload(launch)
         flags = launch.num_rows if self.reports else 0
         steps = [
@@ -208,7 +211,7 @@ class TritonKernel:
         ]
 
         def run() -> Sequence[int]:
-            self.memory.grow(largest)
+            self.memory.grow(largest, entries)
             bad = torch.zeros(flags, dtype=torch.int32, device=self.device)
             calls = [self._arguments(k, arenas, tables, bad) for k in self.kernels]
             with current(self.device):

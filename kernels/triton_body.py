@@ -59,7 +59,8 @@ ROW_COORDINATES = tuple(f"i{d}" for d in range(16))
 COL_COORDINATES = tuple(f"j{d}" for d in range(16))
 RESERVED = frozenset(
     "tl triton tables bad_ptr start num_rows num_total row live unit cols inside k0 ks a w b BM BN "
-    "BK q m n j s best best_at acc lengths first longest more none slot value mul float".split()
+    "BK q m n j p c0 begin s best best_at acc lengths first longest more none slot value mul "
+    "float".split()
 ).union(ROW_COORDINATES, COL_COORDINATES, (f"acc_{n}" for n in range(64)))
 """Names that the printers themselves use in a kernel."""
 
@@ -71,6 +72,7 @@ class Tile:
     along_rows: tuple[str, ...]
     along_cols: tuple[str, ...]
     mask: str = ""  # of columns, [1, BN]; empty where every column exists
+    live: str = "live"  # of rows, [BM]; along vectors, of those that have this position
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Kernel:
     refs: list[Ref] = field(default_factory=list)  # pointer arguments
     reports: bool = False  # may find a bad row
     taken: set[str] = field(default_factory=set)
+    along: dict[Ref, str] = field(default_factory=dict)  # addresses at the positions of a vector
 
     def add(self, line: str, depth: int = 1, origin: str = "") -> None:
         self.lines.append("    " * depth + line + (f"  # {origin}" if origin else ""))
@@ -102,6 +105,8 @@ class Kernel:
     def address(self, ref: Ref) -> str:
         """Name of the element offset of each row, [rows]; '' for a parameter, the same for all."""
         self.pointer(ref)
+        if ref in self.along:
+            return self.along[ref]
         return "" if ref.kind == "param" else f"{self.names[ref]}_at"
 
     def fresh(self, name: str) -> str:
@@ -129,8 +134,7 @@ class Kernel:
         for ref in self.refs:
             numel, name = self.program.type_of(ref).numel, self.names[ref]
             wide = "row.to(tl.int64)" if ref.kind == "buffer" else f"{self._slot(ref)}.to(tl.int64)"
-            ragged = ref.kind == "input" and self.program.cell.inputs[ref.index].ragged
-            if ref.kind != "param" and not ragged:
+            if ref.kind != "param" and self.program.vector_of(ref) is None:
                 lines.append(f"    {name}_at = {wide}" + (f" * {numel}" if numel != 1 else ""))
         return lines
 
@@ -243,7 +247,8 @@ class BodyPrinter:
         assert instr.ref is not None and instr.index is not None
         index, kernel = self._operand(instr.args[0], False), self.kernel
         outside = f"({index} < 0) | ({index} >= {instr.limit})"
-        wrong = f"({outside}) & live[:, None]" + (f" & {self.tile.mask}" * bool(self.tile.mask))
+        wrong = f"({outside}) & {self.tile.live}[:, None]"
+        wrong += f" & {self.tile.mask}" * bool(self.tile.mask)
         kernel.reports = True
         kernel.add(f"report(bad_ptr + start + row, {wrong})", self.depth)
         kernel.add(f"{name}_row = tl.where({outside}, 0, {index}).to(tl.int64)", self.depth)

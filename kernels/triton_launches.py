@@ -44,7 +44,7 @@ class Memory:
         self.program, self.params, self.device = program, params, device
         self.used = {r.index for k in kernels for r in k.refs if r.kind == "buffer"}
         self.scratch: dict[int, torch.Tensor] = {}
-        self.scratch_rows = 0
+        self.along = any(program.buffers[i].over is not None for i in self.used)
 
     def at(self, ref: Ref, arenas: Mapping[RowType, torch.Tensor]) -> torch.Tensor:
         if ref.kind == "param":
@@ -53,14 +53,14 @@ class Memory:
             return self.scratch[ref.index]
         return arenas[self.program.type_of(ref)]
 
-    def grow(self, num_rows: int) -> None:
-        if self.scratch_rows >= num_rows:
-            return
-        self.scratch_rows = num_rows
+    def grow(self, num_rows: int, entries: Mapping[int, int] | None = None) -> None:
+        """`entries` of each ragged input: buffers along its vectors have as many rows."""
         for i in self.used:
-            kind = self.program.buffers[i].type
-            shape = (num_rows, kind.numel)
-            self.scratch[i] = torch.empty(shape, dtype=DTYPES[kind.dtype], device=self.device)
+            buffer = self.program.buffers[i]
+            count = num_rows if buffer.over is None else (entries or {})[buffer.over]
+            if i not in self.scratch or len(self.scratch[i]) < count:
+                shape, dtype = (max(1, count), buffer.type.numel), DTYPES[buffer.type.dtype]
+                self.scratch[i] = torch.empty(shape, dtype=dtype, device=self.device)
 
 
 @dataclass(frozen=True)

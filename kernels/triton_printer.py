@@ -13,12 +13,24 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from itertools import groupby
 
-from cellc.kernels.tile_ir import Map, MatMul, Product, Reduce, Ref, TileProgram, read
+from cellc.kernels.tile_ir import (
+    Map,
+    MatMul,
+    Product,
+    RaggedReduce,
+    Reduce,
+    Ref,
+    Stage,
+    TileProgram,
+    read,
+)
 from cellc.kernels.triton_body import HELPERS, RESERVED, Kernel, identifier
 from cellc.kernels.triton_map import print_map, print_product
 from cellc.kernels.triton_reduce import print_matmul, print_ragged, print_reduce
 from cellc.kernels.triton_tiles import PrintedKernel
+from cellc.kernels.triton_vectors import is_along, is_plain, print_vectors
 
 MAX_OFFSETS = 8  # of one product in one map
 SCALARS = ("start", "num_rows", "num_total")
@@ -49,22 +61,40 @@ class Printer:
     def run(self) -> None:
         stages = self.program.stages
         homes = {i: self._home(p) for i, p in enumerate(stages) if isinstance(p, Product)}
-        for i, stage in enumerate(stages):
-            inside = [p for j, p in enumerate(stages) if homes.get(j) == i]
+        for along, group in groupby(enumerate(stages), lambda item: is_along(item[1])):
+            if along:
+                self._along([stage for _, stage in group])
+                continue
+            for i, stage in group:
+                inside = [p for k, p in enumerate(stages) if homes.get(k) == i]
+                self._stage(stage, [p for p in inside if isinstance(p, Product)], homes.get(i))
+
+    def _along(self, stages: list[Stage]) -> None:
+        """Stages along vectors in one kernel; those that reduce nothing but inputs by themselves,
+        which takes more columns at once.
+        """
+        if not is_plain(stages):
             kernel = self.new_kernel()
-            if isinstance(stage, Product):
-                if homes[i] is None:
-                    self._close(kernel, "product", print_product(kernel, stage, self.precision))
-            elif isinstance(stage, Map):
-                products = [p for p in inside if isinstance(p, Product)]
-                printed = print_map(kernel, stage, products, self.precision)
-                self._close(kernel, "fused" if products else "map", printed)
-            elif isinstance(stage, MatMul):
-                self._close(kernel, "matmul", print_matmul(kernel, stage, self.precision))
-            elif isinstance(stage, Reduce):
-                self._close(kernel, stage.op, print_reduce(kernel, stage))
-            else:
-                self._close(kernel, f"ragged_{stage.op}", print_ragged(kernel, stage))
+            self._close(kernel, "vectors", print_vectors(kernel, stages))
+            return
+        for stage in stages:
+            assert isinstance(stage, RaggedReduce)
+            kernel = self.new_kernel()
+            self._close(kernel, f"ragged_{stage.op}", print_ragged(kernel, stage))
+
+    def _stage(self, stage: Stage, products: list[Product], home: int | None) -> None:
+        kernel = self.new_kernel()
+        if isinstance(stage, Product):
+            if home is None:
+                self._close(kernel, "product", print_product(kernel, stage, self.precision))
+        elif isinstance(stage, Map):
+            printed = print_map(kernel, stage, products, self.precision)
+            self._close(kernel, "fused" if products else "map", printed)
+        elif isinstance(stage, MatMul):
+            self._close(kernel, "matmul", print_matmul(kernel, stage, self.precision))
+        else:
+            assert isinstance(stage, Reduce)
+            self._close(kernel, stage.op, print_reduce(kernel, stage))
 
     def _home(self, product: Product) -> int | None:
         """The map that a product is computed in, if any."""
@@ -73,13 +103,14 @@ class Printer:
         if product.out.kind != "buffer" or len(readers) != 1 or product.num_rows != 1:
             return None
         reader = stages[readers[0]]
-        if not isinstance(reader, Map) or not reader.space:
+        if not isinstance(reader, Map) or not reader.space or reader.over is not None:
             return None
         offsets = reader.column_offsets(product.out)
         return readers[0] if offsets and len(offsets) <= MAX_OFFSETS else None
 
     def new_kernel(self) -> Kernel:
-        refs = {f"{n}_{kind}" for n in self.names.values() for kind in ("ptr", "at")}
+        kinds = ("ptr", "at", "first", "size")
+        refs = {f"{n}_{kind}" for n in self.names.values() for kind in kinds}
         return Kernel(self.program, self.names, taken=set(RESERVED | HELPERS | refs))
 
     def _close(self, kernel: Kernel, kind: str, printed: PrintedKernel) -> None:
@@ -93,7 +124,7 @@ class Printer:
         constants = [f"{c}: tl.constexpr" for c in printed.constants]
         plain = ", ".join(f'"{s}"' for s in scalars)
         head = [f"@triton.jit(do_not_specialize=[{plain}])", f"def {name}("]
-        head += [f"    {', '.join(part)}," for part in (pointers, scalars, constants)]
+        head += [f"    {', '.join(part)}," for part in (pointers, scalars, constants) if part]
         self.texts.append("\n".join([*head, "):", *kernel.lines]) + "\n")
         args = tuple(pointers + scalars)
         self.kernels.append(

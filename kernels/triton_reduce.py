@@ -42,7 +42,7 @@ def print_reduce(kernel: Kernel, stage: Reduce) -> PrintedKernel:
     inner = ("s",) if len(reduced) == 1 else COL_COORDINATES[: len(reduced)]
     mask = "cols" if size % block else ""
     tile = Tile(outer, inner, mask)
-    reducer = _Reducer(stage.op, stage.body[stage.value].dtype, stage.dtype, size, mask)
+    reducer = Reducer(stage.op, stage.body[stage.value].dtype, stage.dtype, size, mask)
     for line in reducer.start():
         kernel.add(line)
     looped = size > block
@@ -68,26 +68,36 @@ def print_reduce(kernel: Kernel, stage: Reduce) -> PrintedKernel:
     return PrintedKernel("", Grid(mult, rows), {"BM": rows, "BN": block})
 
 
-class _Reducer:
-    """The lines of one reduction over [BM, BN] lanes; leaves `value`, [BM]."""
+class Reducer:
+    """The lines of one reduction over [BM, BN] lanes; leaves `value`, [BM] (along axis 0: [BN])."""
 
-    def __init__(self, op: str, source: str, dtype: str, size: int, mask: str) -> None:
-        self.op, self.size, self.mask = op, size, mask
+    def __init__(
+        self,
+        op: str,
+        source: str,
+        dtype: str,
+        size: int | str,
+        mask: str,
+        shape: str = "(BM, BN)",
+        axis: int = 1,
+    ) -> None:
+        self.op, self.size, self.mask, self.shape, self.axis = op, size, mask, shape, axis
         self.dtype, self.source = register_type(dtype), register_type(source)
         self.real = source in ops.FLOAT_DTYPES
-        self.worst = _worst(source, op in ("amax", "argmax"))
+        self.worst = worst(source, op in ("amax", "argmax"))
+        self.count = f"{size}.0" if isinstance(size, int) else f"{size}.to(tl.float32)"
 
     def start(self) -> list[str]:
         if self.op in ("sum", "mean"):
-            return [f"acc = tl.zeros((BM, BN), {self.dtype})"]
+            return [f"acc = tl.zeros({self.shape}, {self.dtype})"]
         if self.op == "prod":
-            return [f"acc = tl.full((BM, BN), 1, {self.dtype})"]
+            return [f"acc = tl.full({self.shape}, 1, {self.dtype})"]
         if self.op in ("any", "all"):
-            return ["acc = tl.zeros((BM, BN), tl.int32)"]
-        best = f"tl.full((BM, BN), {self.worst}, {self.source})"
+            return [f"acc = tl.zeros({self.shape}, tl.int32)"]
+        best = f"tl.full({self.shape}, {self.worst}, {self.source})"
         if self.op in ("amax", "amin"):
             return [f"acc = {best}"]
-        return [f"best = {best}", f"best_at = tl.full((BM, BN), {self.size}, tl.int32)"]
+        return [f"best = {best}", f"best_at = tl.full({self.shape}, {self.size}, tl.int32)"]
 
     def step(self, value: str) -> list[str]:
         if self.op in ("sum", "mean"):
@@ -118,20 +128,20 @@ class _Reducer:
 
     def finish(self) -> list[str]:
         if self.op == "sum":
-            return ["value = tl.sum(acc, 1)"]
+            return [f"value = tl.sum(acc, {self.axis})"]
         if self.op == "mean":
-            return [f"value = tl.sum(acc, 1) / {self.size}.0"]
+            return [f"value = tl.sum(acc, {self.axis}) / {self.count}"]
         if self.op == "prod":
-            return ["value = tl.reduce(acc, 1, mul)"]
+            return [f"value = tl.reduce(acc, {self.axis}, mul)"]
         if self.op in ("any", "all"):
-            return [f"value = tl.max(acc, 1) {'>' if self.op == 'any' else '=='} 0"]
+            return [f"value = tl.max(acc, {self.axis}) {'>' if self.op == 'any' else '=='} 0"]
         which = "max" if self.op.endswith("max") else "min"
         if self.op in ("amax", "amin"):
             if not self.real:
-                return [f"value = tl.{which}(acc, 1)"]
+                return [f"value = tl.{which}(acc, {self.axis})"]
             return [
-                f"value = tl.{which}(tl.where(acc != acc, {self.worst}, acc), 1)",
-                'value = tl.where(tl.max((acc != acc).to(tl.int32), 1) > 0, float("nan"), value)',
+                f"value = tl.{which}(tl.where(acc != acc, {self.worst}, acc), {self.axis})",
+                f'value = tl.where(tl.max((acc != acc).to(tl.int32), {self.axis}) > 0, float("nan"), value)',
             ]
         return self._first(which)
 
@@ -149,7 +159,7 @@ class _Reducer:
         return [*hit, f"value = tl.min(tl.where(first, best_at, {self.size}), 1).to(tl.int64)"]
 
 
-def _worst(dtype: str, largest: bool) -> str:
+def worst(dtype: str, largest: bool) -> str:
     """What every value of a type beats."""
     if dtype in ops.FLOAT_DTYPES:
         return 'float("-inf")' if largest else 'float("inf")'
@@ -161,13 +171,14 @@ def _worst(dtype: str, largest: bool) -> str:
 
 def print_ragged(kernel: Kernel, stage: RaggedReduce) -> PrintedKernel:
     """Rows by columns; a loop over the longest vector among the rows, each in its own order."""
-    ref, real = Ref("input", stage.input), stage.dtype in ops.FLOAT_DTYPES
+    ref, real = stage.body[0].ref, stage.dtype in ops.FLOAT_DTYPES
+    assert ref is not None
     columns = padded(stage.size, most=TILE_ELEMENTS // 4)
     mask = "cols" if stage.size % columns else ""
     name, pointer = kernel.names[ref], kernel.pointer(ref)
     best = stage.op in ("amax", "amin")
     acc = "tl.int32" if stage.op in ("any", "all") else register_type(stage.dtype)
-    start = _worst(stage.dtype, stage.op == "amax") if best else str(int(stage.op == "prod"))
+    start = worst(stage.dtype, stage.op == "amax") if best else str(int(stage.op == "prod"))
     kernel.add(f"first = tl.load(tables + {name}_offsets + start + row)")
     kernel.add(f"lengths = tl.load(tables + {name}_offsets + start + row + 1) - first")
     kernel.add("lengths = tl.where(live, lengths, 0)")
