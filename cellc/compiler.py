@@ -81,9 +81,9 @@ class Compiler(Branches):
         """By operators."""
         names = self.arguments.leaf_names(args, kwargs)
         roles = self.pipeline.roles
-        before = roles.version
+        before = roles.version, self.pipeline.shown
         traced, graph = self.pipeline.calls(args, kwargs, names)
-        if roles.version != before and self.plans:
+        if (roles.version, self.pipeline.shown) != before and self.plans:
             self._forget()
         self.calls, self.graph = graph, traced.graph
         self.counts["plans_traced"] += 1

@@ -132,7 +132,7 @@ class Template:
     constants: list[tuple[int, Hashable]]
     results: list[tuple[int, int]]  # (row of the segment, value)
     inner: Refs  # values that its calls make
-    version: int = 0  # of the roles that it is made by
+    versions: tuple[int, int] = (0, 0)  # of the roles and the facts that it is made by
 
 
 def make_forest(

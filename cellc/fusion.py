@@ -32,12 +32,25 @@ _MOVED = ops.POINTWISE | ops.VIEWS | ops.REDUCE - {"argmax", "argmin"}
 class Facts:
     """What all call graphs of a model have shown, so that they end with the same cells."""
 
-    varying: set[object] = field(default_factory=set)  # inputs of maps that differ within a vector
-    uniform: set[object] = field(default_factory=set)  # inputs of maps that do not
-    distinct: set[object] = field(default_factory=set)  # pairs of inputs that read other rows
-    needed: set[object] = field(default_factory=set)  # outputs that others read
-    paired: set[object] = field(default_factory=set)  # cells that followed others in pairs
-    unpaired: set[object] = field(default_factory=set)  # cells that did not always
+    known: set[tuple[str, object]] = field(default_factory=set)
+    missed: set[tuple[str, object]] = field(default_factory=set)  # asked for before they were known
+    version: int = 0  # of what was known when cells were made that would be others now
+
+    def learn(self, kind: str, key: object) -> None:
+        """`varying` and `uniform` are inputs of maps, `distinct` pairs of inputs that read other
+        rows, `needed` outputs that others read.
+        """
+        fact = (kind, key)
+        if fact not in self.known:
+            self.known.add(fact)
+            self.version += fact in self.missed
+
+    def has(self, kind: str, key: object) -> bool:
+        """Is it known? Cells are made as if it were not so, where it is not."""
+        fact = (kind, key)
+        if fact not in self.known:
+            self.missed.add(fact)
+        return fact in self.known
 
     def add_input(
         self,
@@ -54,8 +67,8 @@ class Facts:
             if (known.type, known.ragged) != (spec.type, spec.ragged):
                 continue
             if not same_columns(column, other):
-                self.distinct.add((key, i))
-            elif (key, i) not in self.distinct:
+                self.learn("distinct", (key, i))
+            elif not self.has("distinct", (key, i)):
                 return i
         names, number = {s.name for s in specs}, len(specs)
         while f"x{number}" in names:
@@ -165,11 +178,12 @@ def _settle(reader: _Reader, facts: Facts) -> bool:
         key = (reader.source.cell.key, reader.group.cell.key, reader.input, k)
         values = reader.source.input_values(k)[reader.calls]
         if (values != values[first]).any():
-            facts.varying.add(key)
-        elif (lengths > 1).any() and key not in facts.varying:
-            facts.uniform.add(key)
-        uniform = key in facts.uniform and key not in facts.varying
-        if not uniform and key not in facts.varying:
+            facts.learn("varying", key)
+        elif (lengths > 1).any():
+            facts.learn("uniform", key)
+        varying = facts.has("varying", key)
+        uniform = not varying and facts.has("uniform", key)
+        if not varying and not uniform:
             return False
         reader.uniform.append(uniform)
     if any(reader.uniform) and (lengths == 0).any():
@@ -200,7 +214,9 @@ def _inline(readers: list[_Reader], facts: Facts) -> None:
             if uniform:
                 new = column[reader.offsets[:-1]]
             spec = CellInput("", spec.type, not uniform)
-            index = facts.add_input(editor.inputs, columns, spec, new, (group.cell.key, source.key, k))
+            index = facts.add_input(
+                editor.inputs, columns, spec, new, (group.cell.key, source.key, k)
+            )
             operands.append(Operand("input", index))
         made = inlined(editor, source, operands)
         editor.mapped[Operand("input", reader.input)] = made[reader.port]

@@ -1,8 +1,7 @@
 """Joining: cells whose calls follow each other in pairs, as one cell.
 
 Duty: after `cellc.fusion` has taken the maps between them away, a step, the reductions over a
-memory and what is made of them are calls one to one: they become one call. Views of what a cell
-makes are made by it, too. One of `cellc.passes`.
+memory and what is made of them are calls one to one: they become one call. One of `cellc.passes`.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from cellc import ops
 from cellc.calls import CallGraph, CallGroup, take
 from cellc.cell_editor import CellEditor
 from cellc.cell_passes import share
@@ -21,11 +19,11 @@ from cellc.rows import RaggedRefs, Refs
 
 
 def join_calls(graph: CallGraph, fused: list[CallGroup], facts: Facts) -> None:
-    """Join groups in pairs, as long as there are some; `fused` groups with those of their
-    recurrence.
+    """Join groups in pairs, as long as there are some of which one is `fused`: a step with the
+    reductions in it, or what does not recur with what does not.
     """
     while True:
-        pair = _pair(graph, fused, facts)
+        pair = _pair(graph, fused)
         if pair is None:
             return
         first, second, order = pair
@@ -37,32 +35,18 @@ def join_calls(graph: CallGraph, fused: list[CallGroup], facts: Facts) -> None:
             fused = [joined, *(g for g in fused if g is not first and g is not second)]
 
 
-def _pair(
-    graph: CallGraph, fused: list[CallGroup], facts: Facts
-) -> tuple[CallGroup, CallGroup, Refs] | None:
+def _pair(graph: CallGraph, fused: list[CallGroup]) -> tuple[CallGroup, CallGroup, Refs] | None:
     """Two groups to join, and for each call of the first the one of the second."""
     edges = _Edges(graph)
     marked = {id(g) for g in fused}
     for a, b in sorted(edges.read):
         first, second = graph.groups[a], graph.groups[b]
-        near = not marked.isdisjoint((id(first), id(second)))
-        wanted = near and first.cell.recurrent == second.cell.recurrent
-        if a == b or not (wanted or _is_views(second)):
+        if a == b or first.cell.recurrent != second.cell.recurrent:
             continue
-        key, order = (first.cell.key, second.cell.key), edges.order(a, b)
-        if order is None:
-            facts.unpaired.add(key)
-        elif wanted or len(order) > 1:
-            facts.paired.add(key)
-        always = key in facts.paired and key not in facts.unpaired
-        if order is not None and always and not edges.between(a, b):
+        order = None if marked.isdisjoint((id(first), id(second))) else edges.order(a, b)
+        if order is not None and not edges.between(a, b):
             return first, second, order
     return None
-
-
-def _is_views(group: CallGroup) -> bool:
-    """It only moves elements of one row."""
-    return len(group.inputs) == 1 and all(op.op in ops.VIEWS for op in group.cell.ops)
 
 
 class _Edges:
@@ -95,7 +79,9 @@ class _Edges:
             if isinstance(column, RaggedRefs) or (makers != a).any():
                 return None
             calls = self.call[column]
-            if len(np.unique(self.port[column])) > 1 or (found is not None and (calls != found).any()):
+            if len(np.unique(self.port[column])) > 1 or (
+                found is not None and (calls != found).any()
+            ):
                 return None
             found = calls
         if found is None or (np.bincount(found, minlength=len(found)) != 1).any():
@@ -176,7 +162,7 @@ def _kept(
     for port, made in enumerate(first.outputs):
         key = (first.cell.key, port, second.cell.key)
         if others[made].any():
-            facts.needed.add(key)
-        if port not in passed or key in facts.needed:
+            facts.learn("needed", key)
+        if port not in passed or facts.has("needed", key):
             kept.append(port)
     return kept

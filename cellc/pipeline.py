@@ -65,6 +65,11 @@ class Pipeline:
         self._rewritten = passes.Rewritten()
         self._good: dict[str, tuple[Any, ...]] | None = None  # kinds of arguments that worked
 
+    @property
+    def shown(self) -> int:
+        """Version of what call graphs have shown, beyond roles: cells of older ones may differ."""
+        return self._rewritten.facts.version
+
     # -- whole requests --
 
     def calls(

@@ -27,6 +27,9 @@ from cellc.rows import RowGraph
 class Tools(Protocol):
     """What the compiler lends: how one stretch of operations becomes a call graph."""
 
+    @property
+    def shown(self) -> int: ...
+
     def trace_alone(self, run: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> Trace: ...
 
     def lower_alone(self, traced: Trace, stacks: Sequence[bool] | int) -> RowGraph: ...
@@ -80,12 +83,15 @@ class Templates:
         )
         roles = self._roles.setdefault(segment.sites, Roles())
         template = self._templates.get(key)
-        stale = template is None or template.version != roles.version
+        versions = roles.version, self.tools.shown
+        stale = template is None or template.versions != versions
         if template is None or stale:
             if template is not None:
                 self.generation += 1
             template = self._made(segment, escaping, recurrent, roles)
-            template = self._templates[key] = replace(template, version=roles.version)
+            template = self._templates[key] = replace(
+                template, versions=(roles.version, self.tools.shown)
+            )
         self._live[key[:2]] = template
         return template, stale
 

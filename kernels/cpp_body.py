@@ -60,7 +60,9 @@ class BodyPrinter:
         if ref not in self.names:
             name = re.sub(r"\W", "_", self.program.name_of(ref).lstrip("@"))
             bad = (
-                name in KEYWORDS or name.isupper() or re.fullmatch(r"\d.*|([iv]|row)\d+|[jrt]|.*_rows", name)
+                name in KEYWORDS
+                or name.isupper()
+                or re.fullmatch(r"\d.*|([iv]|row)\d+|[jrt]|.*_rows", name)
             )
             name = f"{name}_" if bad else name
             unique, count = name, self._taken.get(name, 1)

@@ -164,6 +164,7 @@ class _Printer(VectorPrinter):
         head = f"const Share share(t.rows, {space[0]}, part, parts);"
         return [head, *row_loop([*declared, *nest], "share.rows")]
 
+
 def _cost_ns(stage: Stage) -> float:
     """Rough time of a stage on one row, on one core."""
     if isinstance(stage, Product):

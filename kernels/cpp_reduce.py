@@ -112,5 +112,3 @@ def _reordered(instr: Instr, order: Sequence[int]) -> Instr:
         instr.scale,
         instr.source,
     )
-
-

@@ -36,7 +36,9 @@ class VectorPrinter(ReducePrinter):
     def _is_plain(self, s: RaggedReduce) -> bool:
         """It reduces the very rows of an input."""
         (load, *more), flat = s.body, Index(0, (1,) * (s.size > 1))
-        return not more and load.op == "load" and load.ref == self._rows_of(s) and load.index == flat
+        return (
+            not more and load.op == "load" and load.ref == self._rows_of(s) and load.index == flat
+        )
 
     def _rows_of(self, s: RaggedReduce) -> Ref | None:
         ref = s.body[0].ref

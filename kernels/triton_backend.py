@@ -202,7 +202,9 @@ class TritonKernel:
         """`bind`, kernel by kernel."""
         largest = int(np.diff(launch.steps).max())
         entries = {
-            i: len(table.slots) for i, table in enumerate(launch.inputs) if isinstance(table, Ragged)
+            i: len(table.slots)
+            for i, table in enumerate(launch.inputs)
+            if isinstance(table, Ragged)
         }
         tables, bases = self._upload(launch)
         flags = launch.num_rows if self.reports else 0

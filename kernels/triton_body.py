@@ -73,6 +73,7 @@ class Tile:
     along_cols: tuple[str, ...]
     mask: str = ""  # of columns, [1, BN]; empty where every column exists
     live: str = "live"  # of rows, [BM]; along vectors, of those that have this position
+    call: str = "row"  # of rows, [BM]: the call of the launch
 
 
 @dataclass
@@ -250,7 +251,7 @@ class BodyPrinter:
         wrong = f"({outside}) & {self.tile.live}[:, None]"
         wrong += f" & {self.tile.mask}" * bool(self.tile.mask)
         kernel.reports = True
-        kernel.add(f"report(bad_ptr + start + row, {wrong})", self.depth)
+        kernel.add(f"report(bad_ptr + start + {self.tile.call}, {wrong})", self.depth)
         kernel.add(f"{name}_row = tl.where({outside}, 0, {index}).to(tl.int64)", self.depth)
         pointer, across = pointer_at(kernel, instr.ref, instr.index, self.tile)
         return self._loaded(f"{pointer} + {name}_row * {instr.scale}", across, instr.dtype)

@@ -108,7 +108,7 @@ class _Printer:
         inner = ("s",) if len(reduced) == 1 else COL_COORDINATES[: len(reduced)]
         mask = "cols" if size % columns else ""
         own = self._own
-        tile = Tile(outer, tuple(map(own, inner)), mask, "more")
+        tile = Tile(outer, tuple(map(own, inner)), mask, "more", "row + 0 * j")
         shape = f"({block}, {columns})"
         source = stage.body[stage.value].dtype
         reducer = Reducer(stage.op, source, stage.dtype, size, mask, shape)
@@ -172,7 +172,7 @@ class _Printer:
 
     def _tile(self, space: Sequence[int], size: int, columns: int) -> Tile:
         names = ("unit",) if len(space) == 1 else COL_COORDINATES[: len(space)]
-        return Tile((), names, "cols" if size % columns else "", "more")
+        return Tile((), names, "cols" if size % columns else "", "more", "row + 0 * j")
 
     def _columns(self, size: int, columns: int) -> int:
         """A loop over blocks of columns, if there are several; returns the depth inside."""
@@ -191,7 +191,9 @@ class _Printer:
             self.vectors.append(ref)
         return self.kernel.names[ref]
 
-    def _loop(self, stage: Map | Reduce | RaggedReduce, block: int, depth: int, mult: int = 1) -> int:
+    def _loop(
+        self, stage: Map | Reduce | RaggedReduce, block: int, depth: int, mult: int = 1
+    ) -> int:
         """A loop over blocks of positions, and the addresses of what is there."""
         kernel = self.kernel
         assert stage.over is not None

@@ -203,6 +203,54 @@ def ragged_cell(H: int, dtype: str = "f32") -> Cell:
     return b.cell("ragged", b("tanh", y), b("add", total, x), most)
 
 
+def attend(b: Builder, scores: Operand, rows: Operand) -> Operand:
+    """The sum of rows, weighted by the softmax of scores, both along a vector."""
+    e = b("exp", b("sub", scores, b("ragged_amax", scores)))
+    return b("ragged_sum", b("mul", b("div", e, b("ragged_sum", e)), rows))
+
+
+def dot_cell(H: int, dtype: str = "f32") -> Cell:
+    """Attention to a variable number of rows by the dot score, the query made here."""
+    b = Builder(dtype)
+    q, memory = b.input("q", H), b.input("memory", H, ragged=True)
+    query = b("tanh", b("linear", q, b.param("w", H, H)))
+    row = b("reshape", memory, shape=(1, H))
+    scores = b("reshape", b("matmul", row, b("reshape", query, shape=(H, 1))), shape=())
+    return b.cell("dot", attend(b, scores, memory), query)
+
+
+def additive_cell(H: int, dtype: str = "f32") -> Cell:
+    """Attention by the additive score: keys and values of other sizes, a bias."""
+    b = Builder(dtype)
+    q, keys = b.input("q", H), b.input("keys", H, ragged=True)
+    values = b.input("values", H + 2, ragged=True)
+    hidden = b("tanh", b("add", keys, b("tanh", q)))
+    scores = b("linear", hidden, b.param("v", H, 1), b.param("bias", 1))
+    return b.cell("additive", attend(b, scores, values))
+
+
+def heads_cell(N: int, D: int, dtype: str = "f32") -> Cell:
+    """Attention of N heads of D each, some of the memory masked, and a product of what it gives."""
+    b = Builder(dtype)
+    q, memory = b.input("q", N * D), b.input("memory", N * D, ragged=True)
+    mask = b.input("mask", dtype="bool", ragged=True)
+    keys = b("reshape", memory, shape=(N, D, 1))
+    scores = b("mul", b("matmul", b("reshape", q, shape=(N, 1, D)), keys), D**-0.5)
+    scores = b("where", mask, scores, -9.0)
+    rows = b("reshape", memory, shape=(N, 1, D))
+    context = b("reshape", attend(b, scores, rows), shape=(N * D,))
+    return b.cell("heads", b("linear", context, b.param("w", N * D, 3)))
+
+
+def pool_cell(H: int, dtype: str = "f32") -> Cell:
+    """Pooling after a map, of rows and of their halves side by side."""
+    b = Builder(dtype)
+    x, rows = b.input("x", H), b.input("rows", H, ragged=True)
+    y = b("tanh", b("mul", rows, b("sigmoid", x)))
+    wide = b("cat", b("mul", y, 0.5), rows, dim=0)
+    return b.cell("pool", b("ragged_amax", y), b("ragged_mean", wide), b("ragged_sum", y))
+
+
 def pointwise_zoo(H: int, dtype: str = "f32") -> Cell:
     """Every float pointwise operation once; a number of outputs."""
     b = Builder(dtype)
@@ -358,6 +406,11 @@ CELLS: dict[str, Callable[[], Cell]] = {
     "attention-T5-H8-D2": lambda: attention_cell(5, 8, 2),
     "mv-H5": lambda: mv_cell(5),
     "ragged-H9": lambda: ragged_cell(9),
+    "dot-H9": lambda: dot_cell(9),
+    "dot-H300": lambda: dot_cell(300),
+    "additive-H17": lambda: additive_cell(17),
+    "heads-N2-D5": lambda: heads_cell(2, 5),
+    "pool-H13": lambda: pool_cell(13),
     "zoo-H13": lambda: pointwise_zoo(13),
     "views-A3-B4": lambda: views_cell(3, 4),
     "ints-H7": lambda: int_cell(7),

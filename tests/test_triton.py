@@ -58,6 +58,8 @@ HALVES: Mapping[str, Cell] = {
     "softmax_head-f16": kc.softmax_head(8, 19, "f16"),
     "attention-bf16": kc.attention_cell(5, 8, 2, "bf16"),
     "ragged-bf16": kc.ragged_cell(9, "bf16"),
+    "dot-bf16": kc.dot_cell(9, "bf16"),
+    "additive-f16": kc.additive_cell(9, "f16"),
 }
 
 
@@ -237,6 +239,8 @@ for target in ("cuda:80", "cuda:90", "cuda:100"):
         reports += compile_for(cell, target, dtype)
 reports += compile_for(kc.lstm_cell(64, 64), "hip:gfx942", "bf16")
 reports += compile_for(kc.lstm_folded(50, 64), "cuda:90")
+for cell in (kc.dot_cell(256), kc.additive_cell(256), kc.heads_cell(4, 64), kc.pool_cell(256)):
+    reports += compile_for(cell, "cuda:90")
 reports += compile_for(kc.softmax_head(8, 19), "cuda:90", "f16")
 if not __import__("torch").cuda.is_available():
     try:
