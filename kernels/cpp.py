@@ -21,8 +21,9 @@ import torch
 
 from cellc.cells import Cell
 from cellc.kernels import cpp_build
+from cellc.kernels.cpp_body import Want
 from cellc.kernels.cpp_expr import C_TYPES
-from cellc.kernels.cpp_printer import CppSource, Want, print_cpp
+from cellc.kernels.cpp_printer import CppSource, print_cpp
 from cellc.kernels.eager import EagerBackend
 from cellc.kernels.tile import schedule, unsupported
 from cellc.launch import Kernel, Launch, Ragged

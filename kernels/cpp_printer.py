@@ -81,7 +81,8 @@ class _Printer(VectorPrinter):
         """Stages by the functions that they are printed in: those along vectors together."""
         groups: list[list[Stage]] = []
         for along, stages in groupby(self.program.stages, is_along):
-            groups += [list(stages)] if along else [[s] for s in stages]
+            members = list(stages)
+            groups += [members] if along else [[s] for s in members]
         return groups
 
     def _tables(self) -> str:

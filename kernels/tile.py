@@ -11,17 +11,16 @@ whose index arithmetic would not be affine.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from cellc import ops
 from cellc.cells import Cell, CellOp, Operand
+from cellc.kernels.tile_bodies import MapBody, StageBody, closed, merged, merged_space, reduced
 from cellc.kernels.tile_index import (
     flat_index,
-    merge_groups,
     moved_back,
     offset_of,
-    regrouped,
     strides_of,
 )
 from cellc.kernels.tile_ir import (
@@ -73,41 +72,6 @@ class _Materialize(Exception):
         self.op = op
 
 
-@dataclass
-class _Body:
-    """Instructions of one stage, each distinct one once."""
-
-    space: Shape
-    over: int | None = None
-    instrs: list[Instr] = field(default_factory=list)
-    known: dict[Instr, int] = field(default_factory=dict)
-    here: dict[Ref, int] = field(default_factory=dict)  # rows this map writes, at this very point
-
-    def add(self, instr: Instr) -> int:
-        if instr not in self.known:
-            self.known[instr] = len(self.instrs)
-            self.instrs.append(instr)
-        return self.known[instr]
-
-    def coordinates(self) -> tuple[Index, ...]:
-        rank = len(self.space)
-        sizes = self.space
-        return tuple(
-            Index(0, tuple(int(d == e and sizes[d] > 1) for e in range(rank))) for d in range(rank)
-        )
-
-    @property
-    def zero(self) -> Index:
-        return Index(0, (0,) * len(self.space))
-
-
-@dataclass
-class _Map(_Body):
-    """A map that may still get targets."""
-
-    targets: list[Target] = field(default_factory=list)
-
-
 @dataclass(frozen=True)
 class _Store:
     """What a map stores at ref[index]: `operand`, computed here (`compute`) or read."""
@@ -125,7 +89,7 @@ class _Scheduler:
         self.cell, self.roots = cell, roots
         self.buffers: list[Buffer] = []
         self.refs: dict[int, Ref] = {}
-        self.stages: list[_Map | Stage] = []
+        self.stages: list[MapBody | Stage] = []
         self.position: dict[Ref, int] = {}
         self.names: dict[str, int] = {}
 
@@ -141,7 +105,7 @@ class _Scheduler:
             if operand.kind != "op" or self.refs[operand.index] != Ref("output", k):
                 shape = self.cell.shape_of(operand)
                 self._map(shape, _Store(Ref("output", k), flat_index(shape), operand, False))
-        stages = tuple(_closed(s) if isinstance(s, _Map) else s for s in self.stages)
+        stages = tuple(closed(s) if isinstance(s, MapBody) else s for s in self.stages)
         return TileProgram(self.cell, tuple(self.buffers), tuple(names), stages)
 
     def _name(self, operand: Operand, default: str) -> str:
@@ -210,16 +174,16 @@ class _Scheduler:
         shape, dims = self.cell.shape_of(op.operands[0]), op.attributes["dims"]
         assert isinstance(dims, tuple)
         order = [d for d in range(len(shape)) if d not in dims] + sorted(dims)
-        body = _Body(tuple(shape[d] for d in order), self.cell.vectors[i])
+        body = StageBody(tuple(shape[d] for d in order), self.cell.vectors[i])
         point = body.coordinates()
         index = tuple(point[order.index(d)] for d in range(len(shape)))
         value = self._value(body, op.operands[0], index, self._dtype(op.operands[0], op.type.dtype))
-        return _reduced(op.op, body, len(shape) - len(dims), value, ref, op.type.dtype, i)
+        return reduced(op.op, body, len(shape) - len(dims), value, ref, op.type.dtype, i)
 
     def _product_along(self, i: int, op: CellOp, ref: Ref) -> None:
         """A product at every position of a vector: sums of products of its elements."""
         shapes, dtype = [self.cell.shape_of(x) for x in op.operands], op.type.dtype
-        body = _Body((*op.type.shape, shapes[0][-1]), self.cell.vectors[i])
+        body = StageBody((*op.type.shape, shapes[0][-1]), self.cell.vectors[i])
         *batch, n, k = body.coordinates()
         rows = (*batch, k)  # of a
         columns = (k, n) if op.op == "linear" else (*batch[:-1], k, n)
@@ -235,12 +199,12 @@ class _Scheduler:
             out = Ref("buffer", len(self.buffers))
             name = self._name(Operand("op", i), "product")
             self.buffers.append(Buffer(name, op.type, self.cell.vectors[i]))
-        self._add(_reduced("sum", body, len(op.type.shape), value, out, dtype, i), out)
+        self._add(reduced("sum", body, len(op.type.shape), value, out, dtype, i), out)
         if biased:
             self._bias(i, op, out, ref)
 
     def _bias(self, i: int, op: CellOp, product: Ref, ref: Ref) -> None:
-        body = _Map(op.type.shape, self.cell.vectors[i])
+        body = MapBody(op.type.shape, self.cell.vectors[i])
         point, shape = body.coordinates(), self.cell.shape_of(op.operands[2])
         bias = self._value(body, op.operands[2], point[len(point) - len(shape) :], op.type.dtype)
         flat = flat_index(op.type.shape)
@@ -254,10 +218,10 @@ class _Scheduler:
         operand = op.operands[0]
         over = self.cell.vector_of(operand)
         assert over is not None
-        body = _Body(op.type.shape, over)
+        body = StageBody(op.type.shape, over)
         value = self._value(body, operand, body.coordinates(), self._dtype(operand, ""))
-        space, groups = _merged_space(body, [range(len(body.space))])
-        name, instrs = op.op.removeprefix("ragged_"), _merged(body, groups)
+        space, groups = merged_space(body, [range(len(body.space))])
+        name, instrs = op.op.removeprefix("ragged_"), merged(body, groups)
         return RaggedReduce(name, over, space, instrs, value, ref, op.type.dtype, i)
 
     def _dtype(self, operand: Operand, default: str) -> str:
@@ -274,7 +238,7 @@ class _Scheduler:
 
     def _view(self, operand: Operand) -> View:
         """The operand as a strided view of memory, or Materialize."""
-        body = _Body(self.cell.shape_of(operand))
+        body = StageBody(self.cell.shape_of(operand))
         value = self._value(body, operand, body.coordinates(), self._dtype(operand, ""))
         instr = body.instrs[value]
         if instr.op != "load":
@@ -284,13 +248,13 @@ class _Scheduler:
 
     def _map(self, space: Shape, store: _Store, over: int | None = None) -> None:
         """Put a store into the first map that can hold it, or into a new one."""
-        trial = _Map(space, over)
+        trial = MapBody(space, over)
         self._store(trial, store)
         needs = {x.ref for x in trial.instrs if x.ref is not None and x.ref in self.position}
         last = max((self.position[ref] for ref in needs), default=-1)
         for k in range(max(last, 0), len(self.stages)):
             stage = self.stages[k]
-            if isinstance(stage, _Map) and (stage.space, stage.over) == (space, over):
+            if isinstance(stage, MapBody) and (stage.space, stage.over) == (space, over):
                 local = [ref for ref in needs if self.position[ref] == k]
                 if all(_reads_here(trial, stage, ref) for ref in local):
                     self._store(stage, store)
@@ -302,7 +266,7 @@ class _Scheduler:
     def _placed(self, ref: Ref, k: int) -> None:
         self.position[ref] = max(k, self.position.get(ref, -1))
 
-    def _store(self, body: _Map, store: _Store) -> None:
+    def _store(self, body: MapBody, store: _Store) -> None:
         point = body.coordinates()
         if store.compute:
             value = self._compute(body, store.operand.index, point)
@@ -314,7 +278,9 @@ class _Scheduler:
 
     # Values at a point
 
-    def _value(self, body: _Body, operand: Operand, index: tuple[Index, ...], dtype: str) -> int:
+    def _value(
+        self, body: StageBody, operand: Operand, index: tuple[Index, ...], dtype: str
+    ) -> int:
         if operand.kind == "scalar":
             return body.add(Instr("const", dtype, value=operand.value))
         if operand.kind == "op" and operand.index not in self.roots:
@@ -332,7 +298,7 @@ class _Scheduler:
             raise _Materialize(operand.index)
         return self._ref(operand.index)
 
-    def _compute(self, body: _Body, i: int, index: tuple[Index, ...]) -> int:
+    def _compute(self, body: StageBody, i: int, index: tuple[Index, ...]) -> int:
         op = self.cell.ops[i]
         if op.op in ops.POINTWISE:
             return self._pointwise(body, i, op, index)
@@ -349,12 +315,12 @@ class _Scheduler:
             raise _Materialize(operand.index)
         return self._value(body, operand, moved, op.type.dtype)
 
-    def _load(self, body: _Body, ref: Ref, dtype: str, flat: Index) -> int:
+    def _load(self, body: StageBody, ref: Ref, dtype: str, flat: Index) -> int:
         if ref in body.here and flat == flat_index(body.space):
             return body.here[ref]
         return body.add(Instr("load", dtype, ref=ref, index=flat))
 
-    def _pointwise(self, body: _Body, i: int, op: CellOp, index: tuple[Index, ...]) -> int:
+    def _pointwise(self, body: StageBody, i: int, op: CellOp, index: tuple[Index, ...]) -> int:
         args = []
         kind = next(
             (self.cell.type_of(x).dtype for x in op.operands if x.kind != "scalar"), op.type.dtype
@@ -370,7 +336,7 @@ class _Scheduler:
             args.append(self._value(body, x, point, dtype))
         return body.add(Instr(op.op, op.type.dtype, tuple(args), source=i))
 
-    def _gather(self, body: _Body, i: int, op: CellOp, index: tuple[Index, ...]) -> int:
+    def _gather(self, body: StageBody, i: int, op: CellOp, index: tuple[Index, ...]) -> int:
         table, rows = op.operands
         shape, rank = self.cell.shape_of(table), len(self.cell.shape_of(rows))
         row = self._value(body, rows, index[:rank], "i64")
@@ -390,48 +356,11 @@ class _Scheduler:
         )
 
 
-def _reads_here(trial: _Body, stage: _Map, ref: Ref) -> bool:
+def _reads_here(trial: StageBody, stage: MapBody, ref: Ref) -> bool:
     """Whether `trial` reads `ref` only at the very point where `stage` computes it."""
     reads = [x for x in trial.instrs if x.ref == ref]
     here = flat_index(stage.space)
     return ref in stage.here and all(x.op == "load" and x.index == here for x in reads)
-
-
-def _closed(body: _Map) -> Map:
-    """The finished map, its dimensions merged."""
-    space, groups = _merged_space(
-        body, [range(len(body.space))], [target.index for target in body.targets]
-    )
-    targets = tuple(Target(t.ref, regrouped(t.index, groups), t.value) for t in body.targets)
-    return Map(space, _merged(body, groups), targets, body.over)
-
-
-def _reduced(
-    op: str, body: _Body, kept: int, value: int, out: Ref, dtype: str, source: int
-) -> Reduce:
-    """A reduction over the dimensions from `kept` on, both parts merged."""
-    outer, _ = _merged_space(body, [range(kept)])
-    space, groups = _merged_space(body, [range(kept), range(kept, len(body.space))])
-    if len(outer) == len(space):  # over nothing but dimensions of size 1
-        space, groups = (*space, 1), [*groups, []]
-    instrs = _merged(body, groups)
-    return Reduce(op, space, len(outer), instrs, value, out, dtype, source, body.over)
-
-
-def _merged_space(
-    body: _Body, parts: Sequence[Sequence[int]], indices: Sequence[Index] = ()
-) -> tuple[Shape, list[list[int]]]:
-    """The sizes of the merged dimensions of a space, part by part, and which they are made of."""
-    indices = [*(x.index for x in body.instrs if x.index is not None), *indices]
-    groups = [group for part in parts for group in merge_groups(body.space, part, indices)]
-    return tuple(math.prod(body.space[d] for d in group) for group in groups), groups
-
-
-def _merged(body: _Body, groups: Sequence[Sequence[int]]) -> Body:
-    return tuple(
-        replace(x, index=regrouped(x.index, groups)) if x.index is not None else x
-        for x in body.instrs
-    )
 
 
 def _spread(view: View, batch: Shape) -> View:

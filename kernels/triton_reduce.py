@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 
 from cellc import ops
-from cellc.kernels.tile_ir import MatMul, RaggedReduce, Reduce, Ref, View
+from cellc.kernels.tile_ir import MatMul, RaggedReduce, Reduce, View
 from cellc.kernels.triton_body import (
     COL_COORDINATES,
     ROW_COORDINATES,
@@ -141,7 +141,8 @@ class Reducer:
                 return [f"value = tl.{which}(acc, {self.axis})"]
             return [
                 f"value = tl.{which}(tl.where(acc != acc, {self.worst}, acc), {self.axis})",
-                f'value = tl.where(tl.max((acc != acc).to(tl.int32), {self.axis}) > 0, float("nan"), value)',
+                f"first = tl.max((acc != acc).to(tl.int32), {self.axis}) > 0",
+                'value = tl.where(first, float("nan"), value)',
             ]
         return self._first(which)
 

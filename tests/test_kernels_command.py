@@ -166,7 +166,7 @@ def test_repro(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "compiled for GPUTarget(backend='cuda', arch=90" in run_file(path)
 
 
-@pytest.mark.parametrize("name", ["ragged-H9", "embedding-V6-D7", "zoo-H13"])
+@pytest.mark.parametrize("name", ["ragged-H9", "dot-H9", "embedding-V6-D7", "zoo-H13"])
 def test_repro_of_every_kind(name: str, folder: Path) -> None:
     program, printed = print_cell(kc.CELLS[name]())
     for i, kernel in enumerate(printed.kernels):
