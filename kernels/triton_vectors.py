@@ -28,7 +28,9 @@ from cellc.kernels.triton_tiles import TILE_ELEMENTS, Grid, PrintedKernel, padde
 
 POSITIONS = 64  # of a block, at most
 COLUMNS = 256  # of a map or of what is reduced over positions, at once
-_OWN = re.compile(r"\b(acc|best|best_at|first|none|value|s)\b")  # names of a reduction's own
+_OWN = re.compile(
+    r"\b(acc|best|best_at|first|none|value|s|unit|cols|j\d+)\b"
+)  # a stage's own names
 
 
 def is_along(stage: Stage) -> bool:
@@ -86,15 +88,14 @@ class _Printer:
         block = _positions(columns)
         depth = self._columns(size, columns)
         tile = self._tile(stage.space, size, columns)
-        for line in coordinates(tile.along_cols, stage.space, "unit"):
-            self.kernel.add(line, depth)
+        self._add(coordinates(tile.along_cols, stage.space, "unit"), depth)
         depth = self._loop(stage, block, depth)
         body = BodyPrinter(self.kernel, stage.body, tile, depth, {})
         values = body.run([t.value for t in stage.targets])
         mask = "more[:, None]" + f" & {tile.mask}" * bool(tile.mask)
         for target, value in zip(stage.targets, values, strict=True):
             pointer, across = pointer_at(self.kernel, target.ref, target.index, tile)
-            pointer += "" if across else " + 0 * unit[None, :]"
+            pointer += "" if across else self._own(" + 0 * unit[None, :]")
             self.kernel.add(f"tl.store({pointer}, {value}, mask={mask})", depth)
         self._next(block, depth)
 
@@ -106,8 +107,8 @@ class _Printer:
         block = _positions(columns)
         outer = ("q",) if len(kept) == 1 else ROW_COORDINATES[: len(kept)]
         inner = ("s",) if len(reduced) == 1 else COL_COORDINATES[: len(reduced)]
-        mask = "cols" if size % columns else ""
         own = self._own
+        mask = own("cols") if size % columns else ""
         tile = Tile(outer, tuple(map(own, inner)), mask, "more", "row + 0 * j")
         shape = f"({block}, {columns})"
         source = stage.body[stage.value].dtype
@@ -139,8 +140,7 @@ class _Printer:
         block = _positions(columns)
         depth = self._columns(size, columns)
         tile = self._tile(stage.space, size, columns)
-        for line in coordinates(tile.along_cols, stage.space, "unit"):
-            kernel.add(line, depth)
+        self._add(coordinates(tile.along_cols, stage.space, "unit"), depth)
         mask = "more[:, None]" + f" & {tile.mask}" * bool(tile.mask)
         vector = self._vector(stage.over)
         source = stage.body[stage.value].dtype
@@ -172,7 +172,8 @@ class _Printer:
 
     def _tile(self, space: Sequence[int], size: int, columns: int) -> Tile:
         names = ("unit",) if len(space) == 1 else COL_COORDINATES[: len(space)]
-        return Tile((), names, "cols" if size % columns else "", "more", "row + 0 * j")
+        mask = self._own("cols") if size % columns else ""
+        return Tile((), tuple(map(self._own, names)), mask, "more", "row + 0 * j")
 
     def _columns(self, size: int, columns: int) -> int:
         """A loop over blocks of columns, if there are several; returns the depth inside."""
@@ -180,9 +181,9 @@ class _Printer:
         if looped:
             self.kernel.add(f"for c0 in range(0, {size}, {columns}):")
         depth = 1 + looped
-        self.kernel.add(f"unit = {'c0 + ' * looped}tl.arange(0, {columns})", depth)
-        if size % columns:
-            self.kernel.add(f"cols = (unit < {size})[None, :]", depth)
+        lines = [f"unit = {'c0 + ' * looped}tl.arange(0, {columns})"]
+        lines += [f"cols = (unit < {size})[None, :]"] * (size % columns != 0)
+        self._add(lines, depth)
         return depth
 
     def _vector(self, over: int) -> str:
