@@ -57,7 +57,7 @@ RECURRENT = {
     "hierarchical_bilstm": 4,
     "hierarchical_decoder": 3,
     "ind_rnn": 2,
-    "lattice_lstm": 9,
+    "lattice_lstm": 5,
     "layer_norm_lstm": 1,
     "linear_attention": 2,
     "lru": 1,
