@@ -44,6 +44,7 @@ class Memory:
         self.program, self.params, self.device = program, params, device
         self.used = {r.index for k in kernels for r in k.refs if r.kind == "buffer"}
         self.scratch: dict[int, torch.Tensor] = {}
+        # scratch as long as vectors is sized launch by launch, which no graph is
         self.along = any(program.buffers[i].over is not None for i in self.used)
 
     def at(self, ref: Ref, arenas: Mapping[RowType, torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from cellc.cells import Cell
 from cellc.kernels import triton_graphs, triton_steps
 from cellc.kernels.eager import EagerBackend
+from cellc.kernels.tile import schedule
 from cellc.kernels.triton_backend import TritonBackend, TritonKernel, interpreting
 from cellc.kernels.triton_graphs import Graphs, bucket
 from cellc.kernels.triton_steps import MAX_STEPS, Head, pack
@@ -70,7 +71,9 @@ def test_a_captured_launch_serves_others(name: str) -> None:
     kernel = make(cell, graphs)
     for seed, B in enumerate((7, 5, 8, 6)):
         check(kernel, cell, kc.make_run(cell, B, seed=seed))
-    assert (graphs.captures, graphs.replays) == (1, 3)
+    # scratch as long as vectors is sized launch by launch
+    captured = all(b.over is None for b in schedule(cell).buffers)
+    assert (graphs.captures, graphs.replays) == ((1, 3) if captured else (0, 0))
 
 
 CHAINS = {
