@@ -11,12 +11,19 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+# How fast a machine is at the moment is no matter of tests.
+hypothesis.settings.register_profile(
+    "cellc", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("cellc")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
