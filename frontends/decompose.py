@@ -78,17 +78,30 @@ def _any_batch_norm(
 
 def _softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     x = x.float() if half_to_float else x
+    if x.numel() == 0:  # of which there is no maximum
+        return x.clone()
     e = torch.exp(x - x.amax([dim], keepdim=True)) if x.dim() else torch.exp(x - x)
     return e / e.sum([dim], keepdim=True) if x.dim() else e
 
 
+def _safe_softmax(x: Tensor, dim: int, dtype: Any = None) -> Tensor:
+    """Of `scaled_dot_product_attention`: a row that sees nothing gives zeros."""
+    x = x if dtype is None else x.to(dtype)
+    nothing = (x == -math.inf).all(dim, keepdim=True)
+    return torch.where(nothing, 0.0, torch.softmax(x, dim))
+
+
 def _log_softmax(x: Tensor, dim: int, half_to_float: bool = False) -> Tensor:
     x = x.float() if half_to_float else x
+    if x.numel() == 0:
+        return x.clone()
     shifted = x - x.amax([dim], keepdim=True)
     return shifted - torch.exp(shifted).sum([dim], keepdim=True).log()
 
 
 def _logsumexp(x: Tensor, dim: Dims, keepdim: bool = False) -> Tensor:
+    if x.numel() == 0:
+        return torch.exp(x).sum(dim, keepdim=keepdim).log()
     top = x.amax(dim, keepdim=True)
     top = torch.where(top.abs() == float("inf"), _like(x, 0), top)
     out = torch.exp(x - top).sum(dim, keepdim=True).log() + top
@@ -312,10 +325,7 @@ def _attention(
         scores = torch.where(attn_mask, scores, -math.inf)
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = torch.softmax(scores, -1)
-    if attn_mask is not None:  # a row that sees nothing gives zeros
-        nothing = (scores == -math.inf).all(-1, keepdim=True)
-        weights = torch.where(nothing, 0.0, weights)
+    weights = torch.softmax(scores, -1) if attn_mask is None else _safe_softmax(scores, -1)
     return torch.matmul(weights, v), torch.logsumexp(scores, -1)
 
 
@@ -325,6 +335,7 @@ _TABLE: dict[str, Callable[..., Any]] = {
     "_native_batch_norm_legit_no_training": _batch_norm,
     "native_batch_norm": _any_batch_norm,
     "_softmax": _softmax,
+    "_safe_softmax": _safe_softmax,
     "_log_softmax": _log_softmax,
     "logsumexp": _logsumexp,
     "var": _var,

@@ -10,6 +10,7 @@ import kernel_cells as kc
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import alike
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,6 +37,17 @@ def additive(model: Decoder, h: Tensor, memory: Tensor) -> Tensor:
     return model.v(torch.tanh(model.keys(memory) + model.query(h))).squeeze(-1)
 
 
+def scaled(model: Decoder, h: Tensor, memory: Tensor) -> Tensor:
+    query, keys = model.query(h)[None, None], model.keys(memory)[None]
+    return F.scaled_dot_product_attention(query, keys, memory[None])[0, 0]
+
+
+def scaled_masked(model: Decoder, h: Tensor, memory: Tensor) -> Tensor:
+    query, keys = model.query(h)[None, None], model.keys(memory)[None]
+    mask = (memory[:, 0] > 0)[None, None]  # hides all of some
+    return F.scaled_dot_product_attention(query, keys, memory[None], attn_mask=mask)[0, 0]
+
+
 def masked(model: Decoder, h: Tensor, memory: Tensor) -> Tensor:
     scores = memory @ h
     return scores.masked_fill(memory[:, 0] < 0, -1e4)
@@ -53,6 +65,8 @@ class Decoder(nn.Module):
         self.v, self.out = nn.Linear(SIZE, 1), nn.Linear(2 * SIZE, SIZE)
 
     def attend(self, h: Tensor, memory: Tensor) -> Tensor:
+        if self.score in (scaled, scaled_masked):
+            return self.score(self, h, memory)
         if self.num_heads == 1:
             return self.score(self, h, memory).softmax(0) @ memory
         keys = memory.view(-1, self.num_heads, SIZE // self.num_heads)
@@ -87,6 +101,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "general": lambda: Decoder(general),
     "additive": lambda: Decoder(additive),
     "masked": lambda: Decoder(masked),
+    "scaled": lambda: Decoder(scaled),
+    "scaled masked": lambda: Decoder(scaled_masked),
     "heads": lambda: Decoder(dot, 2),
     "pooled": Pooled,
 }
@@ -112,7 +128,7 @@ def test_equals_eager_together(name: str, backend: Any) -> None:
                 assert torch.equal(compiled(x), got)
 
 
-@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"pooled"}))
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - {"pooled", "scaled masked"}))
 def test_a_step_is_one_call(name: str) -> None:
     """Keys are projected once a position, and all the rest of a step is one call."""
     torch.manual_seed(0)
@@ -124,7 +140,7 @@ def test_a_step_is_one_call(name: str) -> None:
     steps = [g for g in groups if any(i.ragged for i in g.cell.inputs)]
     assert [g.num_calls for g in steps] == [STEPS]
     heavy = [g.num_calls for g in groups if any("keys" in p.name for p in g.cell.params)]
-    assert all(n <= len(tokens) * (STEPS if name in ("general", "additive") else 0) for n in heavy)
+    assert all(n <= len(tokens) * (STEPS if name in ("general", "additive", "scaled") else 0) for n in heavy)
 
 
 def test_what_others_read_stays() -> None:
@@ -138,6 +154,23 @@ def test_what_others_read_stays() -> None:
     with cellc.compile(weights, backend="cpp") as compiled:
         for got, want in zip(compiled(x, q), weights(x, q), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_nothing_to_attend_to(backend: Any) -> None:
+    """Softmax and logsumexp of no scores, beside requests that have some."""
+    model = nn.Linear(SIZE, SIZE).eval()
+
+    def attend(memory: Tensor, query: Tensor) -> tuple[Tensor, ...]:
+        scores = model(memory) @ query
+        seen = F.scaled_dot_product_attention(query[None], memory, memory)[0]
+        return scores.softmax(0) @ memory, scores.log_softmax(0), scores.logsumexp(0), seen
+
+    asked = [(torch.randn(n, SIZE), torch.randn(SIZE)) for n in (3, 0, 1, 0, 5)]
+    with cellc.compile(attend, backend=backend) as compiled, torch.no_grad():
+        for _ in range(2):
+            for request, got in zip(asked, compiled.map(asked), strict=True):
+                alike(got, attend(*request), rtol=1e-4, atol=1e-5)
 
 
 POINTWISE = ("tanh", "sigmoid", "neg", "exp", "relu")

@@ -599,3 +599,33 @@ def test_a_model_that_is_in_no_file() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["cellc.errors", "0"]
+
+
+class Pointing(nn.Module):
+    """Attends to its tokens, and reads at which it points."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.cell = nn.Embedding(V, H), nn.GRUCell(H, H)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h, memory, said = torch.zeros(H), self.embedding(tokens), []
+        for _ in range(4):
+            at = (memory @ h).argmax()
+            h = self.cell(self.embedding(tokens[at]), h)
+            said.append(at)
+            if at == 0:
+                break
+        return torch.stack(said)
+
+
+def test_cells_that_came_later_have_other_names() -> None:
+    """Every length makes cells, and lets those of the lengths before go."""
+    model = make(Pointing, seed=1)
+    with cellc.compile(model, backend="eager") as compiled:
+        for n in (5, 1, 9, 3):
+            tokens = torch.arange(n) % V
+            assert torch.equal(compiled(tokens), model(tokens))
+            names = list(compiled.cells)
+            assert len(set(names)) == len(names)
+            assert all(compiled.cells[name].name == name for name in names)
