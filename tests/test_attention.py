@@ -173,6 +173,24 @@ def test_nothing_to_attend_to(backend: Any) -> None:
                 alike(got, attend(*request), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_products_and_truths_along_vectors(backend: Any) -> None:
+    """What is reduced is made of each row and of what the rows before gave."""
+    embedding = nn.Embedding(12, SIZE)
+
+    def pool(tokens: Tensor) -> tuple[Tensor, ...]:
+        h, rows = torch.zeros(SIZE), torch.tanh(embedding(tokens))
+        for _ in range(2):
+            missed = (1 - torch.sigmoid(rows * h)).prod(0)
+            h = missed + (rows > h).any(0).float() - (rows < h - 0.1).all(0).float()
+        return h, (rows * h).argmax(1).sum(0)
+
+    asked = requests()
+    with cellc.compile(pool, backend=backend) as compiled, torch.no_grad():
+        for x, got in zip(asked, compiled.map(asked), strict=True):
+            alike(got, pool(x), rtol=1e-4, atol=1e-5)
+
+
 POINTWISE = ("tanh", "sigmoid", "neg", "exp", "relu")
 
 
