@@ -9,8 +9,8 @@ wants it otherwise, so any answer gives right results.
 
 Method: union-find over dimensions that operations force to be alike, then evidence a class,
 strongest first: contracted or broadcast against a weight: row; indexed one element at a time,
-stacked or unbound: position; contracted between data, or the last of several dimensions of a float
-tensor: row; else position.
+stacked or unbound: position; contracted between matrices of data, or the last of several dimensions
+of a float tensor: row; else position.
 """
 
 from __future__ import annotations
@@ -190,7 +190,8 @@ def _mm(d: Dims, node: Node) -> None:
     sa, sb = d.shape(a), d.shape(b)
     ka, kb = d.at(a, -1), d.at(b, len(sb) - 2 if len(sb) > 1 else 0)
     d.tie(ka, kb)
-    d.mark(ka, WEAK)
+    if len(sa) == 1 or sa[-2] != 1:  # one row times a matrix: a sum of positions, weighted
+        d.mark(ka, WEAK)
     batch = len(sa) - 2
     for i in range(batch):
         d.tie(d.at(a, i), d.at(out, i))

@@ -140,7 +140,8 @@ def test_a_step_is_one_call(name: str) -> None:
     steps = [g for g in groups if any(i.ragged for i in g.cell.inputs)]
     assert [g.num_calls for g in steps] == [STEPS]
     heavy = [g.num_calls for g in groups if any("keys" in p.name for p in g.cell.params)]
-    assert all(n <= len(tokens) * (STEPS if name in ("general", "additive", "scaled") else 0) for n in heavy)
+    times = STEPS if name in ("general", "additive", "scaled") else 0
+    assert all(n <= len(tokens) * times for n in heavy)
 
 
 def test_what_others_read_stays() -> None:
@@ -154,6 +155,30 @@ def test_what_others_read_stays() -> None:
     with cellc.compile(weights, backend="cpp") as compiled:
         for got, want in zip(compiled(x, q), weights(x, q), strict=True):
             torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("form", ["product", "fused"])
+def test_memory_from_the_request(form: str) -> None:
+    """Its rows are positions, though nothing but products reads them: all lengths share cells."""
+    cell, query = nn.GRUCell(SIZE, SIZE), nn.Linear(SIZE, SIZE)
+
+    def attend(memory: Tensor) -> Tensor:
+        h = torch.zeros(SIZE)
+        for _ in range(STEPS):
+            q = query(h)
+            if form == "product":
+                seen = (memory @ q).softmax(0) @ memory
+            else:
+                seen = F.scaled_dot_product_attention(q[None], memory, memory)[0]
+            h = cell(seen, h)
+        return h
+
+    asked = [torch.randn(n, SIZE) for n in (3, 1, 5, 2, 9, 4, 7, 6)]
+    with cellc.compile(attend, backend="eager") as compiled, torch.no_grad():
+        for _ in range(2):
+            for x, got in zip(asked, compiled.map(asked), strict=True):
+                torch.testing.assert_close(got, attend(x), rtol=1e-4, atol=1e-5)
+        assert len(compiled.cells) < 6
 
 
 @pytest.mark.parametrize("backend", ["eager", "cpp"])
