@@ -42,9 +42,9 @@ class Admission:
 
     # -- the queue --
 
-    def enqueue(self, tickets: Sequence[Ticket]) -> None:
+    def enqueue(self, tickets: Sequence[Ticket], *, limited: bool = True) -> None:
         """Queue requests; raises Overloaded past `max_queue`. Those past limits of their own fail
-        now. The caller holds the guard.
+        now (`limited`), or when they would run. The caller holds the guard.
         """
         now = time.perf_counter()
         limit, asked = self._max_queue, sum(not t.trial for t in tickets)
@@ -55,13 +55,21 @@ class Admission:
                 raise Overloaded(waiting=len(self.inbox), limit=limit)
         for ticket in tickets:
             ticket.arrived = ticket.arrived or now
+        if limited:
+            tickets = self.within_limits(tickets)
         if self._counters.timeline is not None:
             self._counters.timeline.submitted(tickets)
+        self.inbox.extend(tickets)
+
+    def within_limits(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
+        """Those that may run; the others fail."""
         refused = [(t, error) for t in tickets if (error := self._limits.refusal(t.entry))]
         if refused:
+            if self._counters.timeline is not None:
+                self._counters.timeline.submitted([ticket for ticket, _ in refused])
             self._flight.finish_failed(refused)
             tickets = [t for t in tickets if not t.done]
-        self.inbox.extend(tickets)
+        return tickets
 
     def queue_first(self, tickets: Sequence[Ticket]) -> None:
         """These begin again, before all that wait."""
@@ -95,7 +103,7 @@ class Admission:
             late = [t for t in self.inbox if t.arrived < since]
             if late:
                 self.inbox = deque(t for t in self.inbox if t.arrived >= since)
-        flight.finish_failed([(ticket, twin(error)) for ticket in late])
+        flight.fail_waiting([(ticket, twin(error)) for ticket in late])
 
     # -- into flight --
 
@@ -109,7 +117,7 @@ class Admission:
         self._entering = tickets
         with self._guard:
             broken = self._take(tickets)
-        self._flight.finish_failed(broken)
+        self._flight.fail_waiting(broken)
         self.note_begun(tickets)
         if log.enabled("schedule", more=True) and (tickets or broken):
             waiting, running = len(self.inbox), len(self._flight.live)
@@ -132,7 +140,7 @@ class Admission:
         deadlines.shed(now)
         with self._guard:
             self.inbox, late = deadlines.triage(self.inbox, MAX_LIVE - len(self._flight.live))
-        self._flight.finish_failed(late)
+        self._flight.fail_waiting(late)
 
     def _take(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
         """Move requests that there is room for from the inbox to `tickets`; those that can never

@@ -185,7 +185,7 @@ class Compiled:
     def _batched(self, batches: Batches, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         calls, together = batches.cut(args, kwargs)
         tickets = self._tickets(calls)
-        self._run([t for t in tickets if not t.done])
+        self._run_all(tickets)
         for ticket in tickets:
             if ticket.error is not None:
                 raise ticket.error
@@ -220,6 +220,13 @@ class Compiled:
             self._serving.cancel(tickets)
             raise
 
+    def _run_all(self, tickets: Sequence[Ticket]) -> None:
+        """Run those of many that are not done, so many at a time as may wait."""
+        queued = [t for t in tickets if not t.done]
+        portion = self._max_queue or max(len(queued), 1)
+        for start in range(0, len(queued), portion):
+            self._run(queued[start : start + portion])
+
     @_without_autocast
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now. The
@@ -234,8 +241,22 @@ class Compiled:
         return ticket.future
 
     async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
-        """One request in asyncio."""
-        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+        """One request in asyncio. Cancelling the task cancels the request, though it runs."""
+        return await self._answer(self._sent(args, kwargs))
+
+    @_without_autocast
+    def _sent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        ticket = self._ticket(args, kwargs)
+        self._send(ticket)
+        return ticket
+
+    async def _answer(self, ticket: Ticket) -> Any:
+        assert ticket.future is not None
+        try:
+            return await asyncio.wrap_future(ticket.future)
+        except asyncio.CancelledError:
+            self._serving.drop(ticket)
+            raise
 
     @_without_autocast
     def stream(self, *args: Any, **kwargs: Any) -> Stream:
@@ -308,11 +329,7 @@ class Compiled:
 
     def _results(self, tickets: Sequence[Ticket], return_exceptions: bool) -> list[Any]:
         """Run tickets; their results in order."""
-        queued = [t for t in tickets if not t.done]
-        portion = self._max_queue or max(len(queued), 1)
-        for start in range(0, len(queued), portion):
-            part = queued[start : start + portion]
-            self._run(part)
+        self._run_all(tickets)
         failed = [t for t in tickets if t.error is not None]
         for ticket, error in zip(failed, distinct([t.error for t in failed]), strict=True):  # type: ignore[misc]
             ticket.error = error
@@ -487,6 +504,9 @@ class _Model:
 
     def send(self, ticket: Ticket) -> Future[Any]:
         return self._compiled._send(ticket)
+
+    async def answer(self, ticket: Ticket) -> Any:
+        return await self._compiled._answer(ticket)
 
     def wants(self, deadline: float | None, priority: int) -> Wants:
         return make_wants(deadline, priority, self._compiled._policy)

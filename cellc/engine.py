@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cellc import background
+from cellc import background, log
 from cellc.admission import Admission
 from cellc.deadlines import Deadlines
-from cellc.errors import FORKED, ClosedError, UnsupportedError, WorkerError
-from cellc.flight import Flight
+from cellc.errors import FORKED, CallbackWait, ClosedError, WorkerError
+from cellc.flight import Flight, each
 from cellc.kernels.native import find_arithmetic
 from cellc.launch import EVERYBODY, Crew
 from cellc.launcher import Launcher
@@ -72,6 +72,7 @@ class Engine:
         # itself: an interruption inside `Condition.__enter__` would leave it locked.
         self._guard = threading.RLock()
         self._turn = threading.Condition(self._guard)
+        self.memory_limit = memory_limit
         limits = Limits(self._arenas, memory_limit, max_calls)
         self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._guard)
         self._moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
@@ -89,15 +90,19 @@ class Engine:
 
     # -- what callers use --
 
-    def enqueue(self, tickets: Sequence[Ticket]) -> None:
+    def enqueue(self, tickets: Sequence[Ticket], *, limited: bool = True) -> None:
         """Queue requests; raises Overloaded past `max_queue`, ClosedError after close. Those past
-        limits of their own fail now.
+        limits of their own fail now (`limited`), or when they would run.
         """
         self._check_process()
         with self._guard:
             if self._closing:
                 raise ClosedError(what="this compiled model")
-            self._admission.enqueue(tickets)
+            self._admission.enqueue(tickets, limited=limited)
+
+    def within_limits(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
+        """Those that may run; the others fail now."""
+        return self._admission.within_limits(tickets)
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Block until these queued requests are done, running the loop here if nobody does."""
@@ -129,7 +134,7 @@ class Engine:
         """Raises where a turn of the loop called back, and would wait for itself, and in a fork."""
         self._check_process()
         if self._stepping == threading.get_ident():
-            raise UnsupportedError(
+            raise CallbackWait(
                 what="waiting for a request, or close(), in a callback of a future",
                 remedy="use submit() there, or another thread",
             )
@@ -245,8 +250,9 @@ class Engine:
         self._replays.clear()
 
     def turn(self) -> None:
-        """One turn of the loop in this thread, once it is free."""
+        """One turn of the loop in this thread, which is the background's, once it is free."""
         with self._loop:
+            self._background = threading.current_thread()
             self.step()
         self._hand_over()
 
@@ -408,7 +414,10 @@ class Engine:
     def recover(self, error: BaseException) -> None:
         """The background thread met what it should not: requests in flight fail with that."""
         with self._loop:
-            self._restart(error)
+            try:
+                self._restart(error)
+            except BaseException as another:  # of a callback that is told of the first
+                log.info("schedule", f"telling of {error!r} ended in {another!r}")
         self._tell()
 
     def _restart(self, cause: BaseException | None = None) -> None:
@@ -426,14 +435,14 @@ class Engine:
             if cause is None:
                 self._admission.queue_first(again)
             self.flight.futures = sum(t.started for t in [*waiting, *again] if not t.done)
-        if cause is not None:
-            self.counters.recoveries += 1
-            error = WorkerError(what=repr(cause))
-            error.__cause__ = cause
-            self.flight.finish_failed([(ticket, error) for ticket in again])
-        for ticket in self.flight.leaving:
-            if ticket.done:
-                self.flight.answer(ticket)
+        try:
+            if cause is not None:
+                self.counters.recoveries += 1
+                error = WorkerError(what=repr(cause))
+                error.__cause__ = cause
+                self.flight.finish_failed([(ticket, error) for ticket in again])
+        finally:
+            each(self.flight.answer, [t for t in self.flight.leaving if t.done])
 
     def _fail_all(self, error: Exception) -> None:
         try:

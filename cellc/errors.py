@@ -82,6 +82,10 @@ class GeneratorForward(UnsupportedError):
     """The forward is a generator, where one that returns is needed."""
 
 
+class CallbackWait(UnsupportedError):
+    """A callback of a future waits for a request, which its own thread would have to run."""
+
+
 class StepsError(CellcError):
     """A forward read more values than `max_steps` allows: it may never end."""
 

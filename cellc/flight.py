@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import InvalidStateError
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,20 @@ from cellc.plan import DataRows, OutputRows
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket, out_of_range
+
+T = TypeVar("T")
+
+
+def each(work: Callable[[T], object], items: Iterable[T]) -> None:
+    """Work on all. What ends a thread (`sys.exit()` in a callback of a future) does so at last."""
+    ends: BaseException | None = None
+    for item in items:
+        try:
+            work(item)
+        except BaseException as error:
+            ends = ends or error
+    if ends is not None:
+        raise ends
 
 
 class Flight:
@@ -185,9 +199,11 @@ class Flight:
             self._scheduler.release(numbers)
         self.retire(tickets)
         now = time.perf_counter()
-        for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
-            result, error = self._end(ticket, entry, tensors)
-            self.finish(ticket, result, error, now)
+
+        def finish(ended: tuple[Ticket, Entry, Sequence[torch.Tensor]]) -> None:
+            self.finish(ended[0], *self._end(*ended), now)
+
+        each(finish, zip(tickets, entries, made, strict=True))
         self._tell()
 
     @staticmethod
@@ -248,8 +264,13 @@ class Flight:
 
     def finish_failed(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
         errors = distinct([error for _, error in failed])
-        for (ticket, _), error in zip(failed, errors, strict=True):
-            self.finish(ticket, error=error)
+        tickets = [ticket for ticket, _ in failed]
+        each(lambda one: self.finish(one[0], error=one[1]), zip(tickets, errors, strict=True))
+
+    def fail_waiting(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
+        """End requests that were to run, in a turn of the loop."""
+        self.leaving = [ticket for ticket, _ in failed]
+        self.finish_failed(failed)
 
     def finish(
         self,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from cellc.compiler import Compiler
 from cellc.copier import Copier
-from cellc.errors import CellcError, GeneratorForward, ValueReadError
+from cellc.errors import CallbackWait, CellcError, GeneratorForward, ValueReadError
 from cellc.forests import Wanted
 from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
@@ -173,7 +173,10 @@ class Intake:
             if (entry := request.entry) is None:
                 continue
             ticket = owned(_new_ticket(entry, request, (args, kwargs), trial=True))
-            self._run([ticket])
+            try:
+                self._run([ticket])
+            except CallbackWait:
+                break  # those that come later are compared
             if ticket.error is not None:
                 continue  # the request's own fault
             compiler.unfolder.to_check -= 1

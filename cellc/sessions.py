@@ -7,7 +7,6 @@ are made. Used through `Compiled.session`.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +33,8 @@ class Model(Protocol):
     def run(self, tickets: Sequence[Ticket]) -> None: ...
 
     def send(self, ticket: Ticket) -> Future[Any]: ...
+
+    async def answer(self, ticket: Ticket) -> Any: ...
 
     def wants(self, deadline: float | None, priority: int) -> Wants: ...
 
@@ -161,6 +162,11 @@ class Steps:
         """One step without waiting; the next may begin once its future is done. Cancelling the
         future before the step runs leaves the state as it was.
         """
+        future = self._sent(args, kwargs).future
+        assert future is not None
+        return future
+
+    def _sent(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         ticket = self.begin(args, kwargs)
         try:
             future = self._model.send(ticket)
@@ -168,11 +174,13 @@ class Steps:
             ticket.abandon()
             raise
         future.add_done_callback(lambda done: self._release(ticket) if done.cancelled() else None)
-        return future
+        return ticket
 
     async def step_async(self, *args: Any, **kwargs: Any) -> Any:
-        """One step in asyncio."""
-        return await asyncio.wrap_future(self.submit(*args, **kwargs))
+        """One step in asyncio. Cancelling the task cancels the step, and leaves the state as it was
+        before.
+        """
+        return await self._model.answer(self._sent(args, kwargs))
 
 
 class Session(Steps):

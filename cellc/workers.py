@@ -210,8 +210,8 @@ class Pool:
                     return False
                 if not self.paused:
                     tickets = worker.pop(worker.room) or self._elsewhere(worker)
-                    if tickets:
-                        worker.engine.enqueue(tickets)
+                    if tickets:  # no callback of a future runs here, while the lock is held
+                        worker.engine.enqueue(tickets, limited=False)
                     if worker.busy:
                         return True
                     if self.closing:
@@ -232,8 +232,10 @@ class Pool:
 
 
 def _serve(pool: Pool, worker: Worker) -> None:
-    while pool.await_work(worker):
+    while True:
         try:
+            if not pool.await_work(worker):
+                return
             worker.engine.turn()
         except BaseException as error:  # of a callback, as SystemExit: the others go on
             log.info("schedule", f"a turn of worker {worker.number} ended in {error!r}")
@@ -256,6 +258,7 @@ class Workers:
     def __init__(self, engines: Sequence[Engine], max_queue: int | None) -> None:
         self._pool, self._max_queue = Pool(engines), max_queue
         self._engines = list(engines)
+        self._roomiest = max(engines, key=lambda engine: engine.memory_limit)
         self._news = threading.RLock()
         self._results = threading.Condition(self._news)  # told of pieces
         self._refreshing = threading.Lock()
@@ -275,7 +278,7 @@ class Workers:
                 ticket.arrived = now
                 if ticket.told is None and not ticket.collects:
                     ticket.told = self._tell
-            self._pool.place(tickets)
+            self._pool.place(self._roomiest.within_limits(tickets))
 
     def _check_room(self, asked: int) -> None:
         limit = self._max_queue
@@ -295,6 +298,7 @@ class Workers:
         """Block until these queued requests are done, running a worker's loop here if it is
         idle.
         """
+        tickets = [t for t in tickets if not t.done]
         if not tickets:
             return
         self._check_outside()
@@ -371,7 +375,7 @@ class Workers:
                 with pool.lock:
                     pool.paused = True
                     for worker in pool.workers:
-                        worker.engine.enqueue(worker.pop(len(worker)))
+                        worker.engine.enqueue(worker.pop(len(worker)), limited=False)
                 with ExitStack() as stack:
                     for engine in self._engines:
                         stack.enter_context(engine.drained())

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import cellc
+from cellc.errors import RequestTimeout
 from cellc.ops import RowType
 from cellc.plan import Tables
 from cellc.state import Arenas
@@ -161,6 +162,105 @@ def test_a_callback_that_exits(model: nn.Module) -> None:
         check(compiled, model)
 
 
+def exits(future: Any) -> None:
+    if threading.current_thread() is not threading.main_thread():
+        sys.exit(3)
+
+
+def standstill(compiled: cellc.Compiled) -> contextlib.ExitStack:
+    """While it is entered, no worker gets further."""
+    stack, workers = contextlib.ExitStack(), compiled._serving
+    for engine in workers._engines if isinstance(workers, Workers) else [workers]:
+        stack.enter_context(engine._loop)
+    return stack
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("options", "wants", "error"),
+    [
+        ({}, {}, None),
+        ({"timeout": 0.05}, {}, RequestTimeout),
+        ({"policy": "deadline"}, {"deadline": 1e-6}, cellc.DeadlineError),
+        ({"max_calls": 9}, {}, cellc.CallsError),
+    ],
+)
+def test_callbacks_that_all_exit(
+    model: nn.Module, options: dict[str, Any], wants: dict[str, Any], error: Any, workers: int
+) -> None:
+    """However their requests end: nobody waits for ever."""
+    given = options | {"workers": workers}
+    with cellc.compile(model, backend="eager", options=given) as compiled:
+        compiled(torch.randn(2, 4))
+        wanted = compiled.with_options(**wants) if wants else compiled
+        with standstill(compiled):
+            futures = [wanted.submit(torch.randn(20, 4)) for _ in range(12)]
+            for future in futures:
+                future.add_done_callback(exits)
+            time.sleep(0.1)
+        errors = [future.exception(30) for future in futures]
+        assert all(type(e) is error if error else e is None for e in errors), errors
+        x = torch.randn(2, 4)
+        torch.testing.assert_close(compiled.submit(x).result(30), eager(model, x))
+        assert compiled.stats()["requests"] == 14 and compiled.stats()["running"] == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_policy_that_exits(workers: int) -> None:
+    class Exits:
+        def pick(self, ready: Any, turn: Any) -> Any:
+            sys.exit(3)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.GRU(4, 6), nn.GRU(4, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x)[0] + self.other(x)[0]  # type: ignore[no-any-return]
+
+    options = {"policy": Exits(), "workers": workers}
+    with cellc.compile(Both().eval(), backend="eager", options=options) as compiled:
+        for _ in range(2):
+            assert isinstance(compiled.submit(torch.randn(3, 4)).exception(30), cellc.WorkerError)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_callbacks_may_submit_what_is_new_and_may_not_wait(workers: int) -> None:
+    class Tree(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.merge = nn.Linear(8, 4)
+
+        def forward(self, tree: Any) -> Tensor:
+            if isinstance(tree, Tensor):
+                return tree.tanh()
+            return self.merge(torch.cat([self(part) for part in tree]))  # type: ignore[no-any-return]
+
+    model, x = Tree().eval(), torch.randn(4)
+    options = {"workers": workers, "max_calls": 20}
+    with cellc.compile(model, backend="eager", options=options) as compiled:
+        compiled((x, x))
+        found: list[Any] = []
+        told = threading.Event()
+
+        def callback(_: Any) -> None:
+            for ask in (lambda: compiled.submit((x, (x, x))), lambda: compiled((x, x))):
+                try:
+                    found.append(ask())
+                except Exception as error:
+                    found.append(error)
+            told.set()
+
+        with standstill(compiled):
+            compiled.submit((x, x)).add_done_callback(callback)
+        assert told.wait(30)
+        future, error = found
+        with torch.no_grad():
+            torch.testing.assert_close(future.result(30), model((x, (x, x))))
+        assert isinstance(error, cellc.UnsupportedError) and "in a callback" in str(error)
+
+
 def test_an_exception_set_from_outside(model: nn.Module) -> None:
     """Whatever the thread is at."""
     with cellc.compile(model, backend="eager") as compiled:
@@ -235,6 +335,52 @@ def test_cancelling_everywhere(model: nn.Module) -> None:
             del cancelled
         compiled.submit(torch.randn(2, 4)).result(30)
         check(compiled, model)
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(4, 4)
+
+    def forward(self, x: Tensor, many: Tensor) -> tuple[Tensor, Tensor]:
+        count = torch.zeros((), dtype=torch.int64)
+        while count < many:
+            x, count = self.cell(x, x), count + 1
+        return x, count
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_cancelled_task_ends_a_request_that_runs(workers: int) -> None:
+    model, few, many = Counts().eval(), torch.tensor(3), torch.tensor(10**9)
+    options = {"workers": workers}
+
+    async def cancelled(asked: Any) -> None:
+        task = asyncio.create_task(asked)
+        while not compiled.stats()["running"]:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        while compiled.stats()["running"]:
+            await asyncio.sleep(0.001)
+
+    async def both() -> None:
+        x = torch.randn(4)
+        await cancelled(compiled.submit_async(x, many))
+        with compiled.session({"x": x}) as session:
+            await session.step_async(few)
+            before = session.state["x"]
+            await cancelled(session.step_async(many))
+            torch.testing.assert_close(session.state["x"], before)
+            got, _ = await session.step_async(few)
+            with torch.no_grad():
+                torch.testing.assert_close(got, model(before, few)[0])
+
+    with cellc.compile(model, backend="eager", carry={"x": "0"}, options=options) as compiled:
+        for _ in range(3):
+            compiled(torch.randn(4), few)
+        asyncio.run(asyncio.wait_for(both(), 60))
+        assert compiled.stats()["cancelled"] == 2 and compiled.stats()["live_bytes"] == 0
 
 
 # -- other processes

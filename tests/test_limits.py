@@ -239,3 +239,17 @@ def test_nothing_is_left_of_many_requests() -> None:
     assert engine._arenas.live == engine.flight.live_bytes == engine.flight.futures == 0
     assert engine._scheduler.num_requests == 0 and not engine._onward.held
     assert len(engine.flight._numbers) == engine.flight._next_number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_batch_larger_than_the_queue_runs_in_portions(workers: int) -> None:
+    model, x = nn.GRU(4, 8, batch_first=True).eval(), torch.randn(7, 5, 4)
+    options = {"workers": workers}
+    with (
+        cellc.compile(
+            model, backend="eager", batch_dim=0, max_queue=2, options=options
+        ) as compiled,
+        torch.no_grad(),
+    ):
+        for got in (compiled(x), *compiled.map([x, x])):
+            torch.testing.assert_close(got[0], model(x)[0])
