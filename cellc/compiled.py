@@ -37,7 +37,7 @@ from cellc.launch import Backend
 from cellc.legs import Leg
 from cellc.limits import usual_memory
 from cellc.modules import named_tensors, without_collecting
-from cellc.options import Options
+from cellc.options import Options, check_seconds
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.replica import replicas
@@ -46,6 +46,7 @@ from cellc.sessions import Carry, Session, Steps
 from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
+from cellc.urgency import NO_WISH
 from cellc.views import Cells, CellView
 from cellc.wants import NOTHING_WANTED, Wants, make_wants
 from cellc.workers import Workers, crews
@@ -295,6 +296,7 @@ class Compiled:
                 remedy="cellc.compile(model, carry={'state': '1'}) says that the argument `state` "
                 "of a step is output 1 of the step before",
             )
+        check_seconds(lifetime=lifetime)
         now = time.monotonic()
         if now - self._looked > EXPIRY:
             self._looked = now
@@ -318,7 +320,7 @@ class Compiled:
             try:
                 for session, given in steps:
                     try:
-                        tickets.append(session.begin(*as_call(given)))
+                        tickets.append(self._step(session, given))
                     except Exception as error:
                         tickets.append(Ticket.failed(error))
                 return self._results(tickets, return_exceptions)
@@ -326,6 +328,17 @@ class Compiled:
                 for ticket in tickets:
                     ticket.abandon()  # those that never ran
                 del tickets  # before the collector looks at what is left
+
+    def _step(self, session: Steps, given: Any) -> Ticket:
+        """A session's next step, wanted as its session says, else as this compiled model does."""
+        if session.of is not self._serving:
+            raise UnsupportedError(
+                what="a step of another compiled model's session", remedy="call its own step_all"
+            )
+        ticket = session.begin(*as_call(given))
+        if ticket.wish is NO_WISH and self._wants is not NOTHING_WANTED:
+            ticket.wish = self._wants.from_now()
+        return ticket
 
     def _results(self, tickets: Sequence[Ticket], return_exceptions: bool) -> list[Any]:
         """Run tickets; their results in order."""
@@ -507,6 +520,10 @@ class _Model:
 
     async def answer(self, ticket: Ticket) -> Any:
         return await self._compiled._answer(ticket)
+
+    @property
+    def serving(self) -> object:
+        return self._compiled._serving
 
     def wants(self, deadline: float | None, priority: int) -> Wants:
         return make_wants(deadline, priority, self._compiled._policy)

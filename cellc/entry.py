@@ -58,7 +58,7 @@ def compile(
         raise UnsupportedError(
             what=f"the class {model.__name__}", remedy=f"pass an instance: {model.__name__}(...)"
         )
-    if batch_dim is not None and (not isinstance(batch_dim, int) or batch_dim < 0):
+    if batch_dim is not None and (type(batch_dim) is not int or batch_dim < 0):
         raise UnsupportedError(what=f"batch_dim={batch_dim!r}", remedy="use 0 or another dimension")
     if not callable(model):
         raise UnsupportedError(

@@ -58,11 +58,13 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
         max_age=chosen.max_age,
         workers=chosen.workers,
     )
-    seconds = chosen.timeout
-    if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds > 0):
+    check_seconds(timeout=chosen.timeout)
+    if not _counts(chosen.fold_bytes, 0):
         raise UnsupportedError(
-            what=f"timeout={seconds!r}", remedy="use a number of seconds above 0"
+            what=f"fold_bytes={chosen.fold_bytes!r}", remedy="use an integer of at least 0"
         )
+    if not isinstance(chosen.tf32, bool):
+        raise UnsupportedError(what=f"tf32={chosen.tf32!r}", remedy="use True or False")
     return chosen
 
 
@@ -73,5 +75,19 @@ def _picks(policy: object) -> bool:
 def check_counts(**counts: int | None) -> None:
     """Raise UnsupportedError for a count that is given and not a positive integer."""
     for name, count in counts.items():
-        if count is not None and (not isinstance(count, int) or count < 1):
+        if count is not None and not _counts(count, 1):
             raise UnsupportedError(what=f"{name}={count!r}", remedy="use an integer of at least 1")
+
+
+def _counts(count: object, least: int) -> bool:
+    return isinstance(count, int) and not isinstance(count, bool) and count >= least
+
+
+def check_seconds(**given: float | None) -> None:
+    """Raise UnsupportedError for a time that is given and not a positive number."""
+    for name, seconds in given.items():
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and seconds > 0):
+            raise UnsupportedError(
+                what=f"{name}={seconds!r}", remedy="use a number of seconds above 0"
+            )

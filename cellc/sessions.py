@@ -38,6 +38,9 @@ class Model(Protocol):
 
     def wants(self, deadline: float | None, priority: int) -> Wants: ...
 
+    @property
+    def serving(self) -> object: ...
+
 
 class Carry:
     """Which arguments are what a result holds, checked against a forward's arguments."""
@@ -136,6 +139,11 @@ class Steps:
     """Ways to ask for a step, of a session or of one whose steps have options."""
 
     _model: Model
+
+    @property
+    def of(self) -> object:
+        """What runs its steps."""
+        return self._model.serving
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         """The request of the next step."""

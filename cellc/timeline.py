@@ -51,6 +51,7 @@ class Timeline:
         self._tracks: dict[str, int] = {}  # of cells, by name
         self._open: dict[int, _Open] = {}  # requests under way, by id
         self._count = 0
+        self._lock = threading.RLock()  # several engines may note requests
         self._mark = self._start
         self._lengths = (-1, -1)
 
@@ -78,6 +79,10 @@ class Timeline:
         self._slice(cell, "launch", begin, took, DEVICE, track, args)
 
     def submitted(self, requests: Iterable[Way]) -> None:
+        with self._lock:
+            self._submitted(requests)
+
+    def _submitted(self, requests: Iterable[Way]) -> None:
         now, thread = time.perf_counter(), self._thread()
         for request in requests:
             if request.trial:  # nobody asked for it
@@ -105,12 +110,17 @@ class Timeline:
         for request in requests:
             known = self._open.get(id(request))
             if known is not None and known.runs is not runs:
-                known.runs = runs
-                self._span("e", names[0], known.number, now)
-                self._span("b", names[1], known.number, now)
+                with self._lock:
+                    known.runs = runs
+                    self._span("e", names[0], known.number, now)
+                    self._span("b", names[1], known.number, now)
 
     def ended(self, requests: Iterable[Way]) -> None:
         """They were answered, or nobody wants them any more."""
+        with self._lock:
+            self._ended(requests)
+
+    def _ended(self, requests: Iterable[Way]) -> None:
         now, thread = time.perf_counter(), self._thread()
         for request in requests:
             known = self._open.pop(id(request), None)
@@ -125,9 +135,10 @@ class Timeline:
 
     def finish(self) -> None:
         """Nothing more is noted; requests under way end here."""
-        if self._end is None:
-            self.ended([known.request for known in list(self._open.values())])
-            self._end = time.perf_counter()
+        with self._lock:
+            if self._end is None:
+                self._ended([known.request for known in self._open.values()])
+                self._end = time.perf_counter()
 
     # -- events --
 

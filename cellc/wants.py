@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellc.errors import UnsupportedError
+from cellc.options import check_seconds
 from cellc.policies import takes_deadlines
 from cellc.urgency import Wish
 
@@ -39,11 +40,7 @@ def make_wants(deadline: Any, priority: Any, policy: Any) -> Wants:
             remedy="cellc.compile(model, options={'policy': 'deadline'}), or a policy of your own "
             "with deadlines = True",
         )
-    number = isinstance(deadline, (int, float)) and not isinstance(deadline, bool)
-    if deadline is not None and not (number and deadline > 0):
-        raise UnsupportedError(
-            what=f"deadline={deadline!r}", remedy="use a number of seconds above 0"
-        )
+    check_seconds(deadline=deadline)
     if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) > 1000:
         raise UnsupportedError(
             what=f"priority={priority!r}", remedy="use an integer from -1000 to 1000"

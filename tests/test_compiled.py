@@ -354,7 +354,18 @@ def test_unknown_keywords() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_batch": 0}, {"max_batch": -3}, {"max_queue": 0}, {"options": {"policy": "none"}}],
+    [
+        {"max_batch": 0},
+        {"max_batch": -3},
+        {"max_queue": 0},
+        {"max_queue": True},
+        {"batch_dim": True},
+        {"options": {"policy": "none"}},
+        {"options": {"workers": True}},
+        {"options": {"timeout": True}},
+        {"options": {"fold_bytes": -1}},
+        {"options": {"tf32": "no"}},
+    ],
 )
 def test_nonsense_options(options: dict[str, Any]) -> None:
     with pytest.raises((cellc.CellcError, ValueError)):

@@ -7,6 +7,8 @@ import contextlib
 import json
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -197,3 +199,27 @@ compiled(torch.randn(3, 3))
     assert done.returncode == 0, done.stderr
     assert "[cellc schedule] 4 begin, 0 wait, 0 run" in done.stderr
     assert "rows in 3 steps" in done.stderr
+
+
+def test_what_begins_while_a_profile_ends_is_whole_or_not_there() -> None:
+    compiled = cellc.compile(Tagger().eval(), backend="eager", options={"workers": 2})
+    with compiled:
+        compiled.map(requests())
+        stopped = threading.Event()
+
+        def ask() -> None:
+            while not stopped.is_set():
+                compiled.map(requests())
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(200):
+                with compiled.profile() as seen:
+                    time.sleep(0.001)
+                check_form(seen.events)
+        finally:
+            stopped.set()
+            for thread in threads:
+                thread.join(30)

@@ -389,3 +389,39 @@ def test_cancelled_tasks_leave_their_sessions_usable() -> None:
         for session in opened:
             session.step(torch.randn(3))
         assert compiled._engine._arenas.idle()
+
+
+@pytest.mark.parametrize("lifetime", [0, -1.0, "5", True, float("nan")])
+def test_nonsense_lifetimes(lifetime: Any) -> None:
+    with cellc.compile(make(), carry={"state": "1"}, backend="eager") as compiled:
+        with pytest.raises(UnsupportedError, match="lifetime"):
+            compiled.session(lifetime=lifetime)
+
+
+def test_a_session_of_another_model_is_refused() -> None:
+    """It would be run with this one's weights."""
+    model, other, x = make(), make(), torch.randn(3)
+    for parameter in other.parameters():
+        parameter.add_(1.0)
+    with (
+        cellc.compile(model, carry={"state": "1"}, backend="eager") as ours,
+        cellc.compile(other, carry={"state": "1"}, backend="eager") as theirs,
+    ):
+        mine, strange = ours.session(), theirs.session()
+        got, error = ours.step_all([(mine, x), (strange, x)], return_exceptions=True)
+        torch.testing.assert_close(got[0], model(x)[0])
+        assert isinstance(error, UnsupportedError)
+        torch.testing.assert_close(strange.step(x)[0], other(x)[0])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_deadlines_of_steps_that_are_taken_together(workers: int) -> None:
+    """Those of the session go before those of the compiled model."""
+    model, x = make(), torch.randn(3)
+    options = {"policy": "deadline", "workers": workers}
+    with cellc.compile(model, carry={"state": "1"}, backend="eager", options=options) as compiled:
+        hurried, patient = compiled.session(), compiled.session()
+        steps = [(hurried, x), (patient.with_options(deadline=60.0), x)]
+        error, got = compiled.with_options(deadline=1e-9).step_all(steps, return_exceptions=True)
+        assert isinstance(error, cellc.DeadlineError)
+        torch.testing.assert_close(got[0], model(x)[0])
