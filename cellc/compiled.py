@@ -37,7 +37,7 @@ from cellc.launch import Backend
 from cellc.legs import Leg
 from cellc.limits import usual_memory
 from cellc.modules import named_tensors, without_collecting
-from cellc.options import Options, check_seconds
+from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.replica import replicas
@@ -48,7 +48,7 @@ from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.urgency import NO_WISH
 from cellc.views import Cells, CellView
-from cellc.wants import NOTHING_WANTED, Wants, make_wants
+from cellc.wants import NOTHING_WANTED, Wants, check_seconds, make_wants
 from cellc.workers import Workers, crews
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from cellc.errors import UnsupportedError
 from cellc.policies import MAX_AGE, POLICIES, Policy
+from cellc.wants import check_seconds
 
 BackendName = Literal["auto", "triton", "cpp", "eager"]
 
@@ -81,13 +82,3 @@ def check_counts(**counts: int | None) -> None:
 
 def _counts(count: object, least: int) -> bool:
     return isinstance(count, int) and not isinstance(count, bool) and count >= least
-
-
-def check_seconds(**given: float | None) -> None:
-    """Raise UnsupportedError for a time that is given and not a positive number."""
-    for name, seconds in given.items():
-        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
-        if seconds is not None and not (number and seconds > 0):
-            raise UnsupportedError(
-                what=f"{name}={seconds!r}", remedy="use a number of seconds above 0"
-            )

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from cellc.errors import UnsupportedError
-from cellc.options import check_seconds
 from cellc.policies import takes_deadlines
 from cellc.urgency import Wish
 
@@ -46,3 +45,13 @@ def make_wants(deadline: Any, priority: Any, policy: Any) -> Wants:
             what=f"priority={priority!r}", remedy="use an integer from -1000 to 1000"
         )
     return Wants(math.inf if deadline is None else float(deadline), priority)
+
+
+def check_seconds(**given: float | None) -> None:
+    """Raise UnsupportedError for a time that is given and not a positive number."""
+    for name, seconds in given.items():
+        number = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+        if seconds is not None and not (number and seconds > 0):
+            raise UnsupportedError(
+                what=f"{name}={seconds!r}", remedy="use a number of seconds above 0"
+            )
