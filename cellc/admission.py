@@ -170,7 +170,8 @@ class Admission:
             tickets.append(ticket)
             self.inbox.popleft()
             if ticket.future is not None and not ticket.started:
-                if not ticket.future.set_running_or_notify_cancel():
+                # it runs already where an interruption came between this and the next line
+                if not (ticket.future.running() or ticket.future.set_running_or_notify_cancel()):
                     tickets.pop()
                     flight.abandon(ticket)
                     continue
