@@ -17,7 +17,6 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -32,6 +31,7 @@ from cellc.errors import (
     UnsupportedError,
     distinct,
 )
+from cellc.figures import figures_of
 from cellc.intake import Intake, owned
 from cellc.launch import Backend
 from cellc.legs import Leg
@@ -406,31 +406,7 @@ class Compiled:
         last requests, ms until they ran and until they were answered; `workers`: some of it by
         worker.
         """
-        counters = self._serving.counters
-        plans = self._compiler.counts
-        return {
-            "launches": counters.launches,
-            "rows": counters.rows,
-            "steps": counters.steps,
-            "mean_batch": counters.rows / max(counters.steps, 1),
-            "kernel_seconds": counters.seconds,
-            "requests": counters.requests,
-            "failed": counters.failed,
-            "cancelled": counters.cancelled,
-            "refused": counters.refused,
-            "shed": counters.shed,
-            "late": counters.late,
-            "recoveries": counters.recoveries,
-            "waiting": self._serving.num_waiting,
-            "running": self._serving.num_running,
-            **plans,
-            "arena_bytes": self._serving.arena_bytes,
-            "live_bytes": self._serving.live_bytes,
-            "caches": self._compiler.cache_sizes(),
-            "waiting_ms": _quantiles(counters.waits),
-            "latency_ms": _quantiles(counters.latencies),
-            "workers": self._serving.figures(),
-        }
+        return figures_of(self._serving, self._compiler)
 
     def profile(self, path: str | os.PathLike[str] | None = None) -> Profile:
         """`with compiled.profile("trace.json") as p:` notes launches, what the host does, queue
@@ -484,12 +460,6 @@ class Compiled:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _quantiles(seconds: Iterable[float]) -> dict[str, float]:
-    values = np.array(list(seconds)) * 1e3
-    found = np.quantile(values, (0.5, 0.9, 0.99)).tolist() if len(values) else (0.0, 0.0, 0.0)
-    return dict(zip(("p50", "p90", "p99"), found, strict=True))
 
 
 def _noted(error: BaseException, number: int, count: int) -> Any:
