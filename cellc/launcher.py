@@ -71,6 +71,10 @@ class Launcher:
         self._turn_seconds += (took - self._turn_seconds) / SMOOTH
         return batch, launch
 
+    def measure_with(self, other: Launcher) -> None:
+        """Both know what either measures: their cells, device and threads are the same."""
+        self._seconds = other._seconds
+
     def note_host(self, seconds: float) -> None:
         """What a turn cost, kernels aside."""
         self._host_seconds = pacing.averaged(self._host_seconds, seconds)
@@ -105,7 +109,8 @@ class Launcher:
         if curve is not None:
             step = curve(size)
         if step is None:
-            known = sorted((bits, s) for (c, bits), s in self._seconds.items() if c == cell)
+            measured = list(self._seconds.items())  # at once: other workers may add to it
+            known = sorted((bits, s) for (c, bits), s in measured if c == cell)
             fewer = [s for bits, s in known if bits < size.bit_length()]
             more = known[0][1] * size / (1 << known[0][0]) if known else GUESS
             step = fewer[-1] if fewer else more

@@ -34,6 +34,10 @@ class Workers:
     def __init__(self, engines: Sequence[Engine], max_queue: int | None) -> None:
         self._pool, self._max_queue = Pool(engines), max_queue
         self._engines = list(engines)
+        firsts: dict[int, Engine] = {}
+        for engine in engines:
+            first = firsts.setdefault(id(engine.compiler), engine)
+            engine.launcher.measure_with(first.launcher)
         self._roomiest = max(engines, key=lambda engine: engine.memory_limit)
         self._news = threading.RLock()
         self._results = threading.Condition(self._news)  # told of pieces

@@ -669,3 +669,18 @@ def test_what_is_learned_is_learned_once() -> None:
         for i, requests in given.items():
             for got, (tree,) in zip(found[i], requests, strict=True):
                 close(got, model(tree))
+
+
+def test_alike_workers_know_what_either_measured() -> None:
+    """Else one that has not run yet would judge deadlines by guesses."""
+    model = nn.GRU(4, 8).eval()
+    requests = [(torch.randn(n, 1, 4),) for n in range(1, 9)]
+    with torch.no_grad(), cellc.compile(model, backend="eager", options={"workers": 2}) as compiled:
+        compiled(*requests[0])
+        assert isinstance(compiled._serving, Workers)
+        first, second = (engine.launcher for engine in compiled._serving._engines)
+        assert first._seconds
+        compiled.map(requests)
+        for cell, bits in list(first._seconds):
+            rows = 1 << (bits - 1)
+            assert first.step_seconds(cell, rows) == second.step_seconds(cell, rows)
