@@ -53,23 +53,16 @@ class CellStore:
         for group in calls.groups:
             key = group.cell.key
             if key not in self.cells:
-                self.cells[key] = group.cell.named(self._new_name(group.cell))
+                taken = {c.name for c in self.cells.values()}
+                name = base = suggest_name(group.cell, list(self.params.base))
+                count = 1
+                while name in taken:
+                    count += 1
+                    name = f"{base}_{count}"
+                self.cells[key] = group.cell.named(name)
             elif group.cell.recurrent and not self.cells[key].recurrent:
                 self.cells[key] = replace(self.cells[key], recurrent=True)
             group.cell = self.cells[key]
-
-    def _new_name(self, cell: Cell) -> str:
-        """One that no other cell has, nor had when a plan was made of it."""
-        number = self.tables.cells.get(cell.key)
-        if number in self.by_number:
-            return self.by_number[number].name
-        taken = {c.name for c in (*self.cells.values(), *self.by_number.values())}
-        name = base = suggest_name(cell, list(self.params.base))
-        count = 1
-        while name in taken:
-            count += 1
-            name = f"{base}_{count}"
-        return name
 
     def number(self, graph: CallGraph) -> None:
         """Note the numbers that a planned graph's cells have."""
