@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from cellc.cli_values import BACKENDS, count, positive, shares
+from cellc.cli_values import BACKENDS, add_trace, count, positive, shares
 
 _BENCH = """\
 Requests a second of workloads, cellc against what else a user would pick, on the same weights:
@@ -96,13 +96,7 @@ def _add_online(bench: argparse.ArgumentParser) -> None:
         metavar="X,Y",
         help="shares of the peer's peak (default 0.3,0.7,0.95)",
     )
-    bench.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
-        "or stretched to give --loads",
-    )
+    add_trace(bench, "--loads")
 
 
 def _add_reports(bench: argparse.ArgumentParser) -> None:

@@ -1,11 +1,13 @@
 """Values of the command line.
 
-Duty: text to numbers, with argparse's errors. Used by `cellc.cli` and `cellc.cli_bench`.
+Duty: text to numbers, with argparse's errors, and arguments that several commands have. Used by
+`cellc.cli`, `cellc.cli_bench` and `cellc.simulate_arguments`.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 BACKENDS = ("auto", "triton", "cpp", "eager")
 
@@ -41,3 +43,14 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
+
+
+def add_trace(command: argparse.ArgumentParser, rates: str) -> None:
+    """`--trace`; `rates` are the arguments that say how fast requests come."""
+    command.add_argument(
+        "--trace",
+        type=Path,
+        metavar="FILE",
+        help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
+        f"or stretched to give {rates}",
+    )

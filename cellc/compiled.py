@@ -22,7 +22,6 @@ from torch import nn
 
 from cellc.batches import Batches
 from cellc.compiler import Compiler
-from cellc.engine import Engine
 from cellc.errors import (
     FORKED,
     CellcError,
@@ -35,12 +34,10 @@ from cellc.figures import figures_of
 from cellc.intake import Intake, owned
 from cellc.launch import Backend
 from cellc.legs import Leg
-from cellc.limits import usual_memory
 from cellc.modules import named_tensors, without_collecting
 from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
-from cellc.replica import replicas
 from cellc.request import as_call
 from cellc.sessions import Carry, Session, Steps
 from cellc.stages import Stage
@@ -49,7 +46,7 @@ from cellc.ticket import Ticket
 from cellc.urgency import NO_WISH
 from cellc.views import Cells, CellView
 from cellc.wants import NOTHING_WANTED, Wants, check_seconds, make_wants
-from cellc.workers import Workers, crews
+from cellc.workers import Workers, make_engines
 
 if TYPE_CHECKING:
     import networkx
@@ -93,24 +90,7 @@ class Compiled:
     ) -> None:
         device = devices[0]
         self._compiler = Compiler(model, backends[0], device, PassOptions(options.fold_bytes))
-        engines = [
-            Engine(
-                learned,
-                max_batch=max_batch,
-                max_queue=max_queue if len(devices) == 1 else None,
-                policy=options.policy,
-                max_age=options.max_age,
-                memory_limit=(options.memory_limit or usual_memory(learned.device))
-                // devices.count(learned.device),
-                max_calls=options.max_calls,
-                max_steps=options.max_steps,
-                timeout=options.timeout,
-                crew=crew,
-            )
-            for learned, crew in zip(
-                replicas(self._compiler, backends, devices), crews(devices), strict=True
-            )
-        ]
+        engines = make_engines(self._compiler, backends, devices, options, max_batch, max_queue)
         self._engine = engines[0]  # the only one, if there is one worker
         self._serving = self._engine if len(engines) == 1 else Workers(engines, max_queue)
         self._intake = Intake(self._compiler, dtype, self._run)

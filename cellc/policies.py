@@ -115,5 +115,5 @@ def make_policy(policy: str | Policy) -> Policy:
 
 
 def takes_deadlines(policy: str | Policy) -> bool:
-    return bool(getattr(POLICIES.get(policy) if isinstance(policy, str) else policy,
-                        "deadlines", False))  # fmt: skip
+    chosen = POLICIES.get(policy) if isinstance(policy, str) else policy
+    return bool(getattr(chosen, "deadlines", False))

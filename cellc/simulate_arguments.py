@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+from cellc.cli_values import add_trace
+
 DEVICES = ("v100", "h100", "cpu")
 APPLICATIONS = ("lstm", "seq2seq", "treelstm")
 _ABOUT = """\
@@ -85,13 +87,7 @@ def _add_load(simulate: argparse.ArgumentParser) -> None:
         help="of gaps between requests: 0 is none, 1 Poisson (default), more is bursts",
     )
     simulate.add_argument("--lengths", type=Path, metavar="FILE", help="of requests, one a line")
-    simulate.add_argument(
-        "--trace",
-        type=Path,
-        metavar="FILE",
-        help='arrivals, one a line: "seconds length", or JSON with these names; at its own rate, '
-        "or stretched to give --rate or --loads",
-    )
+    add_trace(simulate, "--rate or --loads")
 
 
 def _add_policy(simulate: argparse.ArgumentParser) -> None:

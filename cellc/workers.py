@@ -20,11 +20,15 @@ from typing import Any
 
 import torch
 
+from cellc.compiler import Compiler
 from cellc.engine import Engine
 from cellc.errors import ClosedError, Overloaded
-from cellc.launch import Crew
+from cellc.launch import Backend, Crew
+from cellc.limits import usual_memory
 from cellc.machines import num_threads
+from cellc.options import Options
 from cellc.pool import SOON, Pool, end
+from cellc.replica import replicas
 from cellc.ticket import Counters, Ticket, together
 
 
@@ -237,7 +241,36 @@ def _cancelled(ticket: Ticket) -> bool:
     return ticket.future is not None and ticket.future.cancelled()
 
 
-def crews(devices: Sequence[torch.device]) -> list[Crew]:
+def make_engines(
+    compiler: Compiler,
+    backends: Sequence[Backend],
+    devices: Sequence[torch.device],
+    options: Options,
+    max_batch: int | None,
+    max_queue: int | None,
+) -> list[Engine]:
+    """One a device; several share its memory, and count what waits together."""
+    return [
+        Engine(
+            learned,
+            max_batch=max_batch,
+            max_queue=max_queue if len(devices) == 1 else None,
+            policy=options.policy,
+            max_age=options.max_age,
+            memory_limit=(options.memory_limit or usual_memory(learned.device))
+            // devices.count(learned.device),
+            max_calls=options.max_calls,
+            max_steps=options.max_steps,
+            timeout=options.timeout,
+            crew=crew,
+        )
+        for learned, crew in zip(
+            replicas(compiler, backends, devices), _crews(devices), strict=True
+        )
+    ]
+
+
+def _crews(devices: Sequence[torch.device]) -> list[Crew]:
     """Threads of each worker: CPU workers share those that there are in equal parts."""
     if len(devices) == 1 or devices[0].type != "cpu":
         return [Crew(team) for team in range(len(devices))]

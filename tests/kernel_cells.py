@@ -1,14 +1,20 @@
 """Hand-made cells, and what every kernel test needs to run them.
 
 Duty: small cells that between them hold every kind of operation; random weights, arenas with
-shuffled slots, launches (chains too), and the comparison with a reference kernel. No test in here.
+shuffled slots, launches (chains too), the comparison with a reference kernel, and true compilation.
+No test in here.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -563,3 +569,19 @@ def product_in_order(a: np.ndarray, b: np.ndarray, dtype: Any = None) -> np.ndar
     for k in range(a.shape[-1]):
         out += a[..., :, k, None] * b[..., None, k, :]
     return out
+
+
+def compiled(code: str) -> Any:
+    """What code prints, as JSON, in a process where Triton does not interpret, but compiles."""
+    here = Path(__file__).parent
+    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    path = os.pathsep.join([str(here.parent), str(here)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)

@@ -6,9 +6,6 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -30,7 +27,6 @@ from cellc.launch import Launch, Ragged
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=0")
 EAGER = EagerBackend()
-HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True)
@@ -257,14 +253,7 @@ print(json.dumps([
 
 
 def test_true_compilation_for_absent_gpus() -> None:
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environ | {"PYTHONPATH": path}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    reports = json.loads(done.stdout)
+    reports = kc.compiled(COMPILE)
     assert all(r["binary_bytes"] > 1000 and r["fits"] for r in reports)
     assert all(r["registers"] and r["spill_bytes"] == 0 for r in reports), reports
     expected = {

@@ -6,9 +6,6 @@ import os
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +27,6 @@ from cellc.ops import RowType
 from cellc.samples import narrowed
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=0")
-HERE = Path(__file__).parent
 CPU = torch.device("cpu")
 SHARED = 232448
 CELLS: Mapping[str, tuple[Cell, Mapping[int, int]]] = {
@@ -244,14 +240,7 @@ print(json.dumps(found))
 
 
 def test_true_compilation_keeps_the_weights_on_chip() -> None:
-    path = os.pathsep.join([str(HERE.parent), str(HERE)])
-    environ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environ | {"PYTHONPATH": path}, capture_output=True,
-        text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = kc.compiled(COMPILE)
     assert len(found) == 15
     for r in found:
         assert r["fits"] and r["spills"] == 0, r
