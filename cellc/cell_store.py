@@ -68,7 +68,7 @@ class CellStore:
         """Note the numbers that a planned graph's cells have."""
         for group in graph.groups:
             number = self.tables.cell(group.cell)
-            self.by_number.setdefault(number, self.cells.get(group.cell.key, group.cell))
+            self.by_number[number] = self.cells.get(group.cell.key, group.cell)
             self.record_lengths[number] = record_length(group.cell)
 
     def keep_unfolded(self, live: set[str]) -> None:

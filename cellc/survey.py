@@ -18,12 +18,14 @@ from cellc import ops
 from cellc.calls import CallGraph
 from cellc.cells import Cell, CellOp
 from cellc.compiled import Compiled
+from cellc.compiler import Compiler
 from cellc.errors import UnsupportedError, ValueReadError
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.forests import Wanted
 from cellc.legs import Entry
 from cellc.plan import CELL
 from cellc.request import as_call
+from cellc.views import Cells, CellView
 
 T = TypeVar("T")
 
@@ -89,17 +91,18 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
     plans = [ticket.entry.plan for ticket in compiled._tickets([as_call(r) for r in requests])]
     largest = max(range(len(plans)), key=lambda i: plans[i].num_calls)
     entry, unfold = _unfolded(compiled, requests[largest])
-    calls = Counter({compiler.by_number[int(n)].name: 0 for p in plans for n in p.calls[:, CELL]})
-    calls.update(compiler.by_number[int(n)].name for n in entry.plan.calls[:, CELL])
-    reports = list(_cell_reports(compiled, calls))
-    cells = {report.name: compiled.cells[report.name].cell for report in reports}
+    calls = Counter({n: 0 for p in plans for n in p.calls[:, CELL].tolist()})
+    calls.update(entry.plan.calls[:, CELL].tolist())
+    views = {number: Cells(compiler).of(number) for number in calls}
+    reports = [_report(compiler, number, view, calls[number]) for number, view in views.items()]
+    cells = {view.name: view.cell for view in views.values()}
     assert compiler.calls is not None
     nodes, edges = _size(compiled)
     return Survey(
         model_name(compiler.model),
         nodes,
         edges,
-        coverage([(cell, calls[name]) for name, cell in cells.items()]),
+        coverage([(view.cell, calls[number]) for number, view in views.items()]),
         reports,
         unfold,
         {name: cell.bytes_per_row for name, cell in cells.items()},
@@ -130,23 +133,18 @@ def model_name(model: Any) -> str:
     return getattr(model, "__name__", type(model).__name__)
 
 
-def _cell_reports(compiled: Compiled, calls: Counter[str]) -> Iterator[CellReport]:
-    compiler = compiled._compiler
-    numbers = {cell.name: number for number, cell in compiler.by_number.items()}
-    for name, count in calls.items():
-        kernel = compiler.kernel(numbers[name])
-        view = compiled.cells[name]
-        yield CellReport(
-            name,
-            view.recurrent,
-            list(view.parameters),
-            count,
-            list(view.ops),
-            list(view.inputs),
-            list(view.outputs),
-            view.flops_per_row,
-            [type(kernel).__name__.removesuffix("Kernel").lower()],
-        )
+def _report(compiler: Compiler, number: int, view: CellView, calls: int) -> CellReport:
+    return CellReport(
+        view.name,
+        view.recurrent,
+        list(view.parameters),
+        calls,
+        list(view.ops),
+        list(view.inputs),
+        list(view.outputs),
+        view.flops_per_row,
+        [type(compiler.kernel(number)).__name__.removesuffix("Kernel").lower()],
+    )
 
 
 # -- the cost of a new structure -------------------------------------------------------------------

@@ -36,12 +36,17 @@ class Cells(Mapping[str, CellView]):
         self._compiler = compiler
 
     def __getitem__(self, name: str) -> CellView:
-        for number, cell in list(self._compiler.by_number.items()):
-            if cell.name == name:
-                return self._view(number)
-        raise KeyError(name)
+        return self.of(self._numbers()[name])
 
-    def _view(self, number: int) -> CellView:
+    def _numbers(self) -> dict[str, int]:
+        """By name: cells that were forgotten may have had names of others, which count."""
+        compiler = self._compiler
+        known = list(compiler.by_number.items())
+        known.sort(key=lambda item: item[1].key in compiler.cells)
+        return {cell.name: number for number, cell in known}
+
+    def of(self, number: int) -> CellView:
+        """The cell of a number."""
         compiler = self._compiler
         cell = compiler.cells.get(compiler.by_number[number].key, compiler.by_number[number])
         kernels = {}
@@ -63,7 +68,7 @@ class Cells(Mapping[str, CellView]):
         )
 
     def __iter__(self) -> Iterator[str]:
-        return iter([cell.name for cell in list(self._compiler.by_number.values())])
+        return iter(self._numbers())
 
     def __len__(self) -> int:
-        return len(self._compiler.by_number)
+        return len(self._numbers())

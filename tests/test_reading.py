@@ -617,3 +617,15 @@ class Pointing(nn.Module):
             if at == 0:
                 break
         return torch.stack(said)
+
+
+def test_cells_that_came_later_have_other_names() -> None:
+    """Every length makes cells, and lets those of the lengths before go."""
+    model = make(Pointing, seed=1)
+    with cellc.compile(model, backend="eager") as compiled:
+        for n in (5, 1, 9, 3):
+            tokens = torch.arange(n) % V
+            assert torch.equal(compiled(tokens), model(tokens))
+            names = list(compiled.cells)
+            assert len(set(names)) == len(names)
+            assert all(compiled.cells[name].name == name for name in names)
