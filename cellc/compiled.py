@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from cellc.batches import Batches
+from cellc.carry import Carry, Form
 from cellc.compiler import Compiler
 from cellc.errors import (
     FORKED,
@@ -39,7 +40,7 @@ from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.request import as_call
-from cellc.sessions import Carry, Session, Steps
+from cellc.sessions import Session, Steps
 from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
@@ -461,6 +462,18 @@ class _Model:
 
     def ticket(self, args: Any, kwargs: Any) -> Ticket:
         return self._compiled._ticket(args, kwargs)
+
+    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None:
+        compiled = self._compiled
+        compiled._check_open()
+        ticket = compiled._intake.again(form, tensors)
+        if ticket is not None and compiled._wants is not NOTHING_WANTED:
+            ticket.wish = compiled._wants.from_now()
+        return ticket
+
+    @property
+    def dropped_plans(self) -> int:
+        return self._compiled._compiler.plans.dropped
 
     def run(self, tickets: Sequence[Ticket]) -> None:
         self._compiled._run(tickets)

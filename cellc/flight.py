@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cellc.carry import Carry
 from cellc.errors import distinct, twin
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
@@ -192,6 +193,8 @@ class Flight:
             for ticket in tickets:
                 self._onward.finish(ticket)
         made = self._read(tickets, outputs)
+        if ends is None:
+            self._keep(tickets)
         numbers = [t.number for t in tickets]
         if ends is not None:
             self._scheduler.cancel(numbers)
@@ -237,6 +240,24 @@ class Flight:
         ]
         made = iter(self._arenas.read(wanted))
         return [[next(made) for _ in given] for given in outputs]
+
+    def _keep(self, tickets: Sequence[Ticket]) -> None:
+        """Copy what sessions keep of their results: those of one plan and carry together, few
+        enough that a session which does not step for long holds little of others'.
+        """
+        alike: dict[tuple[Entry, Carry], list[Ticket]] = {}
+        for ticket in tickets:
+            if ticket.carry is not None:
+                alike.setdefault((ticket.entry, ticket.carry), []).append(ticket)
+        for (entry, carry), members in alike.items():
+            kept = carry.kept(entry) if len(members) > 1 else None
+            if kept is None:
+                continue
+            rows = [entry.outputs[number] for number in kept.outputs]
+            bases = np.concatenate([t.bases for t in members]).reshape(len(members), -1)
+            columns = [self._arenas.copies(r, bases[:, r.type]) for r in rows]
+            for ticket, tensors in zip(members, zip(*columns, strict=True), strict=True):
+                ticket.kept = kept, tensors
 
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""

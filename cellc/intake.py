@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from cellc.carry import Form
 from cellc.compiler import Compiler
 from cellc.copier import Copier
 from cellc.errors import CallbackWait, CellcError, GeneratorForward, ValueReadError
@@ -52,6 +53,15 @@ class Intake:
                 raise found
             return found
         return _new_ticket(entry, request, bound)
+
+    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None:
+        """A step of a session that has a form; None where its plan may be another by now."""
+        entry, plans = form.entry, self._compiler.plans
+        if plans.dropped != form.dropped:
+            return None
+        self._compiler.counts["plan_hits"] += 1
+        plans.used(entry)
+        return Ticket(entry, [tensors[i] for i in form.order])
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -36,6 +36,7 @@ class PlanCache(OrderedDict[Hashable, Entry]):
         self._families: OrderedDict[Hashable, _FamilyState] = OrderedDict()
         self._calls = 0  # of all plans
         self._used: set[int] = set()  # ids of entries, since they were last looked at
+        self.dropped = 0  # moves when an entry goes: one that was found before may be gone
 
     @property
     def num_families(self) -> int:
@@ -61,12 +62,14 @@ class PlanCache(OrderedDict[Hashable, Entry]):
     def _drop(self, key: Hashable) -> None:
         entry = self.pop(key, None)
         if entry is not None:
+            self.dropped += 1
             self._calls -= entry.plan.num_calls
             self._used.discard(id(entry))
 
     def forget(self) -> None:
         """All entries, and what was learned of families."""
         self.clear()
+        self.dropped += 1
         self._calls = 0
         self._used.clear()
         self._families.clear()

@@ -15,20 +15,22 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import torch
-from torch.utils import _pytree as pytree
 
-from cellc.copier import Copier
-from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
+from cellc.carry import Carry, Form, Kept, copied, form_key
+from cellc.errors import RequestError, SessionBusy, SessionClosed
 from cellc.ticket import Ticket
 from cellc.wants import Wants
-
-_MISSING: Any = object()
 
 
 class Model(Protocol):
     """What a session needs of its compiled model."""
 
     def ticket(self, args: Any, kwargs: Any) -> Ticket: ...
+
+    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None: ...
+
+    @property
+    def dropped_plans(self) -> int: ...
 
     def run(self, tickets: Sequence[Ticket]) -> None: ...
 
@@ -40,99 +42,6 @@ class Model(Protocol):
 
     @property
     def serving(self) -> object: ...
-
-
-class Carry:
-    """Which arguments are what a result holds, checked against a forward's arguments."""
-
-    def __init__(self, paths: Mapping[str, str], names: Sequence[str]) -> None:
-        self.paths = {
-            name: [(step, int(step) if step.isdecimal() else None) for step in str(path).split(".")]
-            for name, path in paths.items()
-        }
-        strange = [name for name in paths if name not in names]
-        if strange:
-            raise UnsupportedError(
-                what=f"carry of {', '.join(strange)}",
-                remedy=f"name arguments of the forward: {', '.join(names)}",
-            )
-        self.free = [name for name in names if name not in paths]  # given at each step
-        self._carried = [name if name in paths else None for name in names]  # by argument
-        self._items = [(n, p[0][1]) for n, p in self.paths.items() if len(p) == 1]
-
-    def call(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """A step's arguments."""
-        if not kwargs and len(args) == len(self.free) and len(state) == len(self.paths):
-            following = iter(args)
-            return tuple([next(following) if n is None else state[n] for n in self._carried]), {}
-        if len(args) > len(self.free) or not self.paths.keys().isdisjoint(kwargs):
-            given = ", ".join([*map(str, range(len(args))), *kwargs])
-            raise RequestError(
-                argument=", ".join(self.paths),
-                got=f"arguments {given}",
-                expected=f"a step of ({', '.join(self.free)}); the session carries the rest",
-            )
-        return (), {**dict(zip(self.free, args, strict=False)), **kwargs, **state}
-
-    def of(self, result: Any) -> dict[str, Any]:
-        """The next step's state; tensors of its own, whatever the caller does to the result."""
-        if type(result) is tuple and len(self._items) == len(self.paths):
-            try:
-                return {name: _owned(result[place]) for name, place in self._items}  # type: ignore[index]
-            except (TypeError, IndexError):
-                pass  # said below
-        return {name: _owned(_at(result, path, name)) for name, path in self.paths.items()}
-
-
-def _owned(state: Any) -> Any:
-    if type(state) is torch.Tensor:
-        return state.clone()
-    if type(state) is tuple and all(type(x) is torch.Tensor for x in state):
-        return tuple([x.clone() for x in state])
-    return pytree.tree_map(_own, state)
-
-
-def _own(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
-    """A state with tensors of its own, objects that hold tensors included."""
-    return Copier(lambda leaf, _: _own(leaf)).call((), state)[1]
-
-
-def _at(result: Any, path: Sequence[tuple[str, int | None]], name: str) -> Any:
-    found = result
-    for step, place in path:
-        if place is not None and type(found) is tuple and place < len(found):
-            found = found[place]
-        else:
-            found = _inside(found, step, place, name, path)
-    return found
-
-
-def _inside(
-    found: Any, step: str, place: int | None, name: str, path: Sequence[tuple[str, int | None]]
-) -> Any:
-    following: Any = _MISSING
-    there: Any = type(found).__name__
-    if isinstance(found, Mapping):
-        there = list(found)
-        following = found[step] if step in found else found.get(place, _MISSING)
-    elif isinstance(found, (tuple, list)) and place is not None:
-        there = f"{len(found)} items"
-        following = found[place] if place < len(found) else _MISSING
-    elif not isinstance(found, torch.Tensor):
-        following = getattr(found, step, _MISSING)
-    if following is _MISSING:
-        whole = ".".join(step for step, _ in path)
-        raise UnsupportedError(
-            what=f"carry={{{name!r}: {whole!r}}}: the result has no {step!r}",
-            remedy=f"give the path of {name} in what the forward returns; there is: {there}",
-        )
-    return following
 
 
 class Steps:
@@ -212,8 +121,9 @@ class Session(Steps):
                 expected=f"values of what is carried: {', '.join(carry.paths)}",
             )
         self._model, self._carry, self._lifetime, self._ended = model, carry, lifetime, ended
-        self._initial = _copied(initial or {})
+        self._initial = copied(initial or {})
         self._state = self._initial
+        self._held: tuple[Kept, Sequence[torch.Tensor]] | None = None  # the state, not yet made
         self._lock = threading.RLock()
         self._running: Ticket | None = None  # the step that runs
         self._worker = -1  # where the state is
@@ -234,14 +144,37 @@ class Session(Steps):
                 self.check()
             if self._beginning or self._running is not None:
                 raise SessionBusy()
-            self._beginning, state = True, self._state
+            self._beginning, state, held = True, self._state, self._held
         try:
-            ticket = self._model.ticket(*self._carry.call(args, kwargs, state))
-            ticket.before_end = self._end
+            if held is not None:
+                ticket = self._following(args, kwargs, *held)
+            else:
+                ticket = self._model.ticket(*self._carry.call(args, kwargs, state))
+            ticket.before_end, ticket.carry = self._end, self._carry
             ticket.worker, ticket.stays = self._worker, self._worker >= 0
             self._running = ticket
         finally:
             self._beginning = False
+        return ticket
+
+    def _following(
+        self,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        kept: Kept,
+        tensors: Sequence[torch.Tensor],
+    ) -> Ticket:
+        """The request of a step after one whose state was kept."""
+        model = self._model
+        form = None if kwargs else kept.forms.get(form_key(args))
+        if form is not None:
+            ticket = model.again(form, (*args, *tensors))
+            if ticket is not None:
+                return ticket
+        dropped = model.dropped_plans
+        ticket = model.ticket(*self._carry.call(args, kwargs, kept.state(tensors)))
+        if not kwargs and ticket.call is None and ticket.draws is None:
+            kept.learn(args, tensors, ticket.entry, ticket.tensors, dropped)
         return ticket
 
     @property
@@ -255,7 +188,8 @@ class Session(Steps):
                 return  # it was cancelled
             if ticket.error is None and not ticket.dropped and self._closed is None:
                 try:
-                    self._state, self._worker = self._carry.of(ticket.result), ticket.worker
+                    state = {} if ticket.kept else self._carry.of(ticket.result)
+                    self._state, self._held, self._worker = state, ticket.kept, ticket.worker
                 except Exception as error:
                     ticket.error = error
             self._released()
@@ -290,13 +224,15 @@ class Session(Steps):
             self.check()
             if self._busy:
                 raise SessionBusy()
-            self._state = self._initial
+            self._state, self._held = self._initial, None
 
     @property
     def state(self) -> dict[str, Any]:
         """What is carried into the next step, by argument: copies."""
-        self.check()
-        return _copied(self._state)
+        with self._lock:
+            self.check()
+            state, held = self._state, self._held
+        return copied(state if held is None else held[0].state(held[1]))
 
     @property
     def closed(self) -> bool:
@@ -312,6 +248,7 @@ class Session(Steps):
                 return
             self._closed = why
             self._state = self._initial = {}
+            self._held = None
         self._ended(self)
 
     def __enter__(self) -> Session:

@@ -23,6 +23,7 @@ FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
+KEPT = 1 << 16  # bytes of tensors that sessions keep, in one piece of memory
 FEW = 16  # tensors that are copied one by one
 
 
@@ -263,6 +264,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             return self.read([(rows, base) for base in bases.tolist()])
         slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
         return self._arranged(rows, slots, len(bases))
+
+    def copies(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
+        """`read_alike` for long: none shares memory with more than KEPT bytes of others."""
+        together = max(1, KEPT // max(1, len(rows.slots) * self._types[rows.type].nbytes))
+        parts = [bases[at : at + together] for at in range(0, len(bases), together)]
+        return [tensor for part in parts for tensor in self.read_alike(rows, part)]
 
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""

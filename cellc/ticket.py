@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from cellc.carry import Carry, Kept
 from cellc.cells import Cell
 from cellc.errors import RequestError
 from cellc.forests import DRAWN
@@ -53,6 +54,8 @@ class Ticket:
     pieces: deque[Any] = NOTHING  # that nobody has taken yet
     collects: bool = True  # the pieces are the result, as a list
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
+    carry: Carry | None = None  # what of its result a session keeps
+    kept: tuple[Kept, Sequence[torch.Tensor]] | None = None  # copies of that, made with others'
     dropped: bool = False  # nobody wants it any more
     trial: bool = False  # a comparison with the model, which nobody asked for
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
