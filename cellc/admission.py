@@ -16,6 +16,7 @@ from cellc import log
 from cellc.deadlines import Deadlines
 from cellc.errors import Overloaded, RequestTimeout, twin
 from cellc.flight import Flight
+from cellc.legs import Entry
 from cellc.limits import Limits
 from cellc.pacing import MAX_LIVE
 from cellc.state import Arenas
@@ -63,8 +64,9 @@ class Admission:
 
     def within_limits(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
         """Those that may run; the others fail."""
-        refused = [(t, error) for t in tickets if (error := self._limits.refusal(t.entry))]
-        if refused:
+        refusals = {e: self._limits.refusal(e) for e in {t.entry for t in tickets}}
+        if any(refusals.values()):
+            refused = [(t, error) for t in tickets if (error := refusals[t.entry])]
             if self._counters.timeline is not None:
                 self._counters.timeline.submitted([ticket for ticket, _ in refused])
             self._flight.finish_failed(refused)
@@ -146,7 +148,7 @@ class Admission:
         """Move requests that there is room for from the inbox to `tickets`; those that can never
         run, with why.
         """
-        prepared: set[int] = set()
+        prepared: dict[Entry, int] = {}  # bytes of each
         broken: list[tuple[Ticket, Exception]] = []
         flight = self._flight
         room = MAX_LIVE - len(flight.live)
@@ -154,17 +156,18 @@ class Admission:
             room = min(room, self.deadlines.following)
         while self.inbox and len(tickets) < room:
             ticket = self.inbox[0]
-            plan = ticket.entry.plan
-            try:
-                if id(plan) not in prepared and not self._arenas.prepare(plan):
-                    break
-                if (refusal := self._limits.refusal(ticket.entry)) is not None:
-                    raise refusal
-            except Exception as error:
-                broken.append((self.inbox.popleft(), error))
-                continue
-            prepared.add(id(plan))
-            needed = ticket.nbytes = self._arenas.bytes_of(plan)
+            entry = ticket.entry
+            if entry not in prepared:
+                try:
+                    if not self._arenas.prepare(entry.plan):
+                        break
+                    if (refusal := self._limits.refusal(entry)) is not None:
+                        raise refusal
+                except Exception as error:
+                    broken.append((self.inbox.popleft(), error))
+                    continue
+                prepared[entry] = self._arenas.bytes_of(entry.plan)
+            needed = ticket.nbytes = prepared[entry]
             if flight.live_bytes + needed > self._limits.memory:
                 break
             tickets.append(ticket)

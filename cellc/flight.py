@@ -8,7 +8,7 @@ thread runs the loop.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import InvalidStateError
 from typing import Any, TypeVar
 
@@ -38,6 +38,18 @@ def each(work: Callable[[T], object], items: Iterable[T]) -> None:
             ends = ends or error
     if ends is not None:
         raise ends
+
+
+def by_bases(
+    tickets: Sequence[Ticket],
+) -> Iterator[tuple[Sequence[Ticket], npt.NDArray[np.int64]]]:
+    """Tickets with the first slots of their regions, side by side: those that began before there
+    were as many row types apart.
+    """
+    sizes = {len(t.bases) for t in tickets}
+    for size in sizes:
+        alike = tickets if len(sizes) == 1 else [t for t in tickets if len(t.bases) == size]
+        yield alike, np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
 
 
 class Flight:
@@ -101,25 +113,28 @@ class Flight:
             )
         if not tickets:
             return
+        numbers = self._numbers
         for ticket, base in zip(tickets, bases, strict=True):
             ticket.bases = base
-            ticket.number = self.number()
-            self.live[ticket.number] = ticket
+            ticket.number = number = numbers.pop() if numbers else self._new_number()
+            self.live[number] = ticket
         self.add(tickets)
 
     def add(self, tickets: Sequence[Ticket]) -> None:
         """Tell the scheduler of requests' calls; deliver those that have none."""
-        calling = [t for t in tickets if t.entry.plan.num_calls]
-        for size in {len(t.bases) for t in calling}:
-            alike = [t for t in calling if len(t.bases) == size]
-            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+        entries = {t.entry for t in tickets}
+        idle = {e for e in entries if not e.plan.num_calls}
+        calling = [t for t in tickets if t.entry not in idle] if idle else tickets
+        for alike, bases in by_bases(calling):
             wishes = () if self._scheduler.urgency is None else [t.wish for t in alike]
             numbers = [t.number for t in alike]
             self._scheduler.add([t.entry.plan for t in alike], numbers, bases, wishes)
-        for ticket in tickets:
-            if isinstance(ticket.entry, Leg):
-                self._onward.enter(ticket)
-        self.deliver([t for t in tickets if not t.entry.plan.num_calls], scheduled=False)
+        if any(isinstance(entry, Leg) for entry in entries):
+            for ticket in tickets:
+                if isinstance(ticket.entry, Leg):
+                    self._onward.enter(ticket)
+        if idle:
+            self.deliver([t for t in tickets if t.entry in idle], scheduled=False)
 
     def copy_in(
         self, tickets: list[Ticket], bases: npt.NDArray[np.int64]
@@ -191,7 +206,8 @@ class Flight:
         outputs = [e.outputs for e in entries] if ends is None else [b.outputs or () for b in ends]
         if ends is None:  # else what was yielded is handed on, and what follows was run in vain
             for ticket in tickets:
-                self._onward.finish(ticket)
+                if ticket.streams:
+                    self._onward.finish(ticket)
         made = self._read(tickets, outputs)
         if ends is None:
             self._keep(tickets)
@@ -230,9 +246,10 @@ class Flight:
         """Output tensors of each ticket."""
         first = outputs[0]
         if first and len(tickets) > 1 and all(given is first for given in outputs):
-            bases = np.stack([t.bases for t in tickets])
-            columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
-            return list(zip(*columns, strict=True))
+            ((_, bases), *others) = by_bases(tickets)
+            if not others:
+                columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
+                return list(zip(*columns, strict=True))
         wanted = [
             (rows, int(t.bases[rows.type]))
             for t, given in zip(tickets, outputs, strict=True)
@@ -254,26 +271,25 @@ class Flight:
             if kept is None:
                 continue
             rows = [entry.outputs[number] for number in kept.outputs]
-            bases = np.concatenate([t.bases for t in members]).reshape(len(members), -1)
-            columns = [self._arenas.copies(r, bases[:, r.type]) for r in rows]
-            for ticket, tensors in zip(members, zip(*columns, strict=True), strict=True):
-                ticket.kept = kept, tensors
+            for those, bases in by_bases(members):
+                columns = [self._arenas.copies(r, bases[:, r.type]) for r in rows]
+                for ticket, tensors in zip(those, zip(*columns, strict=True), strict=True):
+                    ticket.kept = kept, tensors
 
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
         self.leaving = tickets
         for ticket in tickets:
             del self.live[ticket.number]
-            self._onward.release(ticket)
+            if ticket.streams or ticket.held is not None:
+                self._onward.release(ticket)
             self._numbers.append(ticket.number)
         self.live_bytes -= sum(t.nbytes for t in tickets)
         self.free(tickets)
 
     def free(self, tickets: Sequence[Ticket]) -> None:
         """Give the regions of requests back."""
-        for size in {len(t.bases) for t in tickets}:
-            alike = [t for t in tickets if len(t.bases) == size]
-            bases = np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+        for alike, bases in by_bases(tickets):
             self._arenas.free([t.entry.plan for t in alike], bases)
 
     def fail(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:

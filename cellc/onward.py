@@ -143,9 +143,8 @@ class Onward:
         return [found[ask] for ask in asks]
 
     def finish(self, ticket: Ticket) -> None:
-        """All calls of a ticket's last leg have run."""
-        if ticket.streams:
-            self._flush(ticket)
+        """All calls of the last leg of a ticket that streams have run."""
+        self._flush(ticket)
 
     def _flush(self, ticket: Ticket) -> None:
         """Hand on pieces that are there, in order, and that no open answer may still undo."""

@@ -147,6 +147,10 @@ class Scheduler:
         added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
         added[:, NUMBER], added[:, REGION:] = numbers, bases
         self._arithmetic.place(self._table.data, plans, first_calls, added)
+        first = plans[0]
+        if all(plan is first for plan in plans):
+            self._push((first_calls[:, None] + first.ready).reshape(-1))
+            return
         ready = np.concatenate([plan.ready for plan in plans])
         self._push(ready + np.repeat(first_calls, [len(plan.ready) for plan in plans]))
 

@@ -24,6 +24,7 @@ FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
 KEPT = 1 << 16  # bytes of tensors that sessions keep, in one piece of memory
+STACKED = 1 << 14  # elements at once: of more, torch wakes threads that spin in our kernels' way
 FEW = 16  # tensors that are copied one by one
 
 
@@ -206,13 +207,18 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         view = self._views[rows.type]
         assert view is not None
         shape = self._types[rows.type].shape
-        # where positions are has no say: there is one of each
-        values = torch.stack([*tensors]).detach().cpu().numpy().reshape(-1, *shape)
-        view[np.asarray(starts)] = values
-        if rows.bound is None:
-            return []
-        wrong = (values < 0) | (values >= rows.bound)
-        return np.flatnonzero(wrong.reshape(len(values), -1).any(1)).tolist()
+        slots, wrong = np.asarray(starts), []
+        together = max(1, STACKED // max(1, math.prod(shape)))
+        for at in range(0, len(tensors), together):
+            part = tensors[at : at + together]
+            # where positions are has no say: there is one of each
+            values = torch.stack([*part]).detach().cpu().numpy().reshape(-1, *shape)
+            view[slots[at : at + together]] = values
+            if rows.bound is not None:
+                outside = (values < 0) | (values >= rows.bound)
+                found = np.flatnonzero(outside.reshape(len(values), -1).any(1))
+                wrong += (found + at).tolist()
+        return wrong
 
     def scalars(self, number: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of a type without dimensions."""

@@ -47,7 +47,11 @@ class Native:
         self._expand.restype = self._advance.restype = self._place.restype = None
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
-        blocks = np.array([plan.addresses for plan in plans], np.int64)
+        first = plans[0]
+        if all(plan is first for plan in plans):
+            blocks = np.tile(np.array(first.addresses, np.int64), len(plans))
+        else:
+            blocks = np.array([plan.addresses for plan in plans], np.int64)
         firsts = np.ascontiguousarray(first_calls, np.int64)
         self._place(
             table.ctypes.data,
