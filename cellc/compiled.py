@@ -458,14 +458,13 @@ class _Model:
     """A compiled model as its sessions see it."""
 
     def __init__(self, compiled: Compiled) -> None:
-        self._compiled = compiled
+        self._compiled, self.serving = compiled, compiled._serving
 
     def ticket(self, args: Any, kwargs: Any) -> Ticket:
         return self._compiled._ticket(args, kwargs)
 
     def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None:
         compiled = self._compiled
-        compiled._check_open()
         ticket = compiled._intake.again(form, tensors)
         if ticket is not None and compiled._wants is not NOTHING_WANTED:
             ticket.wish = compiled._wants.from_now()
@@ -483,10 +482,6 @@ class _Model:
 
     async def answer(self, ticket: Ticket) -> Any:
         return await self._compiled._answer(ticket)
-
-    @property
-    def serving(self) -> object:
-        return self._compiled._serving
 
     def wants(self, deadline: float | None, priority: int) -> Wants:
         return make_wants(deadline, priority, self._compiled._policy)

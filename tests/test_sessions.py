@@ -264,6 +264,8 @@ def test_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
             (engine._admission, "admit"),
             (engine.flight, "copy_in"),
             (engine.flight, "add"),
+            (engine.flight, "_keep"),
+            (engine.flight, "retire"),
         ):
             with monkeypatch.context() as patched:
                 patched.setattr(owner, name, interrupted)
