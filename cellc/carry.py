@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,9 @@ from cellc.legs import Entry, Result
 
 _MISSING: Any = object()
 
+
+Blocks: TypeAlias = tuple[torch.Tensor, ...]  # [sessions, ..] of each carried tensor
+Held: TypeAlias = "tuple[Kept, Blocks, int]"  # a session's state: a row of blocks
 
 MAX_FORMS = 64  # of steps after those of one plan
 
@@ -35,6 +38,24 @@ class Form:
     dropped: int  # plans, before it was made: after that its own may be another
 
 
+class Late(Sequence[torch.Tensor]):
+    """Tensors of a step that has a form: those given, then of each block a row, which is made a
+    tensor only where one is asked for.
+    """
+
+    __slots__ = ("blocks", "form", "given", "row")
+
+    def __init__(self, form: Form, given: Sequence[torch.Tensor], blocks: Blocks, row: int) -> None:
+        self.form, self.given, self.blocks, self.row = form, given, blocks, row
+
+    def __len__(self) -> int:
+        return len(self.form.order)
+
+    def __getitem__(self, leaf: Any) -> Any:
+        place = self.form.order[leaf] - len(self.given)
+        return self.given[place] if place < 0 else self.blocks[place][self.row]
+
+
 @dataclass(eq=False)
 class Kept:
     """Which output tensors of an entry are carried, what makes a state of copies of them, and the
@@ -44,6 +65,11 @@ class Kept:
     outputs: tuple[int, ...]
     state: Callable[[Sequence[torch.Tensor]], dict[str, Any]]
     forms: dict[Hashable, Form] = field(default_factory=dict)
+
+    def made(self, blocks: Blocks, row: int) -> tuple[list[torch.Tensor], dict[str, Any]]:
+        """Carried tensors, and the state that they make."""
+        tensors = [block[row] for block in blocks]
+        return tensors, self.state(tensors)
 
     def learn(
         self,

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from cellc.batches import Batches
-from cellc.carry import Carry, Form
+from cellc.carry import Carry, Late
 from cellc.compiler import Compiler
 from cellc.errors import (
     FORKED,
@@ -463,9 +463,9 @@ class _Model:
     def ticket(self, args: Any, kwargs: Any) -> Ticket:
         return self._compiled._ticket(args, kwargs)
 
-    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None:
+    def again(self, tensors: Late) -> Ticket | None:
         compiled = self._compiled
-        ticket = compiled._intake.again(form, tensors)
+        ticket = compiled._intake.again(tensors)
         if ticket is not None and compiled._wants is not NOTHING_WANTED:
             ticket.wish = compiled._wants.from_now()
         return ticket

@@ -16,16 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellc.carry import Carry
+from cellc.carry import Carry, Late
 from cellc.errors import distinct, twin
 from cellc.legs import Branch, Entry, Leg
 from cellc.onward import Onward
-from cellc.plan import DataRows, OutputRows
+from cellc.plan import DataRows, OutputRows, Plan
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket, out_of_range
 
 T = TypeVar("T")
+KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
 
 
 def each(work: Callable[[T], object], items: Iterable[T]) -> None:
@@ -144,8 +145,9 @@ class Flight:
         plan = tickets[0].entry.plan
         if len(tickets) > 1 and all(t.entry.plan is plan for t in tickets):
             everyone = list(range(len(tickets)))
+            written = self._write_carried(tickets, plan, bases)
             for rows in plan.data:
-                if rows.leaf >= 0:
+                if rows.leaf >= 0 and rows not in written:
                     starts = (bases[:, rows.type] + rows.start).tolist()
                     tensors = [t.tensor(rows.leaf) for t in tickets]
                     alike[rows] = (rows, everyone, starts, tensors)
@@ -164,6 +166,23 @@ class Flight:
                 starts.append(first_slots[i][rows.type] + rows.start)
                 tensors.append(ticket.tensor(rows.leaf))
         return self._write(alike.values())
+
+    def _write_carried(
+        self, tickets: Sequence[Ticket], plan: Plan, bases: npt.NDArray[np.int64]
+    ) -> Sequence[DataRows]:
+        """Copy what steps of one form have in blocks; says what of the plan's data that was."""
+        late = [t.tensors for t in tickets if isinstance(t.tensors, Late)]
+        if len(late) < len(tickets) or any(x.form is not late[0].form for x in late):
+            return []
+        written, numbers = [], [x.row for x in late]
+        for rows in plan.data:
+            place = late[0].form.order[rows.leaf] - len(late[0].given) if rows.leaf >= 0 else -1
+            if place >= 0:
+                starts = bases[:, rows.type] + rows.start
+                blocks = [x.blocks[place] for x in late]
+                if self._arenas.write_rows(rows, starts, blocks, numbers):
+                    written.append(rows)
+        return written
 
     def _write(
         self, alike: Iterable[tuple[DataRows, list[int], list[int], list[torch.Tensor]]]
@@ -271,10 +290,13 @@ class Flight:
             if kept is None:
                 continue
             rows = [entry.outputs[number] for number in kept.outputs]
+            together = self._arenas.num_alike(rows, KEPT)
             for those, bases in by_bases(members):
-                columns = [self._arenas.copies(r, bases[:, r.type]) for r in rows]
-                for ticket, tensors in zip(those, zip(*columns, strict=True), strict=True):
-                    ticket.kept = kept, tensors
+                for at in range(0, len(those), together):
+                    part = slice(at, at + together)
+                    blocks = tuple([self._arenas.block(r, bases[part, r.type]) for r in rows])
+                    for row, ticket in enumerate(those[part]):
+                        ticket.kept = kept, blocks, row
 
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from cellc.carry import Form
+from cellc.carry import Late
 from cellc.compiler import Compiler
 from cellc.copier import Copier
 from cellc.errors import CallbackWait, CellcError, GeneratorForward, ValueReadError
@@ -54,14 +54,15 @@ class Intake:
             return found
         return _new_ticket(entry, request, bound)
 
-    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None:
+    def again(self, tensors: Late) -> Ticket | None:
         """A step of a session that has a form; None where its plan may be another by now."""
+        form = tensors.form
         entry, plans = form.entry, self._compiler.plans
         if plans.dropped != form.dropped:
             return None
         self._compiler.counts["plan_hits"] += 1
         plans.used(entry)
-        return Ticket(entry, [tensors[i] for i in form.order])
+        return Ticket(entry, tensors)
 
     def _bind(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -212,7 +213,12 @@ class Intake:
 
 def owned(ticket: Ticket) -> Ticket:
     """With tensors of its own, whatever the caller does to those given."""
-    ticket.tensors = [t.detach().clone() for t in ticket.tensors]
+    late = ticket.tensors
+    if isinstance(late, Late):  # nobody writes to what is carried
+        given = [t.detach().clone() for t in late.given]
+        ticket.tensors = Late(late.form, given, late.blocks, late.row)
+    else:
+        ticket.tensors = [t.detach().clone() for t in late]
     if ticket.call is not None:
         ticket.call = Copier(lambda leaf, _: leaf.detach().clone()).call(*ticket.call)
     return ticket

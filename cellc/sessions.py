@@ -14,9 +14,7 @@ from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Protocol
 
-import torch
-
-from cellc.carry import Carry, Form, Kept, copied, form_key
+from cellc.carry import Blocks, Carry, Held, Kept, Late, copied, form_key
 from cellc.errors import RequestError, SessionBusy, SessionClosed
 from cellc.ticket import Ticket
 from cellc.wants import Wants
@@ -27,7 +25,7 @@ class Model(Protocol):
 
     def ticket(self, args: Any, kwargs: Any) -> Ticket: ...
 
-    def again(self, form: Form, tensors: Sequence[torch.Tensor]) -> Ticket | None: ...
+    def again(self, tensors: Late) -> Ticket | None: ...
 
     @property
     def dropped_plans(self) -> int: ...
@@ -123,7 +121,7 @@ class Session(Steps):
         self._model, self._carry, self._lifetime, self._ended = model, carry, lifetime, ended
         self._initial = copied(initial or {})
         self._state = self._initial
-        self._held: tuple[Kept, Sequence[torch.Tensor]] | None = None  # the state, not yet made
+        self._held: Held | None = None  # the state, not yet made
         self._lock = threading.RLock()
         self._running: Ticket | None = None  # the step that runs
         self._worker = -1  # where the state is
@@ -162,17 +160,19 @@ class Session(Steps):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         kept: Kept,
-        tensors: Sequence[torch.Tensor],
+        blocks: Blocks,
+        row: int,
     ) -> Ticket:
         """The request of a step after one whose state was kept."""
         model = self._model
         form = None if kwargs else kept.forms.get(form_key(args))
         if form is not None:
-            ticket = model.again(form, (*args, *tensors))
+            ticket = model.again(Late(form, args, blocks, row))
             if ticket is not None:
                 return ticket
         dropped = model.dropped_plans
-        ticket = model.ticket(*self._carry.call(args, kwargs, kept.state(tensors)))
+        tensors, state = kept.made(blocks, row)
+        ticket = model.ticket(*self._carry.call(args, kwargs, state))
         if not kwargs and ticket.call is None and ticket.draws is None:
             kept.learn(args, tensors, ticket.entry, ticket.tensors, dropped)
         return ticket
@@ -232,7 +232,7 @@ class Session(Steps):
         with self._lock:
             self.check()
             state, held = self._state, self._held
-        return copied(state if held is None else held[0].state(held[1]))
+        return copied(state if held is None else held[0].made(*held[1:])[1])
 
     @property
     def closed(self) -> bool:

@@ -15,15 +15,15 @@ import numpy.typing as npt
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
+from cellc.layout import arrange, as_block, as_rows, outside, ranges
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range
+from cellc.plan import DataRows, OutputRows, Plan, Tables
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
-KEPT = 1 << 16  # bytes of tensors that sessions keep, in one piece of memory
 STACKED = 1 << 14  # elements at once: of more, torch wakes threads that spin in our kernels' way
 FEW = 16  # tensors that are copied one by one
 
@@ -184,21 +184,21 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         type = self._types[rows.type]
         if len(tensors) > FEW and self._views[rows.type] is not None and rows.count == 1:
             return self._write_together(rows, starts, tensors)
-        flat = [_as_rows(t, rows.row_dims, type.shape) for t in tensors]
+        flat = [as_rows(t, rows.row_dims, type.shape) for t in tensors]
         view = self._views[rows.type]
         if view is None or not all(t.is_cpu for t in flat):
-            slots = torch.from_numpy(_ranges(starts, flat)).to(self._device)
+            slots = torch.from_numpy(ranges(starts, flat)).to(self._device)
             joined = torch.cat(flat).detach()
             self._tensors[type].index_copy_(0, slots, joined.to(self._device))
-            return [] if rows.bound is None else _outside([joined.cpu().numpy()], flat, rows.bound)
+            return [] if rows.bound is None else outside([joined.cpu().numpy()], flat, rows.bound)
         if len(flat) <= FEW or type.nbytes * len(flat[0]) > SMALL_DATA:
             arrays = [t.detach().numpy() for t in flat]
             for start, part in zip(starts, arrays, strict=True):
                 view[start : start + len(part)] = part
         else:
             arrays = [torch.cat(flat).detach().numpy()]
-            view[_ranges(starts, flat)] = arrays[0]
-        return [] if rows.bound is None else _outside(arrays, flat, rows.bound)
+            view[ranges(starts, flat)] = arrays[0]
+        return [] if rows.bound is None else outside(arrays, flat, rows.bound)
 
     def _write_together(
         self, rows: DataRows, starts: Sequence[int], tensors: Sequence[torch.Tensor]
@@ -256,7 +256,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]
-                out[i] = _arrange(flat.clone(), rows, 1)[0]
+                out[i] = arrange(flat.clone(), rows, 1)[0]
             else:
                 out[i] = self._gather([(rows, base)])[0]
         for members in small.values():
@@ -266,16 +266,46 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def read_alike(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
         """The same returned tensor of several requests, whose regions begin at `bases`."""
-        if len(rows.slots) * self._types[rows.type].nbytes > SMALL_OUTPUT:
+        if self._bytes(rows) > SMALL_OUTPUT:
             return self.read([(rows, base) for base in bases.tolist()])
         slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
         return self._arranged(rows, slots, len(bases))
 
-    def copies(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
-        """`read_alike` for long: none shares memory with more than KEPT bytes of others."""
-        together = max(1, KEPT // max(1, len(rows.slots) * self._types[rows.type].nbytes))
-        parts = [bases[at : at + together] for at in range(0, len(bases), together)]
-        return [tensor for part in parts for tensor in self.read_alike(rows, part)]
+    def block(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> torch.Tensor:
+        """`read_alike` as one tensor, [requests, ..]."""
+        slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
+        return as_block(self._taken(rows.type, slots), rows, len(bases))
+
+    def num_alike(self, outputs: Sequence[OutputRows], nbytes: int) -> int:
+        """Of how many requests these outputs take so many bytes each."""
+        return max(1, min(nbytes // max(1, self._bytes(rows)) for rows in outputs))
+
+    def _bytes(self, rows: OutputRows) -> int:
+        return len(rows.slots) * self._types[rows.type].nbytes
+
+    def write_rows(
+        self,
+        rows: DataRows,
+        starts: npt.NDArray[np.int64],
+        blocks: Sequence[torch.Tensor],
+        numbers: Sequence[int],
+    ) -> bool:
+        """`write` of tensors that are rows of blocks, of which many share one; False where that is
+        not to be had so.
+        """
+        members: dict[int, list[int]] = {}
+        for k, block in enumerate(blocks):
+            members.setdefault(id(block), []).append(k)
+        view = self._views[rows.type]
+        if view is None or rows.count != 1 or rows.bound is not None:
+            return False
+        if len(members) * FEW > len(blocks) + FEW:
+            return False
+        shape = self._types[rows.type].shape
+        for those in members.values():
+            values = blocks[those[0]].numpy().reshape(-1, *shape)
+            view[starts[those]] = values[[numbers[k] for k in those]]
+        return True
 
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""
@@ -295,7 +325,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self, rows: OutputRows, slots: npt.NDArray[np.int64], count: int
     ) -> Sequence[torch.Tensor]:
         """Rows at `slots` as `count` tensors like one."""
-        return _arrange(self._taken(rows.type, slots), rows, count)
+        return arrange(self._taken(rows.type, slots), rows, count)
 
     def _taken(self, number: int, slots: npt.NDArray[np.int64]) -> torch.Tensor:
         """A copy of rows of a type."""
@@ -334,42 +364,3 @@ def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
         rooms = plan.rooms
         table[row, : len(rooms)] = rooms
     return table[number]
-
-
-def _as_rows(
-    tensor: torch.Tensor, row_dims: tuple[bool, ...], shape: tuple[int, ...]
-) -> torch.Tensor:
-    """[rows, *shape]: positions flattened, in row-major order."""
-    if any(row_dims) and not all(row_dims):
-        order = [i for i, r in enumerate(row_dims) if not r]
-        order += [i for i, r in enumerate(row_dims) if r]
-        if order != sorted(order):
-            tensor = tensor.permute(order)
-    if tensor.dim() == 1 + len(shape) and not all(row_dims):
-        return tensor
-    count = math.prod(n for n, r in zip(tensor.shape, sorted(row_dims), strict=True) if not r)
-    return tensor.reshape(count, *shape)
-
-
-def _ranges(starts: Sequence[int], flat: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
-    return ragged_range(np.asarray(starts), np.array([len(part) for part in flat]))
-
-
-def _outside(
-    arrays: Sequence[npt.NDArray[Any]], flat: Sequence[torch.Tensor], bound: int
-) -> list[int]:
-    """Which tensors hold an index outside [0, bound); `arrays` are what they hold."""
-    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    if not values.size or values.view(f"u{values.dtype.itemsize}").max() < bound:
-        return []
-    return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
-
-
-def _arrange(flat: torch.Tensor, rows: OutputRows, count: int) -> Sequence[torch.Tensor]:
-    """[count * positions flattened, *row] as tensors with dimensions in the model's order."""
-    if count == 1 and rows.order is None:
-        return (flat.view((*rows.positions, *flat.shape[1:])),)
-    shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
-    if rows.order is not None:
-        shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()
-    return shaped.unbind(0)

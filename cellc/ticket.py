@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cellc.carry import Carry, Kept
+from cellc.carry import Carry, Held
 from cellc.cells import Cell
 from cellc.errors import RequestError
 from cellc.forests import DRAWN
@@ -55,7 +55,7 @@ class Ticket:
     collects: bool = True  # the pieces are the result, as a list
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
     carry: Carry | None = None  # what of its result a session keeps
-    kept: tuple[Kept, Sequence[torch.Tensor]] | None = None  # copies of that, made with others'
+    kept: Held | None = None  # that, copied with others'
     dropped: bool = False  # nobody wants it any more
     trial: bool = False  # a comparison with the model, which nobody asked for
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end

@@ -12,8 +12,7 @@ from torch.utils import _pytree as pytree
 
 import cellc
 from cellc.carry import MAX_FORMS
-from cellc.flight import by_bases
-from cellc.state import KEPT
+from cellc.flight import KEPT, by_bases
 from cellc.ticket import Ticket
 
 H = 4

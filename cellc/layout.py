@@ -1,0 +1,61 @@
+"""Layout: tensors of requests as rows of an arena, and rows as returned tensors.
+
+Duty: which of a tensor's dimensions are positions and which a row's, both ways; used by
+`cellc.state`, which copies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from cellc.plan import OutputRows, ragged_range
+
+
+def as_rows(
+    tensor: torch.Tensor, row_dims: tuple[bool, ...], shape: tuple[int, ...]
+) -> torch.Tensor:
+    """[rows, *shape]: positions flattened, in row-major order."""
+    if any(row_dims) and not all(row_dims):
+        order = [i for i, r in enumerate(row_dims) if not r]
+        order += [i for i, r in enumerate(row_dims) if r]
+        if order != sorted(order):
+            tensor = tensor.permute(order)
+    if tensor.dim() == 1 + len(shape) and not all(row_dims):
+        return tensor
+    count = math.prod(n for n, r in zip(tensor.shape, sorted(row_dims), strict=True) if not r)
+    return tensor.reshape(count, *shape)
+
+
+def ranges(starts: Sequence[int], flat: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
+    return ragged_range(np.asarray(starts), np.array([len(part) for part in flat]))
+
+
+def outside(
+    arrays: Sequence[npt.NDArray[Any]], flat: Sequence[torch.Tensor], bound: int
+) -> list[int]:
+    """Which tensors hold an index outside [0, bound); `arrays` are what they hold."""
+    values = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+    if not values.size or values.view(f"u{values.dtype.itemsize}").max() < bound:
+        return []
+    return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
+
+
+def arrange(flat: torch.Tensor, rows: OutputRows, count: int) -> Sequence[torch.Tensor]:
+    """[count * positions flattened, *row] as tensors with dimensions in the model's order."""
+    if count == 1 and rows.order is None:
+        return (flat.view((*rows.positions, *flat.shape[1:])),)
+    return as_block(flat, rows, count).unbind(0)
+
+
+def as_block(flat: torch.Tensor, rows: OutputRows, count: int) -> torch.Tensor:
+    """The same as one tensor, [count, ..]."""
+    shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
+    if rows.order is not None:
+        shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()
+    return shaped
