@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 from torch.utils import _pytree as pytree
@@ -33,7 +33,7 @@ MAX_FORMS = 64  # of steps after those of one plan
 class Form:
     """Steps that share a plan: the order of all tensors, those given first, in the request."""
 
-    entry: Entry
+    entry: ReferenceType[Entry]  # whose results have such a state: it knows of the form
     order: tuple[int, ...]
     dropped: int  # plans, before it was made: after that its own may be another
 
@@ -89,7 +89,7 @@ class Kept:
             return
         if len(self.forms) >= MAX_FORMS:
             self.forms.clear()
-        self.forms[key] = Form(entry, order, dropped)
+        self.forms[key] = Form(ref(entry), order, dropped)
 
 
 def form_key(given: Sequence[Any]) -> Hashable:
@@ -155,6 +155,8 @@ class Carry:
         return self._kept[entry]
 
     def _find(self, result: Result) -> Kept | None:
+        if not result.returned:
+            return None
         places = [_Place(number if kind == "t" else None) for kind, number in result.returned]
         form = pytree.tree_unflatten(places, result.spec) if result.spec is not None else places[0]
         try:

@@ -283,7 +283,7 @@ class Flight:
         """
         alike: dict[tuple[Entry, Carry], list[Ticket]] = {}
         for ticket in tickets:
-            if ticket.carry is not None:
+            if ticket.carry is not None and not ticket.streams:
                 alike.setdefault((ticket.entry, ticket.carry), []).append(ticket)
         for (entry, carry), members in alike.items():
             kept = carry.kept(entry) if len(members) > 1 else None

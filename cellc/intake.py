@@ -57,8 +57,8 @@ class Intake:
     def again(self, tensors: Late) -> Ticket | None:
         """A step of a session that has a form; None where its plan may be another by now."""
         form = tensors.form
-        entry, plans = form.entry, self._compiler.plans
-        if plans.dropped != form.dropped:
+        entry, plans = form.entry(), self._compiler.plans
+        if entry is None or plans.dropped != form.dropped:
             return None
         self._compiler.counts["plan_hits"] += 1
         plans.used(entry)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, NamedTuple
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -127,11 +129,33 @@ def test_plans_that_are_dropped_are_made_again() -> None:
             compiled.step_all([(s, (x,)) for s in opened])
         states = [s.state["state"] for s in opened]
         traced = compiled.stats()["plans_traced"]
+        entries = [ref(entry) for entry in compiled._compiler.plans.values()]
         compiled._compiler.plans.forget()
         results = compiled.step_all([(s, (x,)) for s in opened])
         assert compiled.stats()["plans_traced"] > traced
         for got, state in zip(results, states, strict=True):
             torch.testing.assert_close(got, model(x, state))
+        gc.collect()
+        assert entries and not any(entry() for entry in entries)
+
+
+class Yielding(Cell):
+    def forward(self, x: Tensor, state: Any) -> Any:
+        h, c = self.cell(x, state)
+        yield h * 2
+        yield h, c
+
+
+def test_pieces_that_are_carried() -> None:
+    model = make(Yielding)
+    with cellc.compile(model, carry={"state": "1"}, backend="eager") as compiled:
+        states: list[Any] = [STATES["tuple"](i) for i in range(4)]
+        opened = [compiled.session({"state": state}) for state in states]
+        for x in torch.randn(4, 3):
+            for i, got in enumerate(compiled.step_all([(s, (x,)) for s in opened])):
+                want = list(model(x, states[i]))
+                torch.testing.assert_close(got, want)
+                states[i] = want[1]
 
 
 def test_one_tensor_given_twice_is_no_form_of_two() -> None:
