@@ -128,13 +128,18 @@ def test_plans_that_are_dropped_are_made_again() -> None:
         for _ in range(3):
             compiled.step_all([(s, (x,)) for s in opened])
         states = [s.state["state"] for s in opened]
-        traced = compiled.stats()["plans_traced"]
-        entries = [ref(entry) for entry in compiled._compiler.plans.values()]
+        traced, old = compiled.stats()["plans_traced"], list(compiled._compiler.plans.values())
         compiled._compiler.plans.forget()
         results = compiled.step_all([(s, (x,)) for s in opened])
-        assert compiled.stats()["plans_traced"] > traced
+        assert old and compiled.stats()["plans_traced"] > traced
         for got, state in zip(results, states, strict=True):
             torch.testing.assert_close(got, model(x, state))
+        compiled.step_all([(s, (x,)) for s in opened])
+        entries = [ref(entry) for entry in compiled._compiler.plans.values()]
+        compiled._compiler.plans.forget()
+        for session in opened:
+            session.reset()
+            session.step(x)
         gc.collect()
         assert entries and not any(entry() for entry in entries)
 
