@@ -293,12 +293,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """`write` of tensors that are rows of blocks, of which many share one; False where that is
         not to be had so.
         """
-        members: dict[int, list[int]] = {}
-        for k, block in enumerate(blocks):
-            members.setdefault(id(block), []).append(k)
         view = self._views[rows.type]
         if view is None or rows.count != 1 or rows.bound is not None:
             return False
+        members: dict[int, list[int]] = {}
+        for k, block in enumerate(blocks):
+            members.setdefault(id(block), []).append(k)
         if len(members) * FEW > len(blocks) + FEW:
             return False
         shape = self._types[rows.type].shape
@@ -357,10 +357,11 @@ def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
     """How many slots of each row type every request needs, as size classes; later types are unknown
     to older plans.
     """
-    rows: dict[int, int] = {}
-    number = [rows.setdefault(id(plan), len(rows)) for plan in plans]
-    table = np.zeros((len(rows), types), np.int64)
-    for plan, row in {id(p): (p, r) for p, r in zip(plans, number, strict=True)}.values():
-        rooms = plan.rooms
-        table[row, : len(rooms)] = rooms
-    return table[number]
+    distinct = {id(plan): plan for plan in plans}
+    table = np.zeros((len(distinct), types), np.int64)
+    for row, plan in zip(table, distinct.values(), strict=True):
+        row[: len(plan.rooms)] = plan.rooms
+    if len(distinct) == 1:
+        return table.repeat(len(plans), 0)
+    rows = {key: row for row, key in enumerate(distinct)}
+    return table[[rows[id(plan)] for plan in plans]]
