@@ -108,10 +108,18 @@ def test_steps_like_others_before_are_not_looked_up(monkeypatch: pytest.MonkeyPa
         def never(*_: Any) -> Any:
             raise AssertionError("a step was flattened")
 
+        copies, write_rows = [], compiled._engine._arenas.write_rows
+
+        def noted(*args: Any) -> bool:
+            copies.append(write_rows(*args))
+            return copies[-1]
+
         x = torch.randn(3)
         with monkeypatch.context() as patched:
             patched.setattr(compiled._intake, "ticket", never)
+            patched.setattr(compiled._engine._arenas, "write_rows", noted)
             results = compiled.step_all([(s, (x,)) for s in opened])
+        assert copies == [True, True]  # h and c, each of all sessions at once
         for got, state in zip(results, states, strict=True):
             torch.testing.assert_close(got, model(x, state))
         assert compiled.stats()["plan_hits"] == hits + 3
