@@ -24,7 +24,7 @@ FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
 SMALL_DATA = 1 << 12  # bytes of a request's tensor
-STACKED = 1 << 14  # elements at once: of more, torch wakes threads that spin in our kernels' way
+STACKED = 1 << 14  # elements at once: they stay in cache, and torch leaves its threads asleep
 FEW = 16  # tensors that are copied one by one
 
 
