@@ -145,12 +145,13 @@ class Flight:
         plan = tickets[0].entry.plan
         if len(tickets) > 1 and all(t.entry.plan is plan for t in tickets):
             everyone = list(range(len(tickets)))
-            written = self._write_carried(tickets, plan, bases)
+            written, others = self._write_carried(tickets, plan, bases)
             for rows in plan.data:
-                if rows.leaf >= 0 and rows not in written:
-                    starts = (bases[:, rows.type] + rows.start).tolist()
-                    tensors = [t.tensor(rows.leaf) for t in tickets]
-                    alike[rows] = (rows, everyone, starts, tensors)
+                members = others if rows in written else everyone
+                if rows.leaf >= 0 and members:
+                    starts = (bases[members, rows.type] + rows.start).tolist()
+                    tensors = [tickets[i].tensor(rows.leaf) for i in members]
+                    alike[rows] = (rows, members, starts, tensors)
             return self._write(alike.values())
         first_slots = bases.tolist()
         for i, ticket in enumerate(tickets):
@@ -169,20 +170,26 @@ class Flight:
 
     def _write_carried(
         self, tickets: Sequence[Ticket], plan: Plan, bases: npt.NDArray[np.int64]
-    ) -> Sequence[DataRows]:
-        """Copy what steps of one form have in blocks; says what of the plan's data that was."""
-        late = [t.tensors for t in tickets if isinstance(t.tensors, Late)]
-        if len(late) < len(tickets) or any(x.form is not late[0].form for x in late):
-            return []
-        written, numbers = [], [x.row for x in late]
+    ) -> tuple[Sequence[DataRows], list[int]]:
+        """Copy what steps of one form have in blocks: what of the plan's data that was, and the
+        positions of tickets of which it is still to be copied.
+        """
+        late = {i: t.tensors for i, t in enumerate(tickets) if isinstance(t.tensors, Late)}
+        form = next((x.form for x in late.values()), None)
+        alike = {i: x for i, x in late.items() if x.form is form}
+        written: list[DataRows] = []
+        if form is None:
+            return written, []
+        numbers, members = [x.row for x in alike.values()], list(alike)
+        given = len(form.order) - len(next(iter(alike.values())).blocks)
         for rows in plan.data:
-            place = late[0].form.order[rows.leaf] - len(late[0].given) if rows.leaf >= 0 else -1
+            place = form.order[rows.leaf] - given if rows.leaf >= 0 else -1
             if place >= 0:
-                starts = bases[:, rows.type] + rows.start
-                blocks = [x.blocks[place] for x in late]
+                starts = bases[members, rows.type] + rows.start
+                blocks = [x.blocks[place] for x in alike.values()]
                 if self._arenas.write_rows(rows, starts, blocks, numbers):
                     written.append(rows)
-        return written
+        return written, [i for i in range(len(tickets)) if i not in alike]
 
     def _write(
         self, alike: Iterable[tuple[DataRows, list[int], list[int], list[torch.Tensor]]]

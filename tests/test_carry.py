@@ -122,7 +122,17 @@ def test_steps_like_others_before_are_not_looked_up(monkeypatch: pytest.MonkeyPa
         assert copies == [True, True]  # h and c, each of all sessions at once
         for got, state in zip(results, states, strict=True):
             torch.testing.assert_close(got, model(x, state))
-        assert compiled.stats()["plan_hits"] == hits + 3
+        news = compiled.session({"state": start(7)})  # has a state of its own, copied by itself
+        states = [s.state["state"] for s in opened]
+        copies.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(compiled._engine._arenas, "write_rows", noted)
+            results = compiled.step_all([(s, (x,)) for s in (opened[0], news, *opened[1:])])
+        assert copies == [True, True]
+        states.insert(1, start(7))
+        for got, state in zip(results, states, strict=True):
+            torch.testing.assert_close(got, model(x, state))
+        assert compiled.stats()["plan_hits"] == hits + 7
         with pytest.raises(cellc.CellcError):
             compiled.step_all([(opened[0], (torch.ones(5),))])
         wide = compiled.step_all([(opened[0], (x.double(),))], return_exceptions=True)[0]
