@@ -465,6 +465,7 @@ class _Model:
 
     def again(self, tensors: Late) -> Ticket | None:
         compiled = self._compiled
+        compiled._check_open()
         ticket = compiled._intake.again(tensors)
         if ticket is not None and compiled._wants is not NOTHING_WANTED:
             ticket.wish = compiled._wants.from_now()

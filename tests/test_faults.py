@@ -414,6 +414,15 @@ def test_a_forked_child(model: nn.Module, held: bool, workers: int) -> None:
     compiled = cellc.compile(model, backend="eager", options={"workers": workers})
     stream = cellc.compile(lambda x: (yield x), backend="eager")
     pieces = stream.stream(torch.randn(3))
+    listener = cellc.compile(
+        lambda x, state: (x + state, state + 1),
+        carry={"state": "1"},
+        backend="eager",
+        options={"workers": workers},
+    )
+    opened = [listener.session({"state": torch.zeros(3)}) for _ in range(2)]
+    for _ in range(2):  # the second time as a step like those before
+        listener.step_all([(session, torch.randn(3)) for session in opened])
     compiled.map(requests())
     future = compiled.submit(torch.randn(3, 4))
     future.result(30)
@@ -425,6 +434,8 @@ def test_a_forked_child(model: nn.Module, held: bool, workers: int) -> None:
             lambda: compiled.map([x]),
             lambda: compiled.submit(x),
             lambda: next(pieces),
+            lambda: opened[0].step(torch.randn(3)),
+            lambda: listener.step_all([(session, torch.randn(3)) for session in opened]),
             compiled.refresh,
             compiled.profile().__enter__,
         ):
@@ -446,15 +457,17 @@ def test_a_forked_child(model: nn.Module, held: bool, workers: int) -> None:
     if held:
         locks.enter_context(compiled._engine._loop)
         locks.enter_context(stream._engine._loop)
-        if isinstance(compiled._serving, Workers):
-            locks.enter_context(compiled._serving._pool.lock)
+        locks.enter_context(listener._engine._loop)
+        for serving in (compiled._serving, listener._serving):
+            if isinstance(serving, Workers):
+                locks.enter_context(serving._pool.lock)
     with locks:
         assert in_fork(refused) == 0
         assert in_fork(again) == 0
     check(compiled, model)
     assert len(list(pieces)) == 1
-    compiled.close()
-    stream.close()
+    for one in (compiled, stream, listener):
+        one.close()
 
 
 def _child(model: nn.Module, x: Tensor, answers: Any) -> None:
