@@ -109,8 +109,10 @@ class Admission:
 
     # -- into flight --
 
-    def admit(self, now: float) -> None:
-        """Give waiting requests regions, copy their data in, tell the scheduler of their calls."""
+    def admit(self, now: float, most: int = MAX_LIVE) -> None:
+        """Give waiting requests, so many at most, regions, copy their data in, tell the scheduler
+        of their calls.
+        """
         if self.deadlines is not None:
             self._triage(self.deadlines, now)
         if not self.inbox:
@@ -118,7 +120,7 @@ class Admission:
         tickets: list[Ticket] = []
         self._entering = tickets
         with self._guard:
-            broken = self._take(tickets)
+            broken = self._take(tickets, most)
         self._flight.fail_waiting(broken)
         self.note_begun(tickets)
         if log.enabled("schedule", more=True) and (tickets or broken):
@@ -144,14 +146,14 @@ class Admission:
             self.inbox, late = deadlines.triage(self.inbox, MAX_LIVE - len(self._flight.live))
         self._flight.fail_waiting(late)
 
-    def _take(self, tickets: list[Ticket]) -> list[tuple[Ticket, Exception]]:
+    def _take(self, tickets: list[Ticket], most: int) -> list[tuple[Ticket, Exception]]:
         """Move requests that there is room for from the inbox to `tickets`; those that can never
         run, with why.
         """
         prepared: dict[Entry, int] = {}  # bytes of each
         broken: list[tuple[Ticket, Exception]] = []
         flight = self._flight
-        room = MAX_LIVE - len(flight.live)
+        room = min(most, MAX_LIVE - len(flight.live))
         if self.deadlines is not None:
             room = min(room, self.deadlines.following)
         while self.inbox and len(tickets) < room:

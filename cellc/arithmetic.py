@@ -31,6 +31,7 @@ from cellc.plan import (
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
+RUNNING = SCHEDULED + 1  # that has not ended
 
 _NONE = np.zeros(0, np.int32)
 

@@ -28,11 +28,12 @@ from cellc.errors import FORKED, CallbackWait, ClosedError, WorkerError
 from cellc.flight import Flight, each
 from cellc.kernels.native import find_arithmetic
 from cellc.launch import EVERYBODY, Crew
-from cellc.launcher import Launcher
+from cellc.launcher import Launcher, Running
 from cellc.legs import Leg
 from cellc.limits import Limits
 from cellc.moves import Moves
 from cellc.onward import Onward
+from cellc.pacing import ADMITTED, MAX_LIVE
 from cellc.policies import Policy
 from cellc.replay import Replays
 from cellc.replica import Learned
@@ -87,6 +88,8 @@ class Engine:
         self._background: threading.Thread | None = None
         self._closing = self._leaving = False
         self._dropped: deque[Ticket] = deque()  # to be cancelled
+        self._running: Running | None = None  # the launch that has not been completed
+        self._arenas.settle = self.launcher.settle
 
     # -- what callers use --
 
@@ -119,7 +122,7 @@ class Engine:
                     while not done():
                         self.step()
                 finally:
-                    self._loop.release()
+                    self._leave_loop()
                     self._hand_over()
             else:
                 with self._guard:
@@ -162,6 +165,7 @@ class Engine:
             self._dropped.extend(tickets)  # in a callback: at the next turn
             return
         with self._loop:
+            self._guarded(self._land)
             self._forget(tickets)
 
     def _forget(self, tickets: Sequence[Ticket]) -> None:
@@ -186,6 +190,7 @@ class Engine:
         """Cancel what was dropped, unless a thread runs the loop: it does that."""
         while self._dropped and self._loop.acquire(blocking=False):
             try:
+                self._guarded(self._land)
                 self._forget(self._take_dropped())
             finally:
                 self._loop.release()
@@ -254,6 +259,7 @@ class Engine:
         with self._loop:
             self._background = threading.current_thread()
             self.step()
+            self._guarded(self._land)
         self._hand_over()
 
     @property
@@ -322,7 +328,7 @@ class Engine:
                 while (self._inbox or self.flight.live) and not self._leaving:
                     self.step()
             finally:
-                self._loop.release()
+                self._leave_loop()
                 self._hand_over()
         return not self._leaving
 
@@ -335,6 +341,13 @@ class Engine:
     def working(self) -> bool:
         """Are there requests that are not done?"""
         return bool(self._inbox or self.flight.live)
+
+    def _leave_loop(self) -> None:
+        try:
+            if self._running is not None:
+                self._guarded(self._land)
+        finally:
+            self._loop.release()
 
     def _hand_over(self) -> None:
         """The loop is free: wake whoever waits for it or for results."""
@@ -370,39 +383,13 @@ class Engine:
     # -- the loop --
 
     def step(self) -> None:
-        """One turn of the loop; the caller holds the loop."""
-        start, kernels = time.perf_counter(), self.counters.seconds
+        """One turn of the loop, after which a launch may still run; the caller holds the loop."""
+        self._guarded(self._step)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
         self._stepping = threading.get_ident()
         try:
-            timeline = self.counters.timeline
-            if timeline is not None:
-                timeline.begin_turn(len(self._inbox), len(self.flight.live))
-            if self._dropped:
-                self._forget(self._take_dropped())
-            self._admission.admit(start)
-            if self._timeout is not None and start - self._looked > 0.01:
-                self._looked = start
-                self._admission.expire(start, self._timeout)
-            if timeline is not None:
-                timeline.phase("admit")
-            following = self.launcher.next(
-                joined=bool(self.flight.futures), waited=bool(self._waiting)
-            )
-            if timeline is not None:
-                timeline.phase("schedule")
-            if following is None:
-                return
-            batch, launch = following
-            failed = self.launcher.run(batch, launch)
-            if timeline is not None:
-                timeline.phase("launch")
-            finished = self._complete(batch, failed)
-            if timeline is not None:
-                timeline.phase("complete")
-            self.flight.deliver(finished)
-            if timeline is not None:
-                timeline.phase("deliver")
-            self.launcher.note_host(time.perf_counter() - start - (self.counters.seconds - kernels))
+            work()
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
             self._fail_all(error)
         except BaseException as error:  # this thread is interrupted, or ends
@@ -410,6 +397,59 @@ class Engine:
             raise
         finally:
             self.flight.leaving, self._stepping = (), 0
+
+    def _step(self) -> None:
+        launcher = self.launcher
+        start, blocked = time.perf_counter(), launcher.blocked
+        if self.counters.timeline is not None:
+            self.counters.timeline.begin_turn(len(self._inbox), len(self.flight.live))
+        if self._dropped:
+            self._land()
+            self._forget(self._take_dropped())
+        beside = self._scheduler.urgency is None and launcher.concurrent
+        self._admission.admit(start, ADMITTED if beside else MAX_LIVE)
+        if self._timeout is not None and start - self._looked > 0.01:
+            self._looked = start
+            self._land()
+            self._admission.expire(start, self._timeout)
+        self._mark("admit")
+        if self._running is not None and not launcher.worth_beside():
+            self._land()  # more may be ready then
+        following = launcher.next(
+            joined=bool(self.flight.futures), waited=bool(self._waiting), beside=beside
+        )
+        self._mark("schedule")
+        before = self._running
+        if following is None:
+            self._land()
+        else:
+            launcher.settle()
+            self._running = launcher.begin(*following, beside=beside)
+            self._mark("launch")
+            if before is not None:
+                self._end(before)
+            if not launcher.busy:
+                self._land()
+        launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
+
+    def _land(self) -> None:
+        """End the launch that runs, if one does."""
+        running, self._running = self._running, None
+        if running is not None:
+            self.launcher.settle()
+            self._mark("launch")
+            self._end(running)
+
+    def _end(self, running: Running) -> None:
+        """A launch has run: complete what it ends, deliver."""
+        finished = self._complete(running.batch, self.launcher.end(running))
+        self._mark("complete")
+        self.flight.deliver(finished)
+        self._mark("deliver")
+
+    def _mark(self, phase: str) -> None:
+        if self.counters.timeline is not None:
+            self.counters.timeline.phase(phase)
 
     def recover(self, error: BaseException) -> None:
         """The background thread met what it should not: requests in flight fail with that."""
@@ -424,6 +464,8 @@ class Engine:
         """A turn was left midway: requests in flight begin again, from their data, or fail with a
         cause.
         """
+        self.launcher.settle()
+        self._running = None
         with self._guard:
             again = self._admission.in_flight()
             for known in (self.flight, self._onward, self._scheduler, self._arenas):
@@ -445,6 +487,8 @@ class Engine:
             each(self.flight.answer, [t for t in self.flight.leaving if t.done])
 
     def _fail_all(self, error: Exception) -> None:
+        self.launcher.settle()
+        self._running = None
         try:
             self.flight.fail([(ticket, error) for ticket in self.flight.live.values()])
         except Exception:  # what is known of them is broken, too
@@ -452,6 +496,7 @@ class Engine:
 
     def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
         if failed:
+            self.launcher.settle()  # which may hold rows of these, too
             known = [(self.flight.live.get(number), error) for number, error in failed.items()]
             self.flight.fail([(ticket, error) for ticket, error in known if ticket is not None])
         finished = [self.flight.live[n] for n in batch.finished if n in self.flight.live]

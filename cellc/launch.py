@@ -84,6 +84,27 @@ class Bindable(Protocol):
     ) -> Callable[[], Sequence[int]]: ...
 
 
+class Prepared(Protocol):
+    """A launch that other threads may run while the caller does something else: begun, then ended,
+    as often as wanted. Meanwhile its rows belong to it, and no arena may grow.
+    """
+
+    def begin(self) -> None: ...
+
+    def end(self) -> tuple[Sequence[int], float]:
+        """Run what is left of it; (invalid rows, seconds since it began). Nothing, if it did not
+        begin.
+        """
+        ...
+
+
+@runtime_checkable
+class Concurrent(Protocol):
+    """A kernel of such launches."""
+
+    def prepare(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Prepared: ...
+
+
 class Backend(Protocol):
     """Makes kernels. `params` maps a cell's parameter names to tensors on the backend's device,
     contiguous.

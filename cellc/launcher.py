@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,10 +18,10 @@ import torch
 
 from cellc import log, pacing
 from cellc.costs import GUESS, Costs
-from cellc.launch import EVERYBODY, Crew, Launch, Ragged
-from cellc.machines import place
+from cellc.launch import EVERYBODY, Crew, Kernel, Launch, Prepared, Ragged
+from cellc.machines import num_threads, place
 from cellc.onward import Onward
-from cellc.pacing import SHARED, SMOOTH
+from cellc.pacing import ROWS_BESIDE, SHARED, SMOOTH
 from cellc.plan import ragged_range
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
@@ -32,8 +33,23 @@ TIMED = 4  # launches of one size that are waited for where a device runs them b
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
 
 
+@dataclass
+class Running:
+    """A launch that runs, or ran."""
+
+    batch: Batch
+    launch: Launch
+    start: float
+    prepared: Prepared | None = None  # while it runs beside the caller
+    invalid: Sequence[int] = ()
+    seconds: float = 0.0
+    error: Exception | None = None
+
+
 class Launcher:
-    """See the module."""
+    """See the module. `running`: the last launch. `blocked`: seconds that callers waited for
+    kernels.
+    """
 
     def __init__(
         self,
@@ -47,7 +63,9 @@ class Launcher:
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._onward, self._counters, self._crew = onward, counters, crew
-        self._max_batch = max_batch
+        self._max_batch, self.blocked = max_batch, 0.0
+        self.running: Running | None = None
+        self._answering: set[int] = set()  # cells that answer requests
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._wait: Callable[[], None] | None = None  # for launches that were only submitted
         if compiler.device.type == "cuda":
@@ -58,12 +76,14 @@ class Launcher:
         self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
 
-    def next(self, *, joined: bool, waited: bool) -> tuple[Batch, Launch] | None:
+    def next(
+        self, *, joined: bool, waited: bool, beside: bool = False
+    ) -> tuple[Batch, Launch] | None:
         """The next launch; None when nothing is ready. `joined`: requests may come that nobody
-        blocks on; `waited`: somebody waits for the loop.
+        blocks on; `waited`: somebody waits for the loop; `beside`: it may run beside the host.
         """
         begin = time.perf_counter()
-        batch = self.schedule(joined=joined, waited=waited)
+        batch = self.schedule(joined=joined, waited=waited, beside=beside)
         if batch is None:
             return None
         launch = self.tables(batch)
@@ -79,18 +99,29 @@ class Launcher:
         """What a turn cost, kernels aside."""
         self._host_seconds = pacing.averaged(self._host_seconds, seconds)
 
-    def schedule(self, *, joined: bool, waited: bool) -> Batch | None:
+    def schedule(self, *, joined: bool, waited: bool, beside: bool = False) -> Batch | None:
         self._scheduler.turn.patience = pacing.patience(joined=joined)
         self._scheduler.max_batch = self._max_batch or pacing.most_rows(joined=joined)
         chosen = self._scheduler.peek()
         if chosen is None:
             return None
         cell, rows = chosen
+        if beside and not self.busy and cell in self._answering and rows >= 2 * ROWS_BESIDE:
+            rows = (rows + 1) // 2  # the answers of one half are read while the other runs
+            self._scheduler.max_batch = rows
         seconds = self.step_seconds(cell, rows)
         steps = pacing.num_steps(seconds, self._host_seconds, shared=joined or waited)
         if self._compiler.paths.on:
             steps = min(steps, self.ahead(seconds))
-        return self._scheduler.next(steps)
+        batch = self._scheduler.next(steps, hold=beside)
+        if batch is not None and len(batch.events):
+            self._answering.add(cell)
+        return batch
+
+    def worth_beside(self) -> bool:
+        """Would the next launch keep the machine busy while the host does its part?"""
+        chosen = self._scheduler.peek()
+        return chosen is not None and self.step_seconds(*chosen) >= 0.5 * self._host_seconds
 
     def step_seconds(self, cell: int, rows: int) -> float:
         """Of a step: measured, before the first launch by a curve or a guess."""
@@ -132,39 +163,92 @@ class Launcher:
 
     def run(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
         """Run a batch; returns the requests that failed, with why."""
-        start = time.perf_counter()
-        wait = self._wait
-        if wait is not None and self._timed[_size(batch)] >= TIMED:
-            wait = None
+        return self.end(self.begin(batch, launch, beside=False))
+
+    def begin(self, batch: Batch, launch: Launch, *, beside: bool = True) -> Running:
+        """Run a batch, or, where that is worth it, let it run beside the caller (`beside`)."""
+        running = self.running = Running(batch, launch, time.perf_counter())
         try:
             kernel = self._compiler.kernel(batch.cell)
-            if wait is not None:
-                wait()  # for what was submitted before
-            start = time.perf_counter()  # it may have been made just now
-            invalid = kernel(launch, self._arenas)
-            if wait is not None:
-                wait()
+            running.start = time.perf_counter()  # it may have been made just now
+            prepare = getattr(kernel, "prepare", None) if beside and self._long(batch) else None
+            if prepare is not None:
+                prepared = prepare(launch, self._arenas)
+                self._scheduler.note_running(batch)
+                running.prepared = prepared
+                prepared.begin()
+            else:
+                self._run_now(kernel, running)
         except Exception as error:
-            self._note(batch, start, time.perf_counter() - start, repr(error))
+            running.error = error
+            running.seconds = time.perf_counter() - running.start
+            self._scheduler.note_ran(batch)
+        return running
+
+    def _long(self, batch: Batch) -> bool:
+        steps = len(batch.steps) - 1
+        return steps * self.step_seconds(batch.cell, int(batch.steps[1])) > pacing.BESIDE
+
+    def _run_now(self, kernel: Kernel, running: Running) -> None:
+        """To its end; or submit it."""
+        wait = self._wait
+        if wait is not None and self._timed[_size(running.batch)] >= TIMED:
+            wait = None
+        if wait is not None:
+            wait()  # for what was submitted before
+        running.start = time.perf_counter()
+        running.invalid = kernel(running.launch, self._arenas)
+        if wait is not None:
+            wait()
+        running.seconds = time.perf_counter() - running.start
+        self.blocked += running.seconds
+        self._scheduler.note_ran(running.batch)
+
+    @property
+    def concurrent(self) -> bool:
+        """Can launches run beside the host's work?"""
+        if self._compiler.backend.name != "cpp":
+            return False
+        return num_threads(self._crew.threads) > 1
+
+    @property
+    def busy(self) -> bool:
+        """Does the last launch run beside the caller?"""
+        return self.running is not None and self.running.prepared is not None
+
+    def settle(self) -> None:
+        """Wait until the last launch has run. Its rows are there then, and arenas may grow."""
+        running = self.running
+        if running is None or running.prepared is None:
+            return
+        start = time.perf_counter()
+        running.invalid, running.seconds = running.prepared.end()
+        running.prepared = None
+        self.blocked += time.perf_counter() - start
+        self._scheduler.note_ran(running.batch)
+
+    def end(self, running: Running) -> dict[int, BaseException]:
+        """After it has run: the requests that failed, with why."""
+        batch = running.batch
+        if running.error is not None:
+            self._note(batch, running.start, running.seconds, repr(running.error))
             requests = self._scheduler.requests_of(batch.calls)
-            return dict.fromkeys(np.unique(requests).tolist(), error)
-        took = time.perf_counter() - start
-        self._measure(batch, took)
+            return dict.fromkeys(np.unique(requests).tolist(), running.error)
+        self._measure(batch, running.seconds)
         if self._counters.timeline is not None:
-            self._note(batch, start, took)
+            self._note(batch, running.start, running.seconds)
         if self._scheduler.urgency is not None:
-            self._scheduler.urgency.ran(batch.cell, launch.num_steps)
+            self._scheduler.urgency.ran(batch.cell, running.launch.num_steps)
         if log.enabled("schedule"):
             name = self._compiler.by_number[batch.cell].name
-            log.info(
-                "schedule",
-                f"{name}: {len(batch.calls)} rows in {launch.num_steps} steps, {took * 1e6:.0f} us",
-            )
-        if not len(invalid):
+            rows, steps = len(batch.calls), running.launch.num_steps
+            took = f"{running.seconds * 1e6:.0f} us"
+            log.info("schedule", f"{name}: {rows} rows in {steps} steps, {took}")
+        if not len(running.invalid):
             return {}
         requests = self._scheduler.requests_of(batch.calls)
         wrong = bad_index(self._compiler.by_number[batch.cell])
-        return dict.fromkeys(np.unique(requests[np.asarray(invalid)]).tolist(), wrong)
+        return dict.fromkeys(np.unique(requests[np.asarray(running.invalid)]).tolist(), wrong)
 
     def _note(self, batch: Batch, start: float, took: float, failed: str | None = None) -> None:
         """On the timeline, where there is one."""

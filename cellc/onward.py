@@ -78,6 +78,8 @@ class Onward:
         going: Going = []
         failed: Failed = []
         for number, ticket in self.held.items():
+            if self._scheduler.runs(number):
+                continue  # its rows are in use
             if ticket.branch is not None:
                 if self._ran(number, ticket.branch.needs):
                     going.append((ticket, ticket.branch))

@@ -5,7 +5,8 @@ threads, no clock of its own; numpy in, numpy out. The engine admits requests wi
 `next` for launches and runs them in order. What that means for the arrays is `cellc.arithmetic`.
 
 A call's successors are told at once when it is scheduled, before its kernel has run: one worker
-runs launches first in, first out.
+runs launches first in, first out. But where requests are answered by what a launch computes, and it
+runs beside the host's work (`note_running`), what follows waits for `note_ran`: it may be in vain.
 
 Which cell goes first is a policy's choice (`cellc.policies`), which calls of it a queue's
 (`cellc.queues`). Under any policy a call that has been ready for `max_age` turns (admissions and
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cellc.arithmetic import SCHEDULED, Arithmetic, Numpy
+from cellc.arithmetic import RUNNING, SCHEDULED, Arithmetic, Numpy
 from cellc.errors import PolicyError
 from cellc.plan import (
     CELL,
@@ -41,6 +42,7 @@ from cellc.urgency import NO_WISH, Seconds, Urgency, Wish
 I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
 GUESS = 1e-4  # seconds of a step, where nobody knows
+_NO_CALLS = np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Batch:
     finished: Sequence[int]  # requests whose last call is in this launch
     events: I32  # entries where events of its calls begin
     answering: I32  # the request of each of these calls
+    held: npt.NDArray[np.int64]  # calls made ready, which wait for `note_ran`
 
 
 class Scheduler:
@@ -81,6 +84,8 @@ class Scheduler:
         self._left = np.zeros(64, np.int64)
         self._turns = 0
         self.turn = Turn(max_batch)
+        self._running: Batch | None = None  # see `note_running`
+        self._owners: frozenset[int] | None = None  # of its calls
         self._picked: Queue | None = None  # what `next` takes, until something changes
 
     @property
@@ -173,9 +178,34 @@ class Scheduler:
         self.release(known)
 
     def ran(self, request: int, calls: npt.NDArray[np.int64]) -> bool:
-        """Are these calls of a request, numbered in its plan, in launches already?"""
+        """Have these calls of a request, numbered in its plan, run, or will they before any launch
+        from now on?
+        """
         _, first = self._requests[request]
         return bool((self._table.data[first + calls, MISSING] == SCHEDULED).all())
+
+    def note_running(self, batch: Batch) -> None:
+        """The last batch runs beside the host's work."""
+        self._table.data[batch.calls, MISSING] = RUNNING
+        self._running = batch
+        self._owners = None
+
+    def note_ran(self, batch: Batch) -> None:
+        """It has ended; none of its requests was released meanwhile."""
+        if self._running is batch:
+            self._table.data[batch.calls, MISSING] = SCHEDULED
+            self._running = None
+        if len(batch.held):
+            self._push(batch.held)
+            self._picked = None
+
+    def runs(self, request: int) -> bool:
+        """Is a call of it in the batch that runs?"""
+        if self._running is None:
+            return False
+        if self._owners is None:
+            self._owners = frozenset(self.requests_of(self._running.calls).tolist())
+        return request in self._owners
 
     def release(self, requests: Sequence[int]) -> None:
         """Free finished requests' places in the arrays."""
@@ -185,6 +215,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests."""
         self._left[:] = 0
+        self._running = None
         self._requests.clear()
         self._queues.clear()
         self._table.clear()
@@ -192,8 +223,10 @@ class Scheduler:
 
     # -- launches --
 
-    def next(self, max_steps: int | None = None) -> Batch | None:
-        """The next launch, or None when nothing is ready. `max_steps` bounds its steps."""
+    def next(self, max_steps: int | None = None, *, hold: bool = False) -> Batch | None:
+        """The next launch, or None when nothing is ready. `max_steps` bounds its steps; `hold`:
+        what follows on answers that it gives is ready once it has run.
+        """
         queue = self._pick()
         if queue is None:
             return None
@@ -208,9 +241,18 @@ class Scheduler:
         done = self._arithmetic.advance(
             self._table.data, self._left, heads, max_steps, self.record_lengths[cell]
         )
-        self._push(done.ready)
+        hold = hold and len(done.events) > 0
+        if not hold:
+            self._push(done.ready)
         return Batch(
-            cell, done.calls, done.steps, done.slots, done.finished, done.events, done.answering
+            cell,
+            done.calls,
+            done.steps,
+            done.slots,
+            done.finished,
+            done.events,
+            done.answering,
+            done.ready if hold else _NO_CALLS,
         )
 
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
@@ -276,6 +318,3 @@ class Scheduler:
             queue = Queue(cell) if urgency is None else UrgentQueue(cell, urgency)
             self._queues[cell] = queue
         return queue
-
-
-_NO_CALLS = np.zeros(0, np.int64)

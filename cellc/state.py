@@ -7,7 +7,7 @@ in and out. Used by the engine, which decides who gets a region and who waits fo
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self._regions: list[Regions] = []
         self._written: dict[tuple[RowType, Hashable], int] = {}
         self.generation = 0  # moves when an arena grows: addresses taken before are stale
+        self.settle: Callable[[], None] = lambda: None  # called before: nothing runs meanwhile
 
     def __getitem__(self, type: RowType) -> torch.Tensor:
         return self._tensors[type]
@@ -105,6 +106,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         )
         old = self._tensors.get(type)
         if old is not None:
+            self.settle()
             new[: len(old)] = old
         self.generation += 1
         self._tensors[type] = new

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellc.cells import Cell
@@ -40,6 +41,11 @@ def _runtime() -> ctypes.CDLL:
     library = cpp_build.load_own("runtime")
     library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cellc_launch.restype = ctypes.c_int64
+    job = ctypes.POINTER(ctypes.c_void_p)
+    library.cellc_begin.argtypes = [ctypes.c_void_p, ctypes.c_char_p, job]
+    library.cellc_begin.restype = None
+    library.cellc_end.argtypes = [job, ctypes.POINTER(ctypes.c_int64)]
+    library.cellc_end.restype = ctypes.c_int64
     library.cellc_packed_count.argtypes = [ctypes.c_int64] * 3
     library.cellc_packed_count.restype = library.cellc_num_workers.restype = ctypes.c_int64
     _declare_pack(library.cellc_pack_f32)
@@ -121,7 +127,6 @@ class CppKernel:
         self._marks_bad = printed.marks_bad
         self._library = cpp_build.load(printed.text, cell.name)
         self._entry = ctypes.addressof(ctypes.c_char.in_dll(self._library, "cellc_kernel"))
-        self._run = _runtime().cellc_launch
         self._weights = _Weights(params, printed.wants)
         self._types = tuple(dict.fromkeys([*(i.type for i in cell.inputs), *cell.output_types]))
         self._of_input = [self._types.index(i.type) for i in cell.inputs]
@@ -136,10 +141,12 @@ class CppKernel:
         self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]
     ) -> Callable[[], Sequence[int]]:
         """The launch as a call without arguments, good for as long as no arena grows."""
+        return self.prepare(launch, arenas)
+
+    def prepare(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> CppLaunch:
+        """The launch, which also other threads may run."""
         steps = np.ascontiguousarray(launch.steps, INT32)
         num_rows = int(steps[-1])
-        if num_rows == 0:
-            return tuple
         bad = np.zeros(num_rows, np.uint8) if self._marks_bad else None
         crew = launch.crew
         threads = min(crew.threads or torch.get_num_threads(), self._cores)
@@ -152,12 +159,13 @@ class CppKernel:
             self._weights.address,
         ]
         bases = [arenas[t].data_ptr() for t in self._types]
-        kept = [steps]  # arrays made here, which must live until the call is over
+        kept: list[object] = [steps]  # what must live until the call is over
         for table, t in zip(launch.inputs, self._of_input, strict=True):
             offsets = 0
             if isinstance(table, Ragged):
-                kept.append(np.ascontiguousarray(table.offsets, INT32))
-                offsets, table = _address(kept[-1]), table.slots
+                bounds = np.ascontiguousarray(table.offsets, INT32)
+                kept.append(bounds)
+                offsets, table = _address(bounds), table.slots
             table = np.ascontiguousarray(table, INT32)
             kept.append(table)
             fields += (bases[t], _address(table), offsets)
@@ -166,17 +174,45 @@ class CppKernel:
         for i, t in enumerate(self._of_output):
             fields += (bases[t], first + i * row, 0)
         kept.append(table)
-        packed = self._pack(*fields)
+        return CppLaunch(self._entry, self._pack(*fields), bad, (*kept, self))
 
-        def run() -> Sequence[int]:
-            if self._run(self._entry, packed) and bad is not None:
-                wrong = [int(r) for r in np.flatnonzero(bad)]
-                bad[:] = 0
-                return wrong
+
+class CppLaunch:
+    """A launch with the addresses of all it needs: called, or begun and then ended."""
+
+    __slots__ = ("_bad", "_entry", "_job", "_kept", "_packed")
+
+    def __init__(
+        self, entry: int, packed: bytes, bad: npt.NDArray[np.uint8] | None, kept: Sequence[object]
+    ) -> None:
+        self._entry, self._packed, self._bad, self._kept = entry, packed, bad, kept
+        self._job: ctypes.c_void_p | None = None
+
+    def __call__(self) -> Sequence[int]:
+        return self._invalid(_runtime().cellc_launch(self._entry, self._packed))
+
+    def begin(self) -> None:
+        job = self._job = ctypes.c_void_p()  # written by the library: nothing comes between
+        _runtime().cellc_begin(self._entry, self._packed, job)
+
+    def end(self) -> tuple[Sequence[int], float]:
+        if self._job is None or not self._job.value:
+            return (), 0.0
+        took = ctypes.c_int64()
+        found = _runtime().cellc_end(self._job, took)
+        return self._invalid(found), took.value * 1e-9
+
+    def _invalid(self, found: int) -> Sequence[int]:
+        bad = self._bad
+        if not found or bad is None:
             return ()
+        wrong = [int(r) for r in np.flatnonzero(bad)]
+        bad[:] = 0
+        return wrong
 
-        run.kept = kept  # type: ignore[attr-defined]
-        return run
+    def __del__(self) -> None:
+        if self._job is not None:  # its memory is about to go
+            self.end()
 
 
 def num_cores() -> int:

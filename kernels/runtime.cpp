@@ -11,6 +11,7 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <sys/mman.h>
+#include <time.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -40,13 +41,28 @@ void spin(Done done) {
 
 // ---- The pool
 
+struct Scratch {  // kept, and grows
+    char *memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+    char *get(size_t bytes) {
+        if (bytes > size) {
+            free(memory);
+            memory = static_cast<char *>(aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
+            if (!memory) abort();
+            size = bytes;
+        }
+        return memory;
+    }
+};
 typedef void (*Work)(void *, int64_t part, int64_t parts);
 
 // A team never waits for a worker that has not come yet: workers join the work of a caller while it
 // is open, and the caller closes it when there is nothing left to do. So a busy machine costs time,
 // never a stall.
 struct Pool {
-    std::mutex busy, lock;
+    std::mutex lock;
+    std::atomic<bool> taken{false};
     std::condition_variable wake;
     std::atomic<uint64_t> job{0};   // number * 256 + size of the team; size 0: stop
     std::atomic<uint64_t> door{0};  // number * 65536 + CLOSED + how many have joined
@@ -54,6 +70,7 @@ struct Pool {
     std::atomic<int64_t> asleep{0};
     Work work = nullptr;
     void *context = nullptr;
+    Scratch shared, shared_vectors;  // of tiles that all threads work on
     std::thread *threads[255] = {};
     int64_t count = 0;
     static constexpr uint64_t CLOSED = 32768;
@@ -93,27 +110,33 @@ struct Pool {
         wake.notify_all();
     }
 
-    void run(int64_t size, Work what, void *with) {
-        std::unique_lock<std::mutex> mine(busy, std::defer_lock);
-        if (size > 255) size = 255;
-        if (size <= 1 || !mine.try_lock()) return what(with, 0, 1);
+    // For one caller, until it gives it back. False where another one has it.
+    bool take() { return !taken.exchange(true); }
+    void give_back() { taken.store(false); }
+
+    // Workers begin; the caller joins them in `end`, and may do something else before.
+    void begin(int64_t size, Work what, void *with) {
         for (; count < size - 1; ++count)
             threads[count] = new std::thread(&Pool::loop, this, count + 1, job.load());
         work = what, context = with;
         left.store(0);
         announce(size);
-        what(with, 0, size);
+    }
+
+    void end(int64_t size) {
+        work(context, 0, size);
         const uint64_t joined = door.fetch_or(CLOSED) & (CLOSED - 1);
         spin([&] { return left.load(std::memory_order_acquire) == joined; });
     }
 
     void stop() {
-        std::lock_guard<std::mutex> mine(busy);
+        spin([&] { return take(); });
         announce(0);
         for (; count > 0; --count) {
             threads[count - 1]->join();
             delete threads[count - 1];
         }
+        give_back();
     }
 };
 
@@ -126,27 +149,17 @@ const int at_fork = pthread_atfork(nullptr, nullptr, forked);
 
 // ---- Launches
 
-struct Scratch {  // one a thread, kept
-    char *memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(memory); }
-    char *get(size_t bytes) {
-        if (bytes > size) {
-            free(memory);
-            memory = static_cast<char *>(aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
-            if (!memory) abort();
-            size = bytes;
-        }
-        return memory;
-    }
-};
-thread_local Scratch scratch, shared_scratch, vector_scratch, shared_vector_scratch;
+thread_local Scratch scratch, vector_scratch;
 
 struct Job {
     const Kernel *kernel;
     const Launch *launch;
     char *shared;  // scratch of a tile that all threads work on; null: each has tiles of its own
     char *shared_vectors;
+    Pool *pool;  // null: the caller is alone
+    int64_t threads, rows;
+    int64_t began;  // nanoseconds of a steady clock, like `ended`
+    std::atomic<int64_t> ended;
     alignas(64) std::atomic<int64_t> next{0};
     alignas(64) std::atomic<int64_t> done{0};
     alignas(64) std::atomic<int64_t> claimed[256];  // the phase that each part is claimed for next
@@ -155,6 +168,12 @@ struct Job {
         spin([&] { return done.load(std::memory_order_acquire) >= count; });
     }
 };
+
+inline int64_t nanoseconds() {
+    timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return int64_t(now.tv_sec) * 1000000000 + now.tv_nsec;
+}
 
 inline int64_t padded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -243,6 +262,7 @@ void run_tiles(Job &job, int64_t parts) {
             const Tile tile =
                 pointers.tile(begin + first, count, memory + Pointers::bytes(k), vectors);
             for (int64_t i = 0; i < k.num_stages; ++i) k.stages[i](tile, 0, 1);
+            job.ended.store(nanoseconds(), std::memory_order_relaxed);
             job.done.fetch_add(1, std::memory_order_acq_rel);
         }
         base += tiles;
@@ -273,6 +293,7 @@ void run_together(Job &job, int64_t part, int64_t parts) {
                                                                    std::memory_order_acq_rel))
                         continue;
                     k.stages[i](tile, mine, parts);
+                    job.ended.store(nanoseconds(), std::memory_order_relaxed);
                     job.done.fetch_add(1, std::memory_order_acq_rel);
                 }
                 job.wait_for((phase + i + 1) * parts);
@@ -314,21 +335,51 @@ int64_t threads_for(const Kernel &k, const Launch &l, int64_t rows) {
 
 extern "C" {
 
-// Whether any row is bad
-int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
-    const int64_t rows = launch->steps[launch->num_steps];
-    Job job;
-    job.kernel = kernel, job.launch = launch;
-    const int64_t threads = threads_for(*kernel, *launch, rows);
-    for (int64_t i = 0; i < threads; ++i) job.claimed[i].store(0, std::memory_order_relaxed);
+// Other threads of the team begin with a launch, if any are worth it; `cellc_end` must follow.
+void cellc_begin(const Kernel *kernel, const Launch *launch, Job **begun) {
+    Job *job = *begun = new Job;
+    job->kernel = kernel, job->launch = launch;
+    job->ended = job->began = nanoseconds();
+    job->rows = launch->steps[launch->num_steps];
+    job->threads = threads_for(*kernel, *launch, job->rows);
+    job->shared = job->shared_vectors = nullptr;
+    Pool *pool = &pools[uint64_t(launch->team) % TEAMS];
+    job->pool = job->threads > 1 && pool->take() ? pool : nullptr;
+    if (job->pool == nullptr) return;
+    for (int64_t i = 0; i < job->threads; ++i)
+        job->claimed[i].store(0, std::memory_order_relaxed);
     const bool large =
         kernel->weight_bytes > 2e6;  // more than L2 holds: reading it once is worth more
-    const bool few = rows < (large ? 20 : 8) * threads * launch->num_steps && threads > 1;
-    job.shared = few ? shared_scratch.get(buffer_bytes(*kernel) * kernel->max_tile + 64) : nullptr;
-    job.shared_vectors =
-        few ? shared_vector_scratch.get(largest_vectors(*kernel, *launch)) : nullptr;
-    pools[uint64_t(launch->team) % TEAMS].run(threads, work, &job);
-    return launch->bad && memchr(launch->bad, 1, size_t(rows));
+    if (job->rows < (large ? 20 : 8) * job->threads * launch->num_steps) {
+        job->shared = pool->shared.get(buffer_bytes(*kernel) * kernel->max_tile + 64);
+        job->shared_vectors = pool->shared_vectors.get(largest_vectors(*kernel, *launch));
+    }
+    pool->begin(job->threads, work, job);
+}
+
+// Joins in until the launch is done. Whether any row is bad; `took`: nanoseconds since it began.
+int64_t cellc_end(Job **begun, int64_t *took) {
+    Job *job = *begun;
+    if (job->pool) {
+        job->pool->end(job->threads);
+        job->pool->give_back();
+    } else {
+        work(job, 0, 1);
+    }
+    *took = job->ended.load() - job->began;
+    const Launch *launch = job->launch;
+    const bool bad = launch->bad && memchr(launch->bad, 1, size_t(job->rows));
+    *begun = nullptr;
+    delete job;
+    return bad;
+}
+
+// Whether any row is bad
+int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
+    Job *job;
+    int64_t took;
+    cellc_begin(kernel, launch, &job);
+    return cellc_end(&job, &took);
 }
 
 int64_t cellc_packed_count(int64_t k, int64_t n, int64_t item) {

@@ -87,14 +87,14 @@ def test_a_kernel_that_raises_fails_the_requests_of_its_launch(model: nn.Module)
         compiled.map(requests())
         engine, generator = compiled._engine, random.Random(0)
         lost: set[int] = set()
-        run = engine.launcher.run
+        end = engine.launcher.end
 
-        def noting(batch: Any, launch: Any) -> Any:
-            failed = run(batch, launch)
+        def noting(running: Any) -> Any:
+            failed = end(running)
             lost.update(id(engine.flight.live[number]) for number in failed)
             return failed
 
-        engine.launcher.run = noting  # type: ignore[method-assign]
+        engine.launcher.end = noting  # type: ignore[method-assign]
         kernels = compiled._compiler.kernels
         for number, kernel in list(kernels.items()):
             kernels[number] = Raises(kernel, lambda: generator.random() < 0.1)

@@ -100,13 +100,13 @@ def test_memory_is_never_past_its_limit() -> None:
     options = {"memory_limit": limit}
     with torch.no_grad(), cellc.compile(model, backend="eager", options=options) as compiled:
         flight, most = compiled._engine.flight, [0]
-        run = compiled._engine.launcher.run
+        begin = compiled._engine.launcher.begin
 
-        def noting(*args: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
             most[0] = max(most[0], flight.live_bytes)
-            return run(*args)
+            return begin(*args, **kwargs)
 
-        compiled._engine.launcher.run = noting  # type: ignore[method-assign]
+        compiled._engine.launcher.begin = noting  # type: ignore[method-assign]
         given = [torch.randn(1 + n % 20, 4) for n in range(100)]
         for x, got in zip(given, compiled.map(given), strict=True):
             torch.testing.assert_close(got, model(x))

@@ -450,7 +450,7 @@ def test_requests_in_flight_are_shed() -> None:
         tickets = [compiled.with_options(deadline=60.0)._ticket((x,), {}) for _ in range(4)]
         engine.enqueue(tickets)
         engine.launcher.ahead, limit = None, engine._scheduler.next  # type: ignore[assignment]
-        engine._scheduler.next = lambda steps=None: limit(1)  # type: ignore[method-assign]
+        engine._scheduler.next = lambda steps=None, hold=False: limit(1, hold=hold)  # type: ignore[method-assign]
         engine.step()
         assert compiled.stats()["running"] == 4
         for ticket in tickets[1:3]:

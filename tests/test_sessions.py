@@ -259,7 +259,8 @@ def test_an_interrupted_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
         engine = compiled._engine
         for owner, name in (
-            (engine.launcher, "run"),
+            (engine.launcher, "begin"),
+            (engine.launcher, "end"),
             (engine.launcher, "schedule"),
             (engine._admission, "admit"),
             (engine.flight, "copy_in"),

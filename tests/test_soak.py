@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 import cellc
 from cellc import plan_cache
+from cellc.launch import Concurrent
 
 MAX_PLANS = 60  # kept of a model: fewer than its requests have structures
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -113,9 +114,24 @@ class Flaky:
         self.source = kernel.source
 
     def __call__(self, *args: Any) -> Any:
+        self._perhaps()
+        return self.kernel(*args)
+
+    def _perhaps(self) -> None:
         if self.generator.random() < self.share[0]:
             raise Injected
-        return self.kernel(*args)
+
+
+class FlakyBeside(Flaky):
+    """One whose launches can run beside the host's work."""
+
+    def prepare(self, *args: Any) -> Any:
+        self._perhaps()
+        return self.kernel.prepare(*args)
+
+
+def flaky(kernel: Any, share: list[float]) -> Flaky:
+    return (FlakyBeside if isinstance(kernel, Concurrent) else Flaky)(kernel, share)
 
 
 def words(generator: random.Random, most: int, vocabulary: int) -> Tensor:
@@ -156,7 +172,7 @@ class Soak:
     def _make_flaky(self, compiled: cellc.Compiled) -> None:
         store = compiled._compiler.store
         make = store._make_kernel
-        store._make_kernel = lambda cell: Flaky(make(cell), self.share)  # type: ignore[method-assign]
+        store._make_kernel = lambda cell: flaky(make(cell), self.share)  # type: ignore[method-assign]
 
     def want(self, name: str, *args: Any) -> Any:
         with torch.no_grad():

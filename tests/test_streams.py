@@ -340,7 +340,7 @@ def test_an_interrupted_lone_request_leaves_nothing(monkeypatch: pytest.MonkeyPa
             torch.testing.assert_close(compiled(x), want)
         engine._replays.clear()
         with monkeypatch.context() as patched:  # midway in what is interrupted
-            patched.setattr(engine._scheduler, "next", then_interrupted(lambda _: None))
+            patched.setattr(engine._scheduler, "next", then_interrupted(lambda *_, **__: None))
             patched.setattr(
                 engine._scheduler, "cancel", lambda n: n and pytest.fail("it is not whole")
             )

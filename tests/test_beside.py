@@ -1,0 +1,166 @@
+"""Launches beside the host's work: results, order and rows are as if each ran at once.
+
+Kernels are made to run at the earliest or at the latest moment, by chance, whatever they cost.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from test_soak import Classifier, Decoder, Injected, Speaker, Tree, flaky, soak, tree, words
+from torch import Tensor, nn
+
+import cellc
+from cellc import engine, launcher, pacing
+from cellc.kernels import cpp, cpp_build
+
+pytestmark = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="no C++ compiler")
+
+
+class Chance(cpp.CppLaunch):
+    """Runs when it begins, or when it is waited for."""
+
+    __slots__ = ("_done",)
+    random = random.Random(0)
+    begun = late = 0
+
+    def begin(self) -> None:
+        early = self.random.random() < 0.5
+        self._done = self() if early else None
+        Chance.begun += 1
+        Chance.late += not early
+
+    def end(self) -> tuple[Sequence[int], float]:
+        return (self() if self._done is None else self._done), 1e-5
+
+
+@pytest.fixture(autouse=True)
+def chance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "CppLaunch", Chance)
+    monkeypatch.setattr(pacing, "BESIDE", -1.0)
+    monkeypatch.setattr(launcher, "ROWS_BESIDE", 1)
+    monkeypatch.setattr(engine, "ADMITTED", 3)
+    monkeypatch.setattr(launcher.Launcher, "concurrent", True)
+    monkeypatch.setattr(
+        launcher.Launcher,
+        "worth_beside",
+        lambda self: self._scheduler.peek() is not None and Chance.random.random() < 0.8,
+    )
+    Chance.begun = Chance.late = 0
+
+
+def same(got: Any, want: Any) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_arenas_grow_while_launches_run() -> None:
+    """More rows than there is room for at first, in requests that come while others run."""
+    model, generator = Classifier().eval(), random.Random(1)
+    with cellc.compile(model, backend="cpp") as compiled:
+        for count in (3, 60, 200):
+            given = [words(generator, 40, 30) for _ in range(count)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x))
+    assert Chance.late > 20 and Chance.begun - Chance.late > 20
+
+
+@pytest.mark.parametrize("make", [Decoder, Speaker])
+@torch.no_grad()
+def test_answers_of_one_half_are_read_while_the_other_runs(make: Any) -> None:
+    """What a request leaves is used again only after its last launch."""
+    model, generator = make().eval(), random.Random(2)
+    whole = make is Decoder
+    with cellc.compile(model, backend="cpp", max_batch=16) as compiled:
+        for _ in range(4):
+            given = [words(generator, 9, 9) for _ in range(80)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x) if whole else list(model(x)))
+    assert Chance.late > 20
+
+
+@torch.no_grad()
+def test_trees_that_come_and_go() -> None:
+    model, generator = Tree().eval(), random.Random(3)
+    with cellc.compile(model, backend="cpp", max_batch=7) as compiled:
+        given = [tree(generator, generator.randint(1, 12)) for _ in range(60)]
+        futures = [compiled.submit(x) for x in given]
+        dropped = {n for n in range(len(given)) if n % 7 == 0 and futures[n].cancel()}
+        for n, future in enumerate(futures):
+            if n not in dropped:
+                same(future.result(30), model(given[n]))
+    assert Chance.begun > 5
+
+
+@torch.no_grad()
+def test_a_failure_while_another_launch_runs() -> None:
+    """It fails the requests of its own launch; no others, and nobody gets another's answer."""
+    model, generator = Decoder().eval(), random.Random(4)
+    with cellc.compile(model, backend="cpp", max_batch=8) as compiled:
+        warm = [words(generator, 9, 9) for _ in range(40)]
+        compiled.map(warm)
+        kernels = compiled._compiler.kernels
+        for number, kernel in list(kernels.items()):
+            kernels[number] = flaky(kernel, [0.02])
+        failed = 0
+        for _ in range(12):
+            given = [words(generator, 9, 9) for _ in range(40)]
+            for x, got in zip(given, compiled.map(given, return_exceptions=True), strict=True):
+                if isinstance(got, Exception):
+                    assert isinstance(got, Injected)
+                    failed += 1
+                else:
+                    same(got, model(x))
+        assert 0 < failed < 400
+        assert compiled.stats()["running"] == compiled.stats()["live_bytes"] == 0
+
+
+def test_everything_at_once() -> None:
+    """The soak, with launches by chance."""
+    run, _ = soak(4.0, "cpp", lambda line: None)
+    assert run.counts["compared"] > 200 and Chance.late > 100
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.rnn(x)[0]  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def test_threads_run_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the library: launches of many rows, begun and ended, twice, dropped, two at once."""
+    monkeypatch.undo()
+    monkeypatch.setattr(pacing, "BESIDE", -1.0)
+    began: list[Any] = []
+    begin = cpp.CppLaunch.begin
+
+    def noting(self: Any) -> None:
+        began.append(self)
+        begin(self)
+
+    monkeypatch.setattr(cpp.CppLaunch, "begin", noting)
+    model = Wide().eval()
+    with cellc.compile(model, backend="cpp") as compiled:
+        given = [torch.randn(n % 30 + 1, 64) for n in range(300)]
+        for x, got in zip(given, compiled.map(given), strict=True):
+            same(got, model(x))
+        assert began and all(launch.end() == ((), 0.0) for launch in began)  # ended, each
+        one, other = began[0], began[-1]
+        one.begin()
+        other.begin()  # the team works for the first: the caller does this alone
+        assert other.end()[1] > 0 and one.end()[1] > 0
+        one.begin()
+        del one, other
+        began.clear()
+        gc.collect()  # a launch that nobody ended is ended before its memory goes
+        for x, got in zip(given, compiled.map(given), strict=True):
+            same(got, model(x))
