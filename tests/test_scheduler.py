@@ -381,3 +381,16 @@ def test_plans_are_not_written_to() -> None:
     engine.drain()
     after = (plan.calls, plan.records, plan.successors, *plan.block)
     assert all((a == b).all() for a, b in zip(before, after, strict=True))
+
+
+def test_calls_of_a_launch_that_runs_beside_have_not_run_yet() -> None:
+    engine = Engine([chain_graph(3), chain_graph(2)], 512, "cellular")
+    one, other = *engine.add(0, 1), *engine.add(1, 1)
+    scheduler = engine.scheduler
+    batch = scheduler.next(1)
+    assert batch is not None and scheduler.ran(one, np.array([0]))
+    scheduler.note_running(batch)
+    assert scheduler.runs(one) and scheduler.runs(other)
+    assert not scheduler.ran(one, np.array([0])) and not scheduler.ran(one, np.array([1]))
+    scheduler.note_ran(batch)
+    assert scheduler.ran(one, np.array([0])) and not scheduler.runs(one)
