@@ -25,7 +25,7 @@ from cellc.simulation import applications, measured, runs
 from cellc.simulation.command import work_of
 from cellc.simulation.curves import CostTable, Host, roofline_curves
 from cellc.simulation.measured import least_squares
-from cellc.simulation.servers import Work, alone
+from cellc.simulation.servers import Cellular, Work, alone
 
 NAMES = ("lstm", "seq2seq", "treelstm")
 HOST = Host(turn=50e-6, request=20e-6)
@@ -272,6 +272,21 @@ def test_who_comes_after_a_kernel_waits_for_the_next() -> None:
         for given in (0.0, 1e-9)
     )
     assert told + 2e-3 < locked < told + 2.5e-3
+
+
+def test_who_can_make_it_is_told_by_turns_as_they_were() -> None:
+    """As the engine does: with what requests cost in them, not with that of a launch alone."""
+    how, work = (
+        setting("lstm", replace(HOST, request=1e-3)),
+        runs.at_once(work_of(app("lstm")), 8, 0),
+    )
+    server = Cellular(work, how.costs, 512, Numpy(), "deadline")
+    before = server._seconds(0, 8)
+    server.add(np.arange(8))
+    server.turn(0.0)
+    turn = HOST.turn + 0.5e-3  # of one, which is half of it: more would hold up the others
+    assert server._host_seconds == pytest.approx(HOST.turn + (turn - HOST.turn) / pacing.SMOOTH)
+    assert server._seconds(0, 8) > before
 
 
 def test_what_disturbs_turns_of_some_length_disturbs_no_others() -> None:

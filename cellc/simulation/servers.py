@@ -59,6 +59,7 @@ class _Scheduled:
         policy: str | Policy,
     ) -> None:
         self._work, self._costs, self.counts = work, costs, Counts()
+        self._host_seconds = costs.host.turn  # of a turn, averaged
         self._scheduler = Scheduler(
             max_batch=max_batch,
             policy=policy,
@@ -75,8 +76,8 @@ class _Scheduled:
         most = self._scheduler.max_batch
         launches = num_rows / most if num_rows > most else 1.0
         step = self._costs.step(cell, min(num_rows, most))
-        steps = pacing.num_steps(step, self._costs.host.turn, shared=True)
-        return launches * (step + self._costs.host.turn / steps)
+        steps = pacing.num_steps(step, self._host_seconds, shared=True)
+        return launches * (step + self._host_seconds / steps)
 
     def add(self, requests: I64) -> None:
         self._waiting.append(requests)
@@ -128,7 +129,7 @@ class Cellular(_Scheduled):
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, policy)
         self._scheduler.turn.patience = pacing.patience(joined=True)
-        self._host_seconds, self._rested = 0.0, True
+        self._rested = True
         self._sent = -math.inf  # requests that came until then are there
         self._draw = random.Random(0)
         self._runs = [(0, 0)] * len(costs.host.spread)  # of each span: where, and turns left
