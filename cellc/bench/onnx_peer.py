@@ -15,13 +15,16 @@ from cellc.bench.peers import Array, pad
 
 
 class RecurrentSession:
-    """Rows [T, I] of a batch to the last states [B, H]."""
+    """Rows [T, I] of a batch to the last states [B, H]. `spinning`: threads that wait do not
+    sleep, which is onnxruntime's default.
+    """
 
-    def __init__(self, rnn: nn.RNNBase) -> None:
+    def __init__(self, rnn: nn.RNNBase, spinning: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
         self._session = onnxruntime.InferenceSession(
             _model(rnn), options, providers=["CPUExecutionProvider"]
         )

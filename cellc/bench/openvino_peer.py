@@ -1,7 +1,7 @@
 """OpenVINO's LSTM with a PyTorch module's weights.
 
 OpenVINO's order of gates is f i g o. The state after each sequence's own last step is taken out of
-all states: on CPUs the last state that it returns is that of the padded end.
+all states, inside the graph: on CPUs the last state that it returns is that of the padded end.
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ class OpenvinoLSTM:
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
         }
-        model = openvino.Model([node.output(0)], [x, state, lengths], "lstm")
+        states = op.squeeze(node.output(0), op.constant(np.array([1])))
+        ends = op.convert(op.subtract(lengths, op.constant(np.array(1, np.int32))), "i64")
+        last = op.gather_nd(states, op.unsqueeze(ends, op.constant(np.array([1]))), 1)
+        model = openvino.Model([last], [x, state, lengths], "lstm")
         compiled = openvino.Core().compile_model(model, "CPU", options)
         self._request, self._hidden = compiled.create_infer_request(), rnn.hidden_size
 
     def __call__(self, rows: Sequence[Array]) -> Array:
         x, lengths = pad(rows)
         zeros = np.zeros((len(rows), 1, self._hidden), np.float32)
-        states: Array = self._request.infer([x, zeros, lengths], share_inputs=True)[0]
-        last: Array = states[np.arange(len(rows)), 0, lengths - 1]
+        last: Array = self._request.infer([x, zeros, lengths], share_inputs=True)[0]
         return last

@@ -53,7 +53,7 @@ def _introduction(found: Found) -> str:
         "`cellc bench WORKLOAD --from figures.json --json figures.json` adds one (`--online` its "
         "latencies), `cellc bench --from figures.json --targets --paper --markdown FILE` writes "
         "what is there, and `--plot` a picture beside it (with `--online`, of latencies only). "
-        "GPU: `gpu.md`. What varies in latencies: `online.md`."
+        "GPU: `gpu.md`. What varies in latencies: `online.md`. How peers are tuned: `peers.md`."
     )
 
 

@@ -7,7 +7,7 @@ embedding and the input product into one table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from functools import cache
 from typing import Any, Literal
 
@@ -23,6 +23,8 @@ from cellc.bench.dynet_peer import DynetLSTM
 from cellc.bench.onnx_peer import RecurrentSession
 from cellc.bench.openvino_peer import OpenvinoLSTM
 from cellc.bench.peers import Array, by_length, in_batches, why_not
+from cellc.bench.shrinking import BATCH as SHRINKING
+from cellc.bench.shrinking import Shrinking
 from cellc.bench.tensorflow_peer import TensorflowLSTM
 from cellc.entry import compile
 
@@ -32,6 +34,7 @@ BUCKETS = f"PyTorch, buckets of {WIDTH}"
 ALONE = "PyTorch, one at a time"
 ONNX, ONNX_ALONE = "onnxruntime", "onnxruntime, one at a time"
 ONNX_BUCKETS = f"onnxruntime, buckets of {WIDTH}"
+PACKED = 256  # sequences at once: more do not fit into the cache
 OPENVINO = f"OpenVINO, buckets of {WIDTH}"
 TENSORFLOW = f"TensorFlow, Keras masked, {BATCH} of like lengths"
 DYNET = "DyNet autobatching, all at once"
@@ -88,39 +91,16 @@ class Torch:
                 results[i] = row
         return results
 
-    def packed(self, requests: Sequence[Tensor]) -> list[Tensor]:
-        """All at once, packed."""
-        packed = pack_sequence(list(requests), enforce_sorted=False)
-        embedded = self.model.embedding(packed.data)
-        _, state = self.model.rnn(packed._replace(data=embedded))
-        last: Tensor = state[0] if isinstance(state, tuple) else state
-        return list(last[0].unbind())
-
-    def shrinking(self, requests: Sequence[Tensor]) -> list[Tensor]:
-        """Steps by hand over a batch that shrinks as sequences end, the input product first."""
-        rnn, order = self.model.rnn, sorted(range(len(requests)), key=lambda i: -len(requests[i]))
-        packed = pack_sequence([requests[i] for i in order])
-        weights = dict(rnn.named_parameters())
-        w_ih, w_hh = weights["weight_ih_l0"].t(), weights["weight_hh_l0"].t()
-        inputs = torch.addmm(weights["bias_ih_l0"], self.model.embedding(packed.data), w_ih)
-        h = inputs.new_zeros(len(order), rnn.hidden_size)
-        c, at = h.clone(), 0
-        for n in packed.batch_sizes.tolist():
-            x = inputs[at : at + n]
-            at += n
-            g = torch.addmm(weights["bias_hh_l0"], h[:n], w_hh)
-            if isinstance(rnn, nn.LSTM):
-                i, f, z, o = (x + g).chunk(4, 1)
-                torch.add(f.sigmoid_() * c[:n], i.sigmoid_() * z.tanh_(), out=c[:n])
-                torch.mul(o.sigmoid_(), c[:n].tanh(), out=h[:n])
-            else:
-                (xr, xz, xn), (hr, hz, hn) = x.chunk(3, 1), g.chunk(3, 1)
-                r, z = (xr + hr).sigmoid_(), (xz + hz).sigmoid_()
-                new = (xn + r * hn).tanh_()
-                h[:n] = new + z * (h[:n] - new)
-        results: list[Any] = [None] * len(order)
-        for k, row in zip(order, h.unbind(), strict=True):
-            results[k] = row
+    def packed(self, requests: Sequence[Tensor], size: int) -> list[Tensor]:
+        """Packed, so many of like lengths at once."""
+        results: list[Any] = [None] * len(requests)
+        for batch in by_length(requests, size):
+            longest_first = batch[::-1]
+            packed = pack_sequence([requests[i] for i in longest_first])
+            _, state = self.model.rnn(packed._replace(data=self.model.embedding(packed.data)))
+            last: Tensor = state[0] if isinstance(state, tuple) else state
+            for i, row in zip(longest_first, last[0].unbind(), strict=True):
+                results[i] = row
         return results
 
 
@@ -153,21 +133,23 @@ class Others:
         session = cache(lambda: RecurrentSession(self._rnn))
         modules = ("onnx", "onnxruntime")
         if bucketed:
-            self.add(bucketed, modules, session, _buckets)
+            self.add(bucketed, modules, session, small_buckets)
         self.add(alone, modules, session, lambda rows: [[i] for i in range(sample)], sample)
 
     def add_lstms(self) -> None:
         rnn = self._rnn
         if not isinstance(rnn, nn.LSTM):
             return
-        self.add(OPENVINO, ["openvino"], cache(lambda: OpenvinoLSTM(rnn)), _buckets)
+        self.add(OPENVINO, ["openvino"], cache(lambda: OpenvinoLSTM(rnn)), small_buckets)
         tensorflow, dynet = cache(lambda: TensorflowLSTM(rnn)), cache(lambda: DynetLSTM(rnn))
         self.add(TENSORFLOW, ["tensorflow"], tensorflow, lambda rows: by_length(rows, BATCH))
         self.add(DYNET, ["dynet"], dynet, lambda rows: by_length(rows, len(rows)))
 
 
-def _buckets(rows: Sequence[Array]) -> list[list[int]]:
-    return make_buckets([len(r) for r in rows])
+def small_buckets(rows: Sequence[Sized]) -> list[list[int]]:
+    """Buckets of WIDTH, in batches of at most BATCH: the states of larger ones leave the cache."""
+    buckets = make_buckets([len(r) for r in rows])
+    return [b[at : at + BATCH] for b in buckets for at in range(0, len(b), BATCH)]
 
 
 def recurrent_case(
@@ -179,6 +161,7 @@ def recurrent_case(
     requests = make_requests(lengths, hidden, tokens)
     count, sample = len(requests), min(SAMPLE, len(requests))
     torch_ways, compiled = Torch(model), compile(model, backend=backend)  # type: ignore[arg-type]
+    by_hand = cache(lambda: Shrinking(model.rnn, model.embedding))
     others = Others(
         model.rnn, lambda: [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests]
     )
@@ -191,8 +174,14 @@ def recurrent_case(
             f"PyTorch, padded {BATCH} in arrival order",
             lambda: torch_ways.padded(requests, portions(count)),
         ),
-        Way(f"PyTorch, packed {count}", lambda: torch_ways.packed(requests)),
-        Way("PyTorch, steps by hand, a shrinking batch", lambda: torch_ways.shrinking(requests)),
+        Way(
+            f"PyTorch, packed, {PACKED} of like lengths",
+            lambda: torch_ways.packed(requests, PACKED),
+        ),
+        Way(
+            f"PyTorch, steps by hand, {SHRINKING} that shrink",
+            lambda: by_hand()(requests),
+        ),
         *others.ways,
         Way(CELLC, lambda: compiled.map(requests)),
     ]

@@ -36,7 +36,7 @@ from cellc.trees import Tree
 
 EAGER_SAMPLE = 96  # trees of a round that run eagerly: it takes long
 EAGER, LEVELS = "eager recursion, one tree at a time", "PyTorch, levels batched by hand"
-DYNET, TORCHFOLD = "DyNet autobatching", "torchfold, 64 at once"
+DYNET, TORCHFOLD = "DyNet autobatching", "torchfold, 128 at once"
 SEEN, NEW = "cellc, plain recursion, structures seen", "cellc, plain recursion, every tree new"
 TREE_SEEN, TREE_NEW = "cellc.Tree, structures seen", "cellc.Tree, every tree new"
 UNFOLD = "us a cell call to unfold, {}, never seen"

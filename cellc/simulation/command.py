@@ -118,8 +118,7 @@ def _costs(
 ) -> tuple[dict[int, Curve], Host, str, str]:
     """Curves by the cell's number, the host's part, the device, and where they are from."""
     if args.device == "cpu":
-        found = measured.costs_here(app, steps.step, args.seed)
-        place = found.place
+        place, found = measured.costs_here(app, steps.step, args.seed)
         return found.curves, _host(args, found.host), place.device, "measured here"
     gpu = GPUS[args.device]
     curves = roofline_curves(app.cells, gpu, args.efficiency)

@@ -22,22 +22,33 @@ STEP = 4.6e-6  # the least step that docs/gpu.md has, of kernels that run one af
 POINTS = tuple(1 << k for k in range(17))
 
 
+SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: shorter ones are disturbed otherwise
+
+
 @dataclass(frozen=True)
 class Host:
     """Seconds of the host, kernels aside: of every launch, of every request, and until it begins
-    where it had nothing to do. `slowdown`: what kernels take longer than curves say, as a share.
-    `beside`: what they lose to each request that comes meanwhile, as its thread takes a processor
-    from them. `spread`: what turns took beyond all that, in the order they were seen: what disturbs
-    one lasts. `lag`: until the engine has a request that is due, as often one as another.
+    where it had nothing to do. `after`: the share of it that comes when the kernel has run.
+    `beside` and `locked`: what kernels and the host lose to each request that is sent meanwhile:
+    the thread that sends it takes a processor from the former, Python's lock from the latter.
+    `spread`: what turns took beyond all that, in the order they were seen, as what disturbs one
+    lasts; by what they should have taken (SPANS). `lag`: until the sending thread wakes when a
+    request is due, as often one as another.
     """
 
     turn: float
     request: float
     wake: float = 0.0
-    slowdown: float = 0.0
+    after: float = 0.0
     beside: float = 0.0
-    spread: tuple[float, ...] = ()
+    locked: float = 0.0
+    spread: tuple[tuple[float, ...], ...] = ((),) * (len(SPANS) + 1)
     lag: tuple[float, ...] = ()
+
+    @property
+    def sending(self) -> float:
+        """What a turn loses to a request that is sent meanwhile."""
+        return self.beside + self.locked
 
 
 GIVEN = Host(turn=50e-6, request=45e-6)  # of GPUs, unless said: docs/gpu.md, docs/benchmarks.md
@@ -57,6 +68,11 @@ class CostTable:
         seconds: float = self._fast[cell][num_rows]
         return seconds
 
+    def steps(self, cell: int, sizes: npt.NDArray[np.integer]) -> npt.NDArray[np.float64]:
+        """Seconds of each step, from its rows."""
+        seconds: npt.NDArray[np.float64] = self._steps[cell][sizes]
+        return seconds
+
     def launch(self, cell: int, sizes: npt.NDArray[np.integer]) -> float:
         """Seconds of a launch, from the rows of each of its steps."""
         seconds = self._fast[cell]
@@ -64,7 +80,7 @@ class CostTable:
             total = float(sum(seconds[n] for n in sizes.tolist()))
         else:
             total = float(self._steps[cell][sizes].sum())
-        return (self.curves[cell].launch + total) * (1 + self.host.slowdown)
+        return self.curves[cell].launch + total
 
 
 def roofline_curves(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,11 @@ from cellc.plan import Plan
 from cellc.policies import Policy
 from cellc.scheduler import Batch, Scheduler
 from cellc.simulation.clock import F64, I64, REST, Counts, Turn
-from cellc.simulation.curves import CostTable
+from cellc.simulation.curves import SPANS, CostTable
 from cellc.urgency import Waiting, Wish
 
-RUN = 30  # turns
+RUN = 30  # turns in a row that disturbances are taken from
+SWITCH = 5e-3  # seconds that one thread keeps Python's lock from another (sys.setswitchinterval)
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class _Scheduled:
         policy: str | Policy,
     ) -> None:
         self._work, self._costs, self.counts = work, costs, Counts()
+        self._host_seconds = costs.host.turn  # of a turn, averaged
         self._scheduler = Scheduler(
             max_batch=max_batch,
             policy=policy,
@@ -73,8 +76,8 @@ class _Scheduled:
         most = self._scheduler.max_batch
         launches = num_rows / most if num_rows > most else 1.0
         step = self._costs.step(cell, min(num_rows, most))
-        steps = pacing.num_steps(step, self._costs.host.turn, shared=True)
-        return launches * (step + self._costs.host.turn / steps)
+        steps = pacing.num_steps(step, self._host_seconds, shared=True)
+        return launches * (step + self._host_seconds / steps)
 
     def add(self, requests: I64) -> None:
         self._waiting.append(requests)
@@ -126,26 +129,49 @@ class Cellular(_Scheduled):
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, policy)
         self._scheduler.turn.patience = pacing.patience(joined=True)
-        self._host_seconds, self._rested = 0.0, True
-        self._draw, self._at, self._left = random.Random(0), 0, 0
+        self._rested = True
+        self._sent = -math.inf  # requests that came until then are there
+        self._draw = random.Random(0)
+        self._runs = [(0, 0)] * len(costs.host.spread)  # of each span: where, and turns left
 
-    def _spread(self, seen: Sequence[float]) -> float:
+    def _spread(self, took: float) -> float:
         """What a turn takes beyond what it should: RUN in a row of those that were seen."""
-        if not self._left:
-            self._at, self._left = self._draw.randrange(len(seen)), RUN
-        self._at, self._left = (self._at + 1) % len(seen), self._left - 1
-        return seen[self._at]
+        span = bisect_right(SPANS, took)
+        seen = self._costs.host.spread[span]
+        if not seen:
+            return 0.0
+        at, left = self._runs[span]
+        if not left:
+            at, left = self._draw.randrange(len(seen)), RUN
+        self._runs[span] = (at + 1) % len(seen), left - 1
+        return max(seen[at], -took / 2)
 
-    def _beside(self, now: float, took: float) -> float:
-        """A turn with what it loses to requests that come meanwhile."""
-        beside = self._costs.host.beside
-        if not beside:
-            return took
+    def _num_sent(self, now: float) -> int:
+        """How many of those that wait are there. Who sends them needs Python's lock, which this
+        server leaves to others while a kernel runs, and while it rests.
+        """
+        if not self._costs.host.sending:
+            return self._num_waiting
+        if self._rested:
+            self._sent = now
+        came = (self._work.arrivals[part] for part in self._waiting)
+        return sum(int(np.searchsorted(times, self._sent, "right")) for times in came)
+
+    def _sending(self, until: float) -> int:
+        """How many are sent in a turn whose kernel would end then: those that came since the kernel
+        before, and those that come while it ends later for them.
+        """
+        each = self._costs.host.sending
+        if not each:
+            return 0
         arrivals = self._work.arrivals
-        first = last = int(np.searchsorted(arrivals, now, "right"))
-        while last < len(arrivals) and arrivals[last] <= now + took + (last - first) * beside:
+        first = last = int(np.searchsorted(arrivals, self._sent, "right"))
+        end = until
+        while last < len(arrivals) and arrivals[last] <= end:
             last += 1
-        return took + (last - first) * beside
+            end = until + min((last - first) * each, SWITCH)
+        self._sent = max(self._sent, end)
+        return last - first
 
     def _triage(self, room: int) -> tuple[int, list[int]]:
         """(how many that wait are next, and stand first now; those that cannot end in time)."""
@@ -171,6 +197,8 @@ class Cellular(_Scheduled):
         if urgency is not None and self._num_waiting:
             room = min(room, pacing.admissions(host.request))
             room, shed = self._triage(room)
+        elif self._num_waiting:
+            room = min(room, self._num_sent(now))
         if self._num_waiting:
             admitted = len(self._admit(room))
         if urgency is not None:
@@ -183,19 +211,27 @@ class Cellular(_Scheduled):
         step = self._costs.step(*chosen)
         batch = scheduler.next(pacing.num_steps(step, self._host_seconds, shared=True))
         assert batch is not None
-        on_host = host.turn + admitted * host.request
-        if host.spread:
-            on_host = max(0.0, on_host + self._spread(host.spread))
-        self._host_seconds = pacing.averaged(self._host_seconds, on_host)
-        if self._rested:
-            on_host, self._rested = on_host + host.wake, False
-        took = self._beside(now, on_host + self._run(batch))
+        took = self._seconds_of(batch, now, admitted)
         self.counts.busy += took
         if urgency is not None:
             urgency.ran(batch.cell, len(batch.steps) - 1)
         if len(batch.finished):
             scheduler.release(batch.finished)
         return Turn(now + took, batch.finished, shed=shed)
+
+    def _seconds_of(self, batch: Batch, now: float, admitted: int) -> float:
+        """Of a turn."""
+        host = self._costs.host
+        on_host = host.turn + (admitted + len(batch.finished)) / 2 * host.request
+        took = on_host + self._run(batch)
+        took += self._spread(took)
+        if self._rested:
+            took += host.wake + min(admitted * host.sending, SWITCH)
+            self._rested = False
+        num_sent = self._sending(now + took - on_host * host.after)
+        locked = num_sent * host.locked
+        self._host_seconds = pacing.averaged(self._host_seconds, on_host + locked)
+        return took + num_sent * host.beside + locked
 
 
 class WholeRequests(_Scheduled):
@@ -250,7 +286,7 @@ class Padded:
         for cell, curve in self._costs.curves.items():
             if longest[cell]:
                 rows = int(widest[cell]) * len(batch)
-                took += curve.of_launch(rows, int(longest[cell])) * (1 + host.slowdown)
+                took += curve.of_launch(rows, int(longest[cell]))
         self.counts.add(Counts(1, 1, len(batch), len(batch), took))
         return Turn(now + took, batch)
 

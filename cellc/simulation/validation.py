@@ -83,7 +83,8 @@ def validate(app: Application, shares: tuple[float, ...], seed: int, steps: Step
         with steps.step("rounds", ROUNDS) as done:
 
             def one_round() -> list[tuple[float, ...]]:
-                table = CostTable(curves, meter.measure(), ROWS)
+                costs = meter.measure()
+                table = CostTable(costs.curves, costs.host, ROWS)
                 setting, drawn = runs.Setting(table, find_arithmetic(), ROWS), next(seeds)
                 done()
                 return [_both(meter, setting, work, rate, drawn) for rate in rates]
