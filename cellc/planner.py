@@ -177,7 +177,7 @@ class _Planner:
         meanings = added.astype(np.int32)
         ends = (starts + sizes).tolist()
         for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
-            plan.__dict__["block"] = block[start:end], meanings[start:end]
+            plan.__dict__["_block"] = block[start:end], meanings[start:end]
 
     # -- slots --
 
