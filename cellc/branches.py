@@ -61,7 +61,7 @@ class Branches(Structures):
         wanted = [self._wanted(ask, plainly) for ask in asks]
         before = self.unfolder.generation
         try:
-            runs, forest = self._runs(wanted)
+            (_, runs, _), forest = self._runs(wanted)
         except Steers as error:
             return self._decided(error, asks)
         except CannotUnfold as error:
