@@ -64,6 +64,12 @@ class Arithmetic(Protocol):
         """
         ...
 
+    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
+        """(the deepest level of each group's calls, how many calls have a level), where call
+        `targets[i]` waits for call `sources[i]`. Levels end where calls wait in a circle.
+        """
+        ...
+
 
 class Numpy:
     """By numpy."""
@@ -96,6 +102,29 @@ class Numpy:
         else:
             events = answering = _NONE
         return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
+
+    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
+        total = len(group_of)
+        left = np.bincount(targets, minlength=total)
+        successors, first, counts = by_source(sources, targets, total)
+        ready = np.flatnonzero(left == 0)
+        seen, level = 0, 0
+        depth = np.zeros(groups, np.int64)
+        while len(ready):
+            seen += len(ready)
+            depth[group_of[ready]] = level
+            woken = successors[ragged_range(first[ready], counts[ready])]
+            np.subtract.at(left, woken, 1)
+            ready = np.unique(woken[left[woken] == 0])
+            level += 1
+        return depth, seen
+
+
+def by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
+    """Edges by source: (targets, where each source's begin, how many it has)."""
+    order = np.argsort(sources, kind="stable")
+    counts = np.bincount(sources, minlength=total)
+    return targets[order], np.cumsum(counts) - counts, counts
 
 
 def _expand(table: I32, heads: I64, max_steps: int | None) -> tuple[I64, I32, I64]:

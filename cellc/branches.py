@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cellc.forests import Wanted
 from cellc.frontends.stub import CannotUnfold
+from cellc.kernels.native import find_arithmetic
 from cellc.legs import Branch, make_branch, make_leg
 from cellc.paths import Ask, Replan
 from cellc.planner import make_plans
@@ -68,7 +69,7 @@ class Branches(Structures):
             raise self._reads_and(str(error), asks[0].place) from error
         if self.unfolder.generation != before:
             self._forget()
-        plans = make_plans(forest, self.store.tables)
+        plans = make_plans(forest, self.store.tables, find_arithmetic())
         self.store.number(forest.graph)
         found: dict[Ask, Branch | Exception] = {}
         lost, doubtful = [], []

@@ -12,6 +12,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from cellc.arithmetic import Arithmetic, Numpy
 from cellc.calls import CallGraph, CallGroup, Forest
 from cellc.dependencies import Dependencies
 from cellc.ops import RowType
@@ -19,18 +20,12 @@ from cellc.plan import (
     CELL,
     CHAIN,
     EDGES,
-    FIRST_CALL,
-    FIRST_ENTRY,
     I32,
     I64,
     MISSING,
-    NOTHING,
     NUM_COLUMNS,
     NUM_SUCCESSORS,
-    NUMBER,
     RECORD,
-    REGION,
-    REQUEST,
     SUCCESSOR,
     DataRows,
     OutputRows,
@@ -48,9 +43,10 @@ class _Planner:
     by request, and within a request group by group.
     """
 
-    def __init__(self, forest: Forest, tables: Tables) -> None:
+    def __init__(self, forest: Forest, tables: Tables, arithmetic: Arithmetic) -> None:
         graph = forest.graph
         self.forest, self.graph, self.tables = forest, graph, tables
+        self.arithmetic = arithmetic
         self.num_requests = forest.num_requests
         self.owners = forest.owners
         self.counts = np.array(
@@ -111,7 +107,7 @@ class _Planner:
             slots[type] = taken
         num_slots = slots.T.tolist()
         outputs = self._outputs()
-        depths = depend.depths(missing)
+        depths = depend.depths(self.arithmetic)
         present = list(map(tuple, (self.counts > 0).T.tolist()))
         alone = self.num_requests == 1
         if alone:
@@ -142,42 +138,22 @@ class _Planner:
                     places[r] if places else None,
                 )
             )
-        if not alone and not places:
-            self._blocks(plans, table, records, base, successors)
+        if not places:
+            lengths = [np.diff(a) for a in (self.call_starts, record_starts, successor_starts)]
+            at = [
+                array.ctypes.data + array.strides[0] * starts[:-1]
+                for array, starts in (
+                    (table, self.call_starts),
+                    (records, record_starts),
+                    (base, record_starts),
+                    (successors, successor_starts),
+                )
+            ]
+            types = np.full(self.num_requests, num_types)
+            columns = (at[0], lengths[0], at[1], lengths[1], at[2], at[3], lengths[2], types)
+            for plan, addresses in zip(plans, np.stack(columns, 1).tolist(), strict=True):
+                plan.__dict__["addresses"] = addresses
         return plans
-
-    def _blocks(
-        self, plans: list[Plan], table: I32, records: I32, base: I32, successors: I32
-    ) -> None:
-        """What `Plan.block` would make, for all plans at once."""
-        num_calls = np.diff(self.call_starts)
-        records_at = num_calls * NUM_COLUMNS
-        num_records = np.array([len(p.records) for p in plans])
-        num_successors = np.array([len(p.successors) for p in plans])
-        successors_at = records_at + num_records
-        sizes = successors_at + num_successors
-        sizes += -sizes % NUM_COLUMNS
-        starts = np.cumsum(sizes) - sizes
-        block, added = np.zeros(int(sizes.sum()), np.int32), np.full(int(sizes.sum()), NOTHING)
-        calls = table.copy()
-        calls[:, RECORD] += records_at[self.owner_of].astype(np.int32)
-        calls[:, SUCCESSOR] += successors_at[self.owner_of].astype(np.int32)
-        columns = np.full(NUM_COLUMNS, NOTHING)
-        columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
-        types = len(self.tables.types)
-        meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
-        at = ragged_range(starts, records_at)
-        block[at], added[at] = calls.reshape(-1), np.tile(columns, len(calls))
-        at = ragged_range(starts + records_at, num_records)
-        own = np.repeat(records_at, num_records)
-        block[at] = records + np.where(base == types, own, 0)
-        added[at] = meaning[base]
-        at = ragged_range(starts + successors_at, num_successors)
-        block[at], added[at] = successors, FIRST_CALL
-        meanings = added.astype(np.int32)
-        ends = (starts + sizes).tolist()
-        for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
-            plan.__dict__["_block"] = block[start:end], meanings[start:end]
 
     # -- slots --
 
@@ -449,6 +425,6 @@ def make_plan(graph: CallGraph, tables: Tables) -> Plan:
     return make_plans(Forest.of(graph), tables)[0]
 
 
-def make_plans(forest: Forest, tables: Tables) -> list[Plan]:
+def make_plans(forest: Forest, tables: Tables, arithmetic: Arithmetic | None = None) -> list[Plan]:
     """Arrange the calls of several requests at once, one plan each."""
-    return _Planner(forest, tables).plans()
+    return _Planner(forest, tables, arithmetic or Numpy()).plans()

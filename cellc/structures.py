@@ -25,6 +25,7 @@ from cellc.errors import CellcError, ForwardError, UnsupportedError
 from cellc.forests import Wanted
 from cellc.frontends.stub import CannotUnfold
 from cellc.graph import Graph
+from cellc.kernels.native import find_arithmetic
 from cellc.launch import Backend
 from cellc.legs import Entry, Result, Root, make_leg
 from cellc.marks import has_marks
@@ -179,7 +180,7 @@ class Structures:
         forest: Forest,
     ) -> None:
         start = time.perf_counter()
-        plans = make_plans(forest, self.store.tables)
+        plans = make_plans(forest, self.store.tables, find_arithmetic())
         self.unfolder.stats.planning += time.perf_counter() - start
         self.store.number(forest.graph)
         self.calls, self.graph = forest.graph, None

@@ -215,9 +215,7 @@ class Unfolder:
         self.recorder.reset()
         return [], True
 
-    def _record(
-        self, requests: Sequence[Wanted], stamping: bool
-    ) -> tuple[list[Unfolded], bool]:
+    def _record(self, requests: Sequence[Wanted], stamping: bool) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         recorder.reset()
         recorder.relearn = False
@@ -242,9 +240,7 @@ class Unfolder:
             threading.stack_size(size)
             sys.setrecursionlimit(limit)
 
-    def _recorded(
-        self, requests: Sequence[Wanted], stamping: bool
-    ) -> tuple[list[Unfolded], bool]:
+    def _recorded(self, requests: Sequence[Wanted], stamping: bool) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         self.stand_ins.begin()
         known = len(recorder.all_ops)

@@ -39,21 +39,23 @@ class Native:
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
-        self._place = library.cellc_place
+        self._place, self._depths = library.cellc_place, library.cellc_depths
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
         self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._depths.argtypes = [pointer, pointer, number, pointer, number, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
+        self._depths.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
-        blocks = np.array([plan.addresses for plan in plans], np.int64)
+        addresses = np.array([plan.addresses for plan in plans], np.int64)
         firsts = np.ascontiguousarray(first_calls, np.int64)
         self._place(
             table.ctypes.data,
             len(plans),
             firsts.ctypes.data,
-            blocks.ctypes.data,
+            addresses.ctypes.data,
             added.ctypes.data,
             added.shape[1],
         )
@@ -101,3 +103,15 @@ class Native:
             events[:num_events],
             answering[:num_events],
         )
+
+    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
+        depth = np.zeros(groups, np.int64)
+        seen = self._depths(
+            sources.ctypes.data,
+            targets.ctypes.data,
+            len(sources),
+            group_of.ctypes.data,
+            len(group_of),
+            depth.ctypes.data,
+        )
+        return depth, seen
