@@ -50,14 +50,20 @@ class Dag:
                 expected=f"indices of nodes, in [0, {n})",
             )
         self.counts, self.flat = counts, flat
-        self._key = (type(self).__name__, counts.tobytes(), flat.tobytes())
-        self._hash = hash(self._key)
         self._check()
 
     def _check(self) -> None:
         parents = np.arange(self.num_nodes).repeat(self.counts)
         if not ((self.flat < parents).all() or (self.flat > parents).all()):
             self.order  # noqa: B018  raises where there is a circle
+
+    @cached_property
+    def _key(self) -> tuple[str, bytes, bytes]:
+        return type(self).__name__, self.counts.tobytes(), self.flat.tobytes()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
 
     @cached_property
     def starts(self) -> Indices:
@@ -195,7 +201,8 @@ class Tree(Dag):
                 argument="children, parents", got="both or neither", expected="one of them"
             )
         if children is not None:
-            super().__init__(children)
+            if not self._set_plain(children):
+                super().__init__(children)
             return
         given = np.asarray(parents, np.int64).reshape(-1)
         n = len(given)
@@ -209,6 +216,31 @@ class Tree(Dag):
         inner = np.flatnonzero(given >= 0)
         order = inner[np.argsort(given[inner], kind="stable")]
         self._set(np.bincount(given[inner], minlength=n).astype(np.int64), order)
+
+    def _set_plain(self, children: Any) -> bool:
+        """Take an array of a tree whose children come first, as they mostly do, with few steps;
+        False where it is anything else.
+        """
+        if not (type(children) is np.ndarray and children.dtype == np.int64 and children.ndim == 2):
+            return False
+        there = children != -1
+        flat = children[there]
+        n = len(children)
+        if len(flat) != n - 1:
+            return False
+        try:
+            readers = np.bincount(flat, minlength=n)
+        except ValueError:  # an index below zero
+            return False
+        if len(readers) != n or readers.dot(readers) != n - 1:  # there are none above 1
+            return False
+        if not (flat < there.nonzero()[0]).all():
+            return False
+        self.num_nodes, self.flat = n, flat
+        self.counts = there.sum(1) if there.shape[1] != 2 else np.add(*there.T, dtype=np.int64)
+        self.__dict__["num_readers"] = readers
+        self.__dict__["results"] = readers.argmin(keepdims=True)
+        return True
 
     def _check(self) -> None:
         super()._check()
