@@ -54,7 +54,7 @@ class Dependencies:
         depth, seen = arithmetic.depths(self._sources, self._targets, self._group_of, groups)
         if seen != total:
             raise VerifyError(stage="plan", message=f"{total - seen} calls wait for each other")
-        return depth.tolist()
+        return list(depth.tolist())
 
 
 def _edges(graph: CallGraph, calls_of: Sequence[I64], producer: I64) -> tuple[I64, I64]:

@@ -149,14 +149,11 @@ class Patterns:
         form = self._forms[named]
         if form is None:
             return None
-        lists = self._stand_ins.is_list
-        return (
-            named,
-            *[
-                (t.dtype, t.shape[1:] if lists(t, place) else t.shape, lists(t, place))
-                for t, place in zip(request.tensors, form.tensors, strict=True)
-            ],
-        )
+        key: list[Hashable] = [named]
+        for tensor, place in zip(request.tensors, form.tensors, strict=True):
+            rows = self._stand_ins.is_list(tensor, place)
+            key += (rows, tensor.dtype, tensor.shape[1:] if rows else tensor.shape)
+        return tuple(key)
 
     def _trees(self, request: Request) -> list[Any]:
         tokens: tuple[Any, ...] = request.tokens  # type: ignore[assignment]
@@ -199,7 +196,8 @@ def _form_of(tokens: tuple[Any, ...]) -> Form | None:
     given = tokens[1 + len(names) :]
     if len(given) != count + len(names):
         return None
-    trees, tensors = [], []
+    trees: list[int] = []
+    tensors: list[Hashable] = []
     for place, token in zip((*range(count), *names), given, strict=True):
         if _is_tree(token):
             trees.append(len(trees))

@@ -239,7 +239,7 @@ class Tree(Dag):
         self.num_nodes, self.flat = n, flat
         self.counts = there.sum(1) if there.shape[1] != 2 else np.add(*there.T, dtype=np.int64)
         self.__dict__["num_readers"] = readers
-        self.__dict__["results"] = readers.argmin(keepdims=True)
+        self.__dict__["results"] = np.array([readers.argmin()])
         return True
 
     def _check(self) -> None:

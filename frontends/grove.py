@@ -73,14 +73,16 @@ class Grove:
     @cached_property
     def counts(self) -> I64:
         """How many children every node has."""
-        return np.concatenate([s.counts for s in self.structures])
+        counts: I64 = np.concatenate([s.counts for s in self.structures])
+        return counts
 
     @cached_property
     def children(self) -> I64:
         """Of all nodes, in a row."""
         flat = [s.flat for s in self.structures]
         edges = np.array([len(f) for f in flat], np.int64)
-        return np.concatenate(flat) + self.starts.repeat(edges)
+        children: I64 = np.concatenate(flat) + self.starts.repeat(edges)
+        return children
 
     @cached_property
     def first_child(self) -> I64:
@@ -103,14 +105,14 @@ class Grove:
         known = self._kinds.get(has_leaves)
         if known is None:
             counts = self.counts
-            known = np.where(counts == 0, LEAF, counts) if has_leaves else counts
-            self._kinds[has_leaves] = known
+            known = self._kinds[has_leaves] = np.where(has_leaves & (counts == 0), LEAF, counts)
         return known
 
     def pairs(self, has_leaves: bool) -> I64:
         """For every child, `pair_of` its kind and its parent's."""
         kinds = self.kinds(has_leaves)
-        return pair_of(kinds[self.children], kinds.repeat(self.counts))
+        pairs: I64 = pair_of(kinds[self.children], kinds.repeat(self.counts))
+        return pairs
 
     def ranks(self, has_leaves: bool) -> I64:
         """Of every node, its place among the leaves, or among the other nodes, of its structure."""
@@ -119,7 +121,8 @@ class Grove:
         first_leaf: I64 = (leaves - is_leaf)[self.starts]
         first_other: I64 = (others - ~is_leaf)[self.starts]
         before = np.where(is_leaf, leaves, others) - 1
-        return before - np.where(is_leaf, first_leaf[self.owner], first_other[self.owner])
+        ranks: I64 = before - np.where(is_leaf, first_leaf[self.owner], first_other[self.owner])
+        return ranks
 
 
 def pair_of(child: Any, parent: Any) -> Any:

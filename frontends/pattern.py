@@ -143,8 +143,8 @@ class _Watch:
         recorder._cut()
         at = recorder.next_row - self.start
         which = next(i for i, known in enumerate(self.trees) if known is tree)
-        leaf_numbers = [[number for _, number in part] for part in given]
-        self.folds.append(FoldNote(which, site, *leaf_numbers, at))
+        of_nodes, of_leaves = ([number for _, number in part] for part in given)
+        self.folds.append(FoldNote(which, site, of_nodes, of_leaves, at))
         rule = next(iter(site.rules.values()))
         stubs = [Stub(recorder.spare_row(), kind) for kind in rule.types]
         for k, stub in enumerate(stubs):
@@ -284,16 +284,18 @@ def stamp(
         }
         sizes.append(made)
         total += sum(made.values())
-    base = first_made + total.cumsum() - total
-    table[:, columns.bases] = at = base
+    base: I64 = first_made + total.cumsum() - total
+    at: I64 = base
+    table[:, columns.bases] = at
     for k, (note, made) in enumerate(zip(pattern.folds, sizes, strict=True)):
         grove = groves[note.tree]
         first_of = {}
-        following = at + note.at
+        following: I64 = at + note.at
         for kind, rows in made.items():
             first_of[kind] = following
             following = following + rows
-        table[:, columns.bases + k + 1] = at = following - note.at
+        at = following - note.at
+        table[:, columns.bases + k + 1] = at
         nodes, leaves = (
             np.array([first_rows[leaf] for leaf in part], np.int64).reshape(len(part), count).T
             for part in (note.nodes, note.leaves)
@@ -301,9 +303,10 @@ def stamp(
         states = fold_rows(grove, note.site.rules, first_of, nodes, leaves)
         start = columns.states[k]
         table[:, start : start + states.shape[1]] = states[grove.starts + grove.roots]
-    for segment, column, offsets, (first_column, first) in pattern.instances:
+    for segment, chosen, offsets, (first_column, first) in pattern.instances:
         segment.use()
-        segment.more_reads.append((table[:, column] + offsets).reshape(-1))
+        segment.more_reads.append((table[:, chosen] + offsets).reshape(-1))
         segment.more_made.append(table[:, first_column] + first)
     place = np.array(pattern.places, np.int64).reshape(-1, 2)
-    return base, table[:, place[:, 0]] + place[:, 1], first_made + int(total.sum())
+    returned = table[:, place[:, 0]] + place[:, 1]
+    return base, returned, first_made + int(total.sum())
