@@ -84,7 +84,7 @@ class Patterns:
             trees = self._trees(run.request)
             for fold in pattern.folds:
                 tree = trees[fold.tree]
-                count = int(tree.counts[tree.results[0]])
+                count = int(tree.counts[tree.root])
                 fold.roots.add(LEAF if count == 0 and LEAF in fold.site.rules else count)
 
     # -- choosing --

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -237,6 +238,11 @@ class Tables:
             self.constant_counts[number] = slot + 1  # first: others read constants, then counts
             self.constants[type, key] = slot
         return self.constants[type, key]
+
+
+def table_bytes(calls: Any, records: Any, successors: Any) -> Any:
+    """Of so many calls, entries of records and successors: plans hold int32."""
+    return 4 * (NUM_COLUMNS * calls + records + successors)
 
 
 def record_length(cell: Cell) -> int:

@@ -7,7 +7,7 @@ request or for all of a forest at once, by numpy alone. Comes in from `cellc.com
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -34,7 +34,9 @@ from cellc.plan import (
     Tables,
     ragged_range,
     record_length,
+    table_bytes,
 )
+from cellc.regions import size_classes
 from cellc.rows import RaggedRefs
 
 
@@ -139,21 +141,28 @@ class _Planner:
                 )
             )
         if not places:
-            lengths = [np.diff(a) for a in (self.call_starts, record_starts, successor_starts)]
-            at = [
-                array.ctypes.data + array.strides[0] * starts[:-1]
-                for array, starts in (
-                    (table, self.call_starts),
-                    (records, record_starts),
-                    (base, record_starts),
-                    (successors, successor_starts),
-                )
-            ]
-            types = np.full(self.num_requests, num_types)
-            columns = (at[0], lengths[0], at[1], lengths[1], at[2], at[3], lengths[2], types)
-            for plan, addresses in zip(plans, np.stack(columns, 1).tolist(), strict=True):
-                plan.__dict__["addresses"] = addresses
+            arrays = table, records, base, successors
+            starts = self.call_starts, record_starts, record_starts, successor_starts
+            self._note_sizes(plans, arrays, starts, slots)
         return plans
+
+    def _note_sizes(
+        self, plans: list[Plan], arrays: Sequence[I32], starts: Sequence[I64], slots: I64
+    ) -> None:
+        """What each plan would find out of itself when it is first admitted, for all at once."""
+        at = [a.ctypes.data + a.strides[0] * s[:-1] for a, s in zip(arrays, starts, strict=True)]
+        calls, records, _, successors = [np.diff(s) for s in starts]
+        types = np.full(len(plans), len(slots))
+        columns = (at[0], calls, at[1], records, at[2], at[3], successors, types)
+        rooms = size_classes(slots).T
+        row_bytes = [type.nbytes for type in list(self.tables.types)[: len(slots)]]
+        nbytes = rooms @ np.array(row_bytes, np.int64)
+        nbytes += table_bytes(calls, records, successors)
+        for plan, addresses, room, size in zip(
+            plans, np.stack(columns, 1).tolist(), rooms, nbytes.tolist(), strict=True
+        ):
+            plan.__dict__["addresses"], plan.__dict__["rooms"] = addresses, room
+            plan.nbytes = size
 
     # -- slots --
 

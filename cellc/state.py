@@ -16,7 +16,7 @@ import torch
 
 from cellc.dtypes import TORCH_DTYPES
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range
+from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range, table_bytes
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
@@ -127,8 +127,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if plan.nbytes == 0:
             sizes = zip(plan.num_slots, list(self._tables.types), strict=False)
             rows = sum(size_class(size) * type.nbytes for size, type in sizes)
-            block = (plan.calls, plan.records, plan.successors)
-            plan.nbytes = rows + sum(a.nbytes for a in block)
+            block = len(plan.calls), len(plan.records), len(plan.successors)
+            plan.nbytes = rows + table_bytes(*block)
         return plan.nbytes
 
     @property

@@ -17,6 +17,7 @@ import torch
 
 from cellc.errors import RequestError
 from cellc.frontends import stub as stubs
+from cellc.kernels.native import found_arithmetic
 
 Indices = npt.NDArray[np.int64]
 
@@ -218,29 +219,29 @@ class Tree(Dag):
         self._set(np.bincount(given[inner], minlength=n).astype(np.int64), order)
 
     def _set_plain(self, children: Any) -> bool:
-        """Take an array of a tree whose children come first, as they mostly do, with few steps;
-        False where it is anything else.
+        """Take an array of a tree whose children come first, as they mostly do; False where it is
+        anything else.
         """
         if not (type(children) is np.ndarray and children.dtype == np.int64 and children.ndim == 2):
             return False
-        there = children != -1
-        flat = children[there]
-        n = len(children)
-        if len(flat) != n - 1:
+        found = found_arithmetic().tree(children)
+        if found is None:
             return False
-        try:
-            readers = np.bincount(flat, minlength=n)
-        except ValueError:  # an index below zero
-            return False
-        if len(readers) != n or readers.dot(readers) != n - 1:  # there are none above 1
-            return False
-        if not (flat < there.nonzero()[0]).all():
-            return False
-        self.num_nodes, self.flat = n, flat
-        self.counts = there.sum(1) if there.shape[1] != 2 else np.add(*there.T, dtype=np.int64)
-        self.__dict__["num_readers"] = readers
-        self.__dict__["results"] = np.array([readers.argmin()])
+        known = self.__dict__
+        self.counts, known["num_readers"], self.flat, self.root = found
+        self.num_nodes = len(children)
         return True
+
+    @cached_property
+    def root(self) -> int:
+        """The node that no other reads."""
+        # each other one is a child once
+        return self.num_nodes * (self.num_nodes - 1) // 2 - int(self.flat.sum())
+
+    @cached_property
+    def results(self) -> Indices:
+        """The root."""
+        return np.array([self.root])
 
     def _check(self) -> None:
         super()._check()
@@ -257,9 +258,6 @@ class Tree(Dag):
                 got=f"{len(self.results)} roots",
                 expected="one node that is no child",
             )
-        # each node but the root is a child once
-        root = self.num_nodes * (self.num_nodes - 1) // 2 - int(self.flat.sum())
-        self.__dict__["results"] = np.array([root])
 
     def _returned(self, states: Sequence[Any]) -> Any:
         return states[0]

@@ -92,8 +92,8 @@ class Grove:
 
     @cached_property
     def roots(self) -> I64:
-        """The first result of every structure."""
-        return np.array([s.results[0] for s in self.structures], np.int64)
+        """Of trees."""
+        return np.array([s.root for s in self.structures], np.int64)
 
     @cached_property
     def num_leaves(self) -> I64:

@@ -165,3 +165,24 @@ extern "C" int64_t cellc_depths(const int64_t* sources, const int64_t* targets, 
     }
     return seen;
 }
+
+// In: children [nodes, width], -1 where there is none. Out, where they are those of a tree whose
+// children come first: how many each node has, how many nodes read each, all in a row. Returns the
+// root; -1 where it is anything else.
+extern "C" int64_t cellc_tree(const int64_t* children, int64_t nodes, int64_t width, int64_t* out) {
+    int64_t *const counts = out, *const readers = out + nodes, *const flat = out + 2 * nodes;
+    std::fill(out, flat, 0);
+    int64_t edges = 0;
+    for (int64_t i = 0; i < nodes; ++i) {
+        for (int64_t k = 0; k < width; ++k) {
+            const int64_t child = children[i * width + k];
+            if (child == -1) continue;
+            if (child < 0 || child >= i || readers[child]++) return -1;
+            flat[edges++] = child;
+        }
+        counts[i] = edges;
+    }
+    if (edges != nodes - 1) return -1;
+    for (int64_t i = nodes - 1; i > 0; --i) counts[i] -= counts[i - 1];
+    return nodes - 1;  // children come first
+}

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from comparing import assert_same_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cellc
 from cellc.unfolder import Unfolder
-from tests.test_unfold import assert_same_plan
 
 SIZE, VOCABULARY = 5, 9
 State = tuple[Tensor, Tensor]
