@@ -314,13 +314,18 @@ def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
     """How many slots of each row type every request needs, as size classes; later types are unknown
     to older plans.
     """
-    rows: dict[int, int] = {}
-    number = [rows.setdefault(id(plan), len(rows)) for plan in plans]
-    table = np.zeros((len(rows), types), np.int64)
-    for plan, row in {id(p): (p, r) for p, r in zip(plans, number, strict=True)}.values():
-        rooms = plan.rooms
-        table[row, : len(rooms)] = rooms
-    return table[number]
+    distinct = {id(plan): plan for plan in plans}
+    rooms = [plan.rooms for plan in distinct.values()]
+    if all(len(given) == types for given in rooms):
+        table = np.concatenate(rooms).reshape(len(rooms), types)
+    else:
+        table = np.zeros((len(rooms), types), np.int64)
+        for row, given in zip(table, rooms, strict=True):
+            row[: len(given)] = given
+    if len(rooms) == len(plans):
+        return table
+    rows = dict(zip(distinct, range(len(rooms)), strict=True))
+    return table[[rows[id(plan)] for plan in plans]]
 
 
 def _as_rows(
