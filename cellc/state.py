@@ -264,6 +264,20 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
         return self._arranged(rows, slots, len(bases))
 
+    def read_small(
+        self, given: Sequence[OutputRows], bases: npt.NDArray[np.int64]
+    ) -> Sequence[torch.Tensor] | None:
+        """Returned tensors of one shape, of requests whose regions begin at `bases`; None where
+        each has its own memory.
+        """
+        first = given[0]
+        if len(first.slots) * self._types[first.type].nbytes > SMALL_OUTPUT:
+            return None
+        slots = np.concatenate([rows.slots for rows in given]).reshape(len(given), -1)
+        owned = np.concatenate([rows.owned for rows in given]).reshape(len(given), -1)
+        slots = slots + owned * bases[:, None]
+        return self._arranged(first, slots.reshape(-1), len(given))
+
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""
         first, base = wanted[0]
