@@ -59,9 +59,13 @@ class Patterns:
     def begin(self, epoch: int) -> None:
         """What was learned before another epoch is not known any more."""
         if epoch != self._epoch or len(self._known) > MAX_PATTERNS:
-            self._known.clear()
-            self._forms.clear()
+            self.forget()
             self._epoch = epoch
+
+    def forget(self) -> None:
+        """Learn all again."""
+        self._known.clear()
+        self._forms.clear()
 
     # -- learning --
 

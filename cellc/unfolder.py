@@ -279,7 +279,10 @@ class Unfolder:
         if self.stand_ins.take_apart(known):
             stable = False
         self.epoch += not stable
-        return runs, self.flow.learn(runs) and stable
+        if not self.flow.learn(runs):
+            self.patterns.forget()  # they hold segments of before
+            stable = False
+        return runs, stable
 
     # -- call graphs --
 

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils import _pytree as pytree
 
+from cellc.frontends import stub as stubs
 from cellc.frontends.fold import Site, site_key
 from cellc.frontends.grove import LEAF, Grove, fold_rows
 from cellc.frontends.segments import SPARE, OutType, Segment
@@ -31,6 +32,10 @@ class NoPattern(BaseException):
     """A forward does more with a tree, or with a list of rows, than fold it: what it does may
     depend on what is in them. No Exception, so that no handler in the forward hides it.
     """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(what)
+        stubs.current.end(self)
 
 
 class _Closed:
@@ -191,7 +196,7 @@ def learn(
     except (Exception, NoPattern, CannotUnfold, NumberSteers):
         return None
     finally:
-        recorder.repeating = repeating
+        recorder.repeating, stubs.current.ended = repeating, None
     if noted is None or recorder.num_decided() or recorder.generates or not watch.folds:
         return None
     return _pattern(watch, noted, data)

@@ -212,6 +212,7 @@ LOOKS: dict[str, Callable[[cellc.Tree, Tensor], Any]] = {
     "equality": lambda tree, x: tree == cellc.Tree([[], [0]]),
     "type": lambda tree, x: type(tree) is cellc.Tree and tree.num_nodes > 3,
     "handled": lambda tree, x: _handled(x),
+    "handled by all means": lambda tree, x: _handled_by_all_means(tree),
 }
 
 
@@ -219,6 +220,13 @@ def _handled(x: Tensor) -> bool:
     try:
         return x.size(0) > 3
     except Exception:
+        return False
+
+
+def _handled_by_all_means(tree: cellc.Tree) -> bool:
+    try:
+        return tree.num_nodes > 3
+    except BaseException:
         return False
 
 
