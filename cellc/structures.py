@@ -110,12 +110,10 @@ class Structures:
             ):
                 return False  # another thread learned something
             before = self.unfolder.generation
-            start = time.perf_counter()
+            begin = time.perf_counter()
             try:
-                guesses, plain = self.paths.guesses((), None), self.unfolder.plain
-                found, forest = self._runs(
-                    [w._replace(guesses=guesses, plain=plain) for w in requests], stamping=True
-                )
+                start = self.paths.guesses((), None), self.unfolder.plain
+                found, forest = self._runs(requests, start)
             except Steers as error:
                 if error.place in steering:
                     self.distrust(f"numbers at {error.place} decide, and are data")
@@ -138,7 +136,7 @@ class Structures:
             self._plan_unfolded(requests, found, forest)
             self.store.keep_unfolded(self.unfolder.templates.cells())
             stats = self.unfolder.stats
-            stats.seconds += time.perf_counter() - start
+            stats.seconds += time.perf_counter() - begin
             return True
 
     def planned_anew(self, args: Any, kwargs: Any) -> tuple[Entry, Sequence[torch.Tensor]]:
@@ -156,7 +154,7 @@ class Structures:
                 raise self._reads_and(self.unfolder.reason, "its numbers decide")
 
     def _runs(
-        self, requests: Sequence[Wanted], *, stamping: bool = False
+        self, requests: Sequence[Wanted], start: tuple[int, bool] | None = None
     ) -> tuple[Unfolding, Forest]:
         """Run forwards on stand-ins. Raises Steers and CannotUnfold."""
         if self.arguments.steering is None:
@@ -164,7 +162,7 @@ class Structures:
         with TRACING, evaluating(self.model), without_collecting():
             self.unfolder.recorder.habits = self.paths.habits
             self.unfolder.templates.trim()
-            found = self.unfolder.unfold(requests, self.arguments.steering, stamping=stamping)
+            found = self.unfolder.unfold(requests, self.arguments.steering, start=start)
             return found, self.unfolder.forest(found.runs, found.stamped)
 
     def _steered_by(self, steering: Steering, place: Hashable) -> None:

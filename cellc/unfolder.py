@@ -182,21 +182,28 @@ class Unfolder:
         return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions), moves)
 
     def unfold(
-        self, requests: Sequence[Wanted], steering: Steering, *, stamping: bool = False
+        self,
+        requests: Sequence[Wanted],
+        steering: Steering,
+        *,
+        start: tuple[int, bool] | None = None,
     ) -> Unfolding:
-        """Run new requests on stubs; what they did is in the recorder's segments. `stamping`: those
-        whose forwards do what is known need not run.
+        """Run new requests on stubs; what they did is in the recorder's segments. `start`: they
+        begin, with so many guesses, plainly or not; those whose forwards do what is known need not
+        run.
 
         Raises Steers where a number turned out to decide, CannotUnfold where tracing has to
         do it.
         """
         self.stand_ins.steering = steering
-        stamping = stamping and self._may_stamp()
+        stamping = start is not None and self._may_stamp()
         size = len(requests) if self.templates else min(SAMPLE, len(requests))
         for _ in range(ROUNDS):
             self.patterns.begin(self.epoch)
             known, others = self.patterns.choose(requests) if stamping else ([], None)
             left = requests if others is None else [requests[i] for i in others]
+            if start is not None:
+                left = [one._replace(guesses=start[0], plain=start[1]) for one in left]
             runs, stable = self._record(left[:size], stamping) if left else self._nothing()
             if stable and stamping:
                 self.patterns.note(runs)
