@@ -122,7 +122,7 @@ class Patterns:
         trees = [self._trees(request) for request in requests]
         groves = [Grove(column) for column in zip(*trees, strict=True)]
         lengths = {
-            leaf: np.array([len(r.tensors[leaf]) for r in requests], np.int64)
+            leaf: np.array([r.tensors[leaf].shape[0] for r in requests], np.int64)
             for leaf in pattern.stacks
         }
         strange = np.zeros(len(members), bool)
