@@ -186,7 +186,8 @@ class Patterns:
 
 
 def _is_tree(x: Any) -> bool:
-    return getattr(type(x), "one_result", False) is True
+    """Is it a `cellc.Tree`, and not of a class of the user's that may fold otherwise?"""
+    return vars(type(x)).get("folds_to_one") is True
 
 
 def _form_of(tokens: tuple[Any, ...]) -> Form | None:

@@ -32,7 +32,6 @@ class Dag:
     """
 
     structured = True  # a request that holds it is unfolded
-    one_result = False  # does a fold give one state, whatever the nodes
 
     def __init__(self, children: Any) -> None:
         self._set(*_compressed(children))
@@ -194,7 +193,7 @@ class Tree(Dag):
     Raises RequestError as `Dag` does, and where a node has two parents or there are two roots.
     """
 
-    one_result = True
+    folds_to_one = True  # state, whatever the nodes
 
     def __init__(self, children: Any = None, *, parents: Any = None) -> None:
         if (children is None) == (parents is None):

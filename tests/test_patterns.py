@@ -258,6 +258,22 @@ def test_forwards_that_only_fold_have_a_pattern() -> None:
         assert len(compiled._compiler.unfolder.patterns) == 1
 
 
+class Doubled(cellc.Tree):
+    """Folds otherwise."""
+
+    def fold(self, *given: Any, **named: Any) -> Any:
+        return 2 * super().fold(*given, **named)
+
+
+def test_trees_of_other_classes_fold_as_they_say() -> None:
+    forward = looks(lambda tree, x: True)
+    with cellc.compile(forward, backend="eager") as compiled:
+        for kind in (cellc.Tree, Doubled):
+            for n in (2, 3, 4, 5):
+                one = kind(parents=[*range(1, n), -1]), torch.randn(n, SIZE)
+                same(compiled(*one), forward(*one))
+
+
 def test_trees_of_arrays_are_those_of_lists() -> None:
     """The short way to a tree gives what the long one does, or refuses as it does."""
     rng = np.random.default_rng(0)
