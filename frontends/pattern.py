@@ -8,8 +8,10 @@ Python does not run. Comes in from `cellc.patterns`, goes out as instances of se
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -171,7 +173,8 @@ def learn(
     is_tree: Callable[[Any], bool],
 ) -> Pattern | None:
     """Run a forward on stand-ins, and keep what it did; None where that may depend on more than the
-    types of its arguments. `data`: of the call's tensors (see `Unfolded`).
+    types of its arguments. `data`: of the call's tensors (see `Unfolded`). Nobody else profiles
+    this thread.
     """
     leaf_of = {row: leaf for leaf, row, *_ in data}
     watch = _Watch(recorder)
@@ -187,11 +190,16 @@ def learn(
         raise NoPattern("an argument that holds more")
 
     repeating, recorder.repeating = recorder.repeating, False
+    codes: set[CodeType] = set()
     recorder.begin((), 0, -1)
     try:
         args, kwargs = call
         given = [stand_in(x) for x in args], {k: stand_in(x) for k, x in kwargs.items()}
-        noted = recorder.observe(lambda: recorder.run(forward, *given))
+        sys.setprofile(lambda frame, event, _: codes.add(frame.f_code))
+        try:
+            noted = recorder.observe(lambda: recorder.run(forward, *given))
+        finally:
+            sys.setprofile(None)
         recorder.holdings.check()
     except (Exception, NoPattern, CannotUnfold, NumberSteers):
         return None
@@ -199,6 +207,8 @@ def learn(
         recorder.repeating, stubs.current.ended = repeating, None
     if noted is None or recorder.num_decided() or recorder.generates or not watch.folds:
         return None
+    if any("type" in code.co_names and recorder._is_user(code) for code in codes):
+        return None  # it may ask what a stand-in is, and be told
     return _pattern(watch, noted, data)
 
 
