@@ -254,7 +254,7 @@ class Tree(Dag):
         if len(self.flat) != self.num_nodes - 1:  # each a child once
             raise RequestError(
                 argument="children",
-                got=f"{len(self.results)} roots",
+                got=f"{np.count_nonzero(self.num_readers == 0)} roots",
                 expected="one node that is no child",
             )
 
