@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from cellc.forests import Wanted
 from cellc.frontends.stub import CannotUnfold
+from cellc.kernels.native import find_arithmetic
 from cellc.legs import Branch, make_branch, make_leg
 from cellc.paths import Ask, Replan
 from cellc.planner import make_plans
@@ -61,14 +62,14 @@ class Branches(Structures):
         wanted = [self._wanted(ask, plainly) for ask in asks]
         before = self.unfolder.generation
         try:
-            runs, forest = self._runs(wanted)
+            (_, runs, _), forest = self._runs(wanted)
         except Steers as error:
             return self._decided(error, asks)
         except CannotUnfold as error:
             raise self._reads_and(str(error), asks[0].place) from error
         if self.unfolder.generation != before:
             self._forget()
-        plans = make_plans(forest, self.store.tables)
+        plans = make_plans(forest, self.store.tables, find_arithmetic())
         self.store.number(forest.graph)
         found: dict[Ask, Branch | Exception] = {}
         lost, doubtful = [], []

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from cellc.arithmetic import Arithmetic, by_source
 from cellc.calls import CallGraph
 from cellc.errors import VerifyError
-from cellc.plan import I64, ragged_range
+from cellc.plan import I64
 from cellc.rows import RaggedRefs
 
 
@@ -44,27 +45,16 @@ class Dependencies:
         """(successors but for chains, where each call's begin, how many, what a call waits for)."""
         others = ~self._chained
         missing = np.bincount(self._targets, minlength=self._total)
-        told = _by_source(self._sources[others], self._targets[others], self._total)
+        told = by_source(self._sources[others], self._targets[others], self._total)
         return *told, missing
 
-    def depths(self, missing: I64) -> list[int]:
+    def depths(self, arithmetic: Arithmetic) -> list[int]:
         """A depth a cell; raises VerifyError where calls wait for each other in a circle."""
-        left, total = missing.copy(), self._total
-        successors, first, counts = _by_source(self._sources, self._targets, total)
-        ready = np.flatnonzero(left == 0)
-        seen, level = 0, 0
-        depth = np.zeros(len(self._graph.groups), np.int64)
-        while len(ready):
-            seen += len(ready)
-            depth[self._group_of[ready]] = level
-            index = ragged_range(first[ready], counts[ready])
-            woken = successors[index]
-            np.subtract.at(left, woken, 1)
-            ready = np.unique(woken[left[woken] == 0])
-            level += 1
+        groups, total = len(self._graph.groups), self._total
+        depth, seen = arithmetic.depths(self._sources, self._targets, self._group_of, groups)
         if seen != total:
             raise VerifyError(stage="plan", message=f"{total - seen} calls wait for each other")
-        return depth.tolist()
+        return list(depth.tolist())
 
 
 def _edges(graph: CallGraph, calls_of: Sequence[I64], producer: I64) -> tuple[I64, I64]:
@@ -80,10 +70,3 @@ def _edges(graph: CallGraph, calls_of: Sequence[I64], producer: I64) -> tuple[I6
             sources.append(made[made >= 0])
             targets.append(readers[made >= 0])
     return np.concatenate(sources), np.concatenate(targets)
-
-
-def _by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
-    """Edges by source: (targets, where each source's begin, how many it has)."""
-    order = np.argsort(sources, kind="stable")
-    counts = np.bincount(sources, minlength=total)
-    return targets[order], np.cumsum(counts) - counts, counts

@@ -276,6 +276,9 @@ class Flight:
             if not others:
                 columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
                 return list(zip(*columns, strict=True))
+        found = self._read_alike(tickets, outputs) if len(tickets) > 1 else None
+        if found is not None:
+            return found
         wanted = [
             (rows, int(t.bases[rows.type]))
             for t, given in zip(tickets, outputs, strict=True)
@@ -304,6 +307,24 @@ class Flight:
                     blocks = tuple([self._arenas.block(r, bases[part, r.type]) for r in rows])
                     for row, ticket in enumerate(those[part]):
                         ticket.kept = kept, blocks, row
+
+    def _read_alike(
+        self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
+    ) -> Sequence[Sequence[torch.Tensor]] | None:
+        """`_read` of different structures that return small tensors of the same shapes; None where
+        they do not.
+        """
+        forms = {tuple([(o.type, o.positions, o.order) for o in given]) for given in outputs}
+        if len(forms) > 1 or not outputs[0] or len({len(t.bases) for t in tickets}) > 1:
+            return None
+        bases = np.concatenate([t.bases for t in tickets]).reshape(len(tickets), -1)
+        columns = []
+        for given in zip(*outputs, strict=True):
+            made = self._arenas.read_small(given, bases[:, given[0].type])
+            if made is None:
+                return None
+            columns.append(made)
+        return list(zip(*columns, strict=True))
 
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""

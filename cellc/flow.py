@@ -24,26 +24,27 @@ class Flow:
     def __init__(self, recorder: Recorder, templates: Templates) -> None:
         self.recorder, self.templates = recorder, templates
         self._edges: set[tuple[int, int]] = set()  # of places: (who makes, who reads)
-        # of the last runs: for every row that an operation made, its segment and where it is there
-        self._segment_of = self._offset_of = np.zeros(0, np.int64)
+        # of the last runs: for every row that an operation made, the number of that output, which
+        # are counted through all segments
+        self._output_of = self._first_output = np.zeros(0, np.int64)
 
     def learn(self, runs: Sequence[Unfolded]) -> bool:
         """Take in who feeds whom, and which values are read elsewhere; True if nothing is new."""
         recorder = self.recorder
         total = recorder.next_row
-        maker = np.full(total, -1, np.int64)
-        segment_of = self._segment_of = np.full(total, -1, np.int64)
-        offset_of = self._offset_of = np.zeros(total, np.int64)
-        for k, segment in enumerate(recorder.used):
+        rows_of = [segment.num_rows for segment in recorder.used]
+        first = self._first_output = np.cumsum([0, *rows_of])
+        maker = np.zeros(total, np.int64)  # its place in the code, counted from 1
+        output_of = self._output_of = np.full(total, -1, np.int64)
+        for segment, start in zip(recorder.used, first.tolist(), strict=False):
             _, made = segment.instances()
             rows = made[:, None] + np.arange(segment.num_rows)
             maker[rows] = np.repeat(
-                [op.site for op in segment.ops], [op.num_rows for op in segment.ops]
+                [op.site + 1 for op in segment.ops], [op.num_rows for op in segment.ops]
             )
-            segment_of[rows] = k
-            offset_of[rows] = np.arange(segment.num_rows)
+            output_of[rows] = np.arange(start, start + segment.num_rows)
         edges: set[tuple[int, int]] = set()
-        read = [np.zeros(0, np.int64)]
+        read = np.zeros(first[-1] + 1, bool)  # outputs; the last stands for rows of no operation
         for segment in recorder.used:
             reads, _ = segment.instances()
             for op, wiring in zip(segment.ops, segment.wirings, strict=True):
@@ -52,20 +53,18 @@ class Flow:
                         edges.add((self._site_at(segment, w), op.site))
                     else:
                         column = reads[:, ~w]
-                        makers = np.unique(maker[column[column >= 0]])
-                        edges.update((m, op.site) for m in makers.tolist() if m >= 0)
-            read.append(reads[reads >= 0])
-        for run in runs:
-            rows_out = [r for given in run.given for rows, _ in given.tensors for r in rows]
-            rows_out += [question.row for question in run.asked]
-            read.append(np.array([r for r in rows_out if r >= 0], np.int64))
-        used = np.concatenate(read)
-        used = used[segment_of[used] >= 0]
+                        makers = np.flatnonzero(np.bincount(maker[column[column >= 0]])[1:])
+                        edges.update((m, op.site) for m in makers.tolist())
+            read[output_of[reads[reads >= 0]]] = True
+        rows_out = [
+            r for run in runs for given in run.given for rows, _ in given.tensors for r in rows
+        ]
+        rows_out += [question.row for run in runs for question in run.asked]
+        read[output_of[[r for r in rows_out if r >= 0]]] = True
         stable = True
-        grown = np.unique(segment_of[used] * (1 << 32) + offset_of[used])
-        for number in grown.tolist():
-            segment = recorder.used[number >> 32]
-            output = _output_of(segment, number & 0xFFFFFFFF)
+        for number in np.flatnonzero(read[:-1]).tolist():
+            segment, offset = self._place_of(number)
+            output = _output_of(segment, offset)
             if output not in segment.escaping:
                 segment.escaping.add(output)
                 self.templates.escapes(segment)
@@ -104,12 +103,16 @@ class Flow:
             self.templates.generation += 1
         return changed
 
+    def _place_of(self, number: int) -> tuple[Segment, int]:
+        """The segment of an output, and where it is among its rows."""
+        k = int(np.searchsorted(self._first_output, number, "right")) - 1
+        return self.recorder.used[k], number - int(self._first_output[k])
+
     def type_of(self, row: int) -> StubType | None:
         """Type of a row that an operation made, where its value is kept."""
-        if self._segment_of[row] < 0:
+        if self._output_of[row] < 0:
             return None
-        segment = self.recorder.used[int(self._segment_of[row])]
-        offset = int(self._offset_of[row])
+        segment, offset = self._place_of(int(self._output_of[row]))
         output = _output_of(segment, offset)
         if output not in segment.escaping:
             return None

@@ -18,6 +18,7 @@ from cellc.calls import CallGraph, CallGroup, Forest, join, take
 from cellc.dtypes import DTYPE_NAMES
 from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
+from cellc.frontends.pattern import Pattern
 from cellc.frontends.reads import OPEN
 from cellc.frontends.segments import OutType, Segment
 from cellc.frontends.stub import StubType
@@ -124,6 +125,18 @@ class Unfolded:
 
 
 @dataclass
+class Stamped:
+    """Requests whose forwards were not run: what they do was written, by a pattern."""
+
+    pattern: Pattern
+    requests: list[Request]
+    bases: Refs  # first rows that they make
+    data: list[tuple[int, str, StubType, Refs, Refs]]
+    # ^ (leaf, name, type of a row, first row of each request, rows or -1)
+    returned: Refs  # rows, [requests, rows]
+
+
+@dataclass
 class Template:
     """A segment as a call graph of its own: values of its inputs, of its constants, and others."""
 
@@ -140,11 +153,14 @@ def make_forest(
     runs: Sequence[Unfolded],
     template_of: Callable[[Segment], Template],
     type_of: Callable[[int], StubType | None],
+    stamped: Sequence[Stamped] = (),
 ) -> Forest:
-    """Calls of the recorded requests: an instance of a segment is a copy of its template. `type_of`
-    a row that an operation made; None where its value is not kept.
+    """Calls of the recorded requests, then of those that were stamped: an instance of a segment is
+    a copy of its template. `type_of` a row that an operation made; None where its value is not
+    kept.
     """
-    starts = np.array([run.base for run in runs], np.int64)
+    first_rows = np.array([run.base for run in runs], np.int64)
+    starts = np.concatenate([first_rows, *[many.bases for many in stamped]])
     window = _Window(recorder, runs, starts)
     constants: dict[Hashable, int] = {}
     next_value = recorder.next_row
@@ -227,6 +243,18 @@ def make_forest(
                 result_rows += returned_rows
                 forms.append((len(returned_rows), out))
                 output_owners.append(r)
+    owner = len(runs)
+    for many in stamped:
+        owners_of = range(owner, owner := owner + len(many.requests))
+        for leaf, name, kind, firsts, counts in many.data:
+            data += [
+                _source(leaf, base, kind, count, name)
+                for base, count in zip(firsts.tolist(), counts.tolist(), strict=True)
+            ]
+            data_owners += owners_of
+        result_rows += many.returned.reshape(-1).tolist()
+        forms += many.pattern.forms * len(owners_of)
+        output_owners += [r for r in owners_of for _ in many.pattern.forms]
     refs = final[values_of(np.array(result_rows, np.int64))]
     outputs, at = [], 0
     for size, out in forms:
@@ -234,7 +262,7 @@ def make_forest(
         at += size
     graph = CallGraph(groups, data, constants, outputs, next_value)
     rows_of = window.rows(moved, final) if window.steered else None
-    return Forest(graph, len(runs), all_owners, data_owners, output_owners, rows_of)
+    return Forest(graph, len(starts), all_owners, data_owners, output_owners, rows_of)
 
 
 class _Window:
@@ -247,9 +275,10 @@ class _Window:
         self.steered = any(run.asked or run.generates or run.draws for run in runs)
         if self.steered:
             last = recorder.next_row
-            self._cuts = np.array([run.cut for run in runs], np.int64)
+            whole = starts[len(runs) :]  # of those that were stamped, all is wanted
+            self._cuts = np.concatenate([np.array([run.cut for run in runs], np.int64), whole])
             ends = [last if run.end is None else run.end for run in runs]
-            self._ends = np.array(ends, np.int64)
+            self._ends = np.concatenate([np.array(ends, np.int64), np.full(len(whole), last)])
 
     def instances(self, segment: Segment) -> tuple[Refs, Refs]:
         """(rows read, first rows made) of the instances that are wanted."""
@@ -288,8 +317,8 @@ class _Window:
         return next_value
 
     def _end_of(self, run: Unfolded) -> int:
-        following = [other.base for other in self._runs if other.base > run.base]
-        return min(following, default=self._recorder.next_row)
+        following = self._starts[self._starts > run.base]
+        return int(following.min(initial=self._recorder.next_row))
 
     def rows(self, moved: Refs, final: Refs) -> list[Refs]:
         """For every run the values of its rows, data included; -1 for what is not there."""
@@ -304,7 +333,8 @@ class _Window:
                 there &= rows < run.end
             values[there] = final[moved[rows[there]]]
             out.append(values)
-        return out
+        none = np.zeros(0, np.int64)
+        return [*out, *[none] * (len(self._starts) - len(out))]
 
 
 def _copies(group: CallGroup, values: Refs) -> CallGroup:

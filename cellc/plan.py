@@ -11,9 +11,10 @@ reads alternates between two places, so that a long chain needs two rows, not on
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,7 +120,8 @@ class Plan:
 
     @property
     def block(self) -> tuple[I32, I32]:
-        """`_made_block`, made once: of two threads that make it, both keep the first one's, whose
+        """Calls, records and successors (and events) as one array, and what to add to each entry:
+        `_made_block`, made once: of two threads that make it, both keep the first one's, whose
         addresses were told.
         """
         known: tuple[I32, I32] | None = self.__dict__.get("_block")
@@ -180,15 +182,25 @@ class Plan:
         return np.array(entries), np.array(added), np.array(first)
 
     @cached_property
-    def addresses(self) -> tuple[int, int, int]:
-        """Where both arrays of the block begin, and how long they are."""
-        block, added = self.block
-        return block.ctypes.data, added.ctypes.data, len(block)
+    def addresses(self) -> Sequence[int]:
+        """Where its arrays begin, and how long they are: (calls, number, records, number, their
+        bases, successors, number, row types); of a plan with events, which only its block has,
+        (block, length, what to add, -1, ..).
+        """
+        if self.events is not None and len(self.events):
+            block, added = self.block
+            return block.ctypes.data, len(block), added.ctypes.data, -1, 0, 0, 0, 0
+        arrays = (self.calls, self.records, self.record_base, self.successors)
+        calls, records, bases, successors = [a.ctypes.data for a in arrays]
+        lengths = self.num_calls, len(self.records), len(self.successors), len(self.num_slots)
+        return calls, lengths[0], records, lengths[1], bases, successors, *lengths[2:]
 
     @cached_property
     def num_rows(self) -> int:
         """Table rows that the block takes."""
-        return len(self.block[0]) // NUM_COLUMNS
+        if self.events is not None and len(self.events):
+            return len(self.block[0]) // NUM_COLUMNS
+        return self.num_calls - (-(len(self.records) + len(self.successors)) // NUM_COLUMNS)
 
     def __str__(self) -> str:
         lines = [f"# plan: {self.num_calls} calls, {len(self.ready)} ready at once"]
@@ -226,6 +238,11 @@ class Tables:
             self.constant_counts[number] = slot + 1  # first: others read constants, then counts
             self.constants[type, key] = slot
         return self.constants[type, key]
+
+
+def table_bytes(calls: Any, records: Any, successors: Any) -> Any:
+    """Of so many calls, entries of records and successors: plans hold int32."""
+    return 4 * (NUM_COLUMNS * calls + records + successors)
 
 
 def record_length(cell: Cell) -> int:

@@ -7,11 +7,12 @@ request or for all of a forest at once, by numpy alone. Comes in from `cellc.com
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 
 import numpy as np
 
+from cellc.arithmetic import Arithmetic, Numpy
 from cellc.calls import CallGraph, CallGroup, Forest
 from cellc.dependencies import Dependencies
 from cellc.ops import RowType
@@ -19,18 +20,12 @@ from cellc.plan import (
     CELL,
     CHAIN,
     EDGES,
-    FIRST_CALL,
-    FIRST_ENTRY,
     I32,
     I64,
     MISSING,
-    NOTHING,
     NUM_COLUMNS,
     NUM_SUCCESSORS,
-    NUMBER,
     RECORD,
-    REGION,
-    REQUEST,
     SUCCESSOR,
     DataRows,
     OutputRows,
@@ -39,7 +34,9 @@ from cellc.plan import (
     Tables,
     ragged_range,
     record_length,
+    table_bytes,
 )
+from cellc.regions import size_classes
 from cellc.rows import RaggedRefs
 
 
@@ -48,9 +45,10 @@ class _Planner:
     by request, and within a request group by group.
     """
 
-    def __init__(self, forest: Forest, tables: Tables) -> None:
+    def __init__(self, forest: Forest, tables: Tables, arithmetic: Arithmetic) -> None:
         graph = forest.graph
         self.forest, self.graph, self.tables = forest, graph, tables
+        self.arithmetic = arithmetic
         self.num_requests = forest.num_requests
         self.owners = forest.owners
         self.counts = np.array(
@@ -111,7 +109,7 @@ class _Planner:
             slots[type] = taken
         num_slots = slots.T.tolist()
         outputs = self._outputs()
-        depths = depend.depths(missing)
+        depths = depend.depths(self.arithmetic)
         present = list(map(tuple, (self.counts > 0).T.tolist()))
         alone = self.num_requests == 1
         if alone:
@@ -142,42 +140,29 @@ class _Planner:
                     places[r] if places else None,
                 )
             )
-        if not alone and not places:
-            self._blocks(plans, table, records, base, successors)
+        if not places:
+            arrays = table, records, base, successors
+            starts = self.call_starts, record_starts, record_starts, successor_starts
+            self._note_sizes(plans, arrays, starts, slots)
         return plans
 
-    def _blocks(
-        self, plans: list[Plan], table: I32, records: I32, base: I32, successors: I32
+    def _note_sizes(
+        self, plans: list[Plan], arrays: Sequence[I32], starts: Sequence[I64], slots: I64
     ) -> None:
-        """What `Plan.block` would make, for all plans at once."""
-        num_calls = np.diff(self.call_starts)
-        records_at = num_calls * NUM_COLUMNS
-        num_records = np.array([len(p.records) for p in plans])
-        num_successors = np.array([len(p.successors) for p in plans])
-        successors_at = records_at + num_records
-        sizes = successors_at + num_successors
-        sizes += -sizes % NUM_COLUMNS
-        starts = np.cumsum(sizes) - sizes
-        block, added = np.zeros(int(sizes.sum()), np.int32), np.full(int(sizes.sum()), NOTHING)
-        calls = table.copy()
-        calls[:, RECORD] += records_at[self.owner_of].astype(np.int32)
-        calls[:, SUCCESSOR] += successors_at[self.owner_of].astype(np.int32)
-        columns = np.full(NUM_COLUMNS, NOTHING)
-        columns[[RECORD, SUCCESSOR, REQUEST]] = FIRST_ENTRY, FIRST_ENTRY, NUMBER
-        types = len(self.tables.types)
-        meaning = np.array([*(REGION + np.arange(types)), FIRST_ENTRY, NOTHING])
-        at = ragged_range(starts, records_at)
-        block[at], added[at] = calls.reshape(-1), np.tile(columns, len(calls))
-        at = ragged_range(starts + records_at, num_records)
-        own = np.repeat(records_at, num_records)
-        block[at] = records + np.where(base == types, own, 0)
-        added[at] = meaning[base]
-        at = ragged_range(starts + successors_at, num_successors)
-        block[at], added[at] = successors, FIRST_CALL
-        meanings = added.astype(np.int32)
-        ends = (starts + sizes).tolist()
-        for plan, start, end in zip(plans, starts.tolist(), ends, strict=True):
-            plan.__dict__["block"] = block[start:end], meanings[start:end]
+        """What each plan would find out of itself when it is first admitted, for all at once."""
+        at = [a.ctypes.data + a.strides[0] * s[:-1] for a, s in zip(arrays, starts, strict=True)]
+        calls, records, _, successors = [np.diff(s) for s in starts]
+        types = np.full(len(plans), len(slots))
+        columns = (at[0], calls, at[1], records, at[2], at[3], successors, types)
+        rooms = size_classes(slots).T
+        row_bytes = [type.nbytes for type in list(self.tables.types)[: len(slots)]]
+        nbytes = rooms @ np.array(row_bytes, np.int64)
+        nbytes += table_bytes(calls, records, successors)
+        for plan, addresses, room, size in zip(
+            plans, np.stack(columns, 1).tolist(), rooms, nbytes.tolist(), strict=True
+        ):
+            plan.__dict__["addresses"], plan.__dict__["rooms"] = addresses, room
+            plan.nbytes = size
 
     # -- slots --
 
@@ -449,6 +434,6 @@ def make_plan(graph: CallGraph, tables: Tables) -> Plan:
     return make_plans(Forest.of(graph), tables)[0]
 
 
-def make_plans(forest: Forest, tables: Tables) -> list[Plan]:
+def make_plans(forest: Forest, tables: Tables, arithmetic: Arithmetic | None = None) -> list[Plan]:
     """Arrange the calls of several requests at once, one plan each."""
-    return _Planner(forest, tables).plans()
+    return _Planner(forest, tables, arithmetic or Numpy()).plans()

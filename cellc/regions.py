@@ -31,6 +31,13 @@ def size_class(size: int) -> int:
     return -(-size // step) * step
 
 
+def size_classes(sizes: I64) -> I64:
+    """`size_class` of each."""
+    values, which = np.unique(sizes, return_inverse=True)
+    classes = np.array([size_class(n) for n in values.tolist()], np.int64)
+    return classes[which].reshape(sizes.shape)
+
+
 class Regions:
     """Gives out `[start, start + size)` pieces of `capacity` places; `grow(capacity)` is told when
     more are needed.

@@ -123,6 +123,9 @@ class Arguments:
         if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             return Request(list(args), len(args))
         steering = None if exact else self.steering
+        if not kwargs and (tokens := skeleton.plain_tokens(args)) is not None:
+            tensors = [x for x in args if type(x) is torch.Tensor]
+            return Request(tensors, tokens, len(tensors), False, False, True, True, steering)
         try:
             flat = skeleton.flatten(args, kwargs, steering)
         except skeleton.NotFlat as error:

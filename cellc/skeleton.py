@@ -183,6 +183,24 @@ def holds_tensors(leaf: Any) -> bool:
 _ARRAYS: set[type] = set()  # classes met that hold a structure as arrays (`cellc.trees`)
 
 
+def plain_tokens(args: tuple[Any, ...]) -> tuple[Hashable, ...] | None:
+    """What `flatten` keys a call by that has structures of arrays and tensors for arguments, at
+    least one of those; None of others.
+    """
+    tokens: list[Hashable] = [len(args)]
+    known = False
+    for x in args:
+        kind = type(x)
+        if kind is torch.Tensor:
+            tokens.append(TENSOR)
+        elif kind in _ARRAYS:
+            known = True
+            tokens.append(x)
+        else:
+            return None
+    return tuple(tokens) if known else None
+
+
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering | None) -> Flat:
     """Walk a request. `steers`: which numbers Python code decides by; None: all of them.
 

@@ -81,10 +81,7 @@ class StandIns:
         shape = tuple(value.shape)
         if 0 in shape:
             raise CannotUnfold("an empty tensor")
-        apart = place in self._stacks or (
-            len(shape) > 0 and not value.dtype.is_floating_point and value.dtype is not torch.bool
-        )
-        if apart and len(shape) > 0:
+        if self.is_list(value, place):
             inner = StubType.of(shape[1:], value.dtype, device)
             out.data.append((leaf, row, inner, shape[0], self._name(place)))
             return Stack.of_rows(row, shape[0], inner)
@@ -93,6 +90,13 @@ class StandIns:
         if len(shape) > 0:
             self._whole[row] = place
         return Stub(row, kind)
+
+    def is_list(self, value: torch.Tensor, place: Hashable) -> bool:
+        """Is a tensor a list of rows?"""
+        if not value.dim():
+            return False
+        kind = value.dtype
+        return place in self._stacks or not (kind.is_floating_point or kind is torch.bool)
 
     def _name(self, place: Any) -> str:
         """A tensor's name in error messages."""

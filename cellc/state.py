@@ -17,7 +17,7 @@ import torch
 from cellc.dtypes import TORCH_DTYPES
 from cellc.layout import arrange, as_block, as_rows, outside, ranges
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables
+from cellc.plan import DataRows, OutputRows, Plan, Tables, table_bytes
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
@@ -131,8 +131,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if plan.nbytes == 0:
             sizes = zip(plan.num_slots, list(self._tables.types), strict=False)
             rows = sum(size_class(size) * type.nbytes for size, type in sizes)
-            block = (plan.calls, plan.records, plan.successors)
-            plan.nbytes = rows + sum(a.nbytes for a in block)
+            block = len(plan.calls), len(plan.records), len(plan.successors)
+            plan.nbytes = rows + table_bytes(*block)
         return plan.nbytes
 
     @property
@@ -309,6 +309,20 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             view[starts[those]] = values[[numbers[k] for k in those]]
         return True
 
+    def read_small(
+        self, given: Sequence[OutputRows], bases: npt.NDArray[np.int64]
+    ) -> Sequence[torch.Tensor] | None:
+        """Returned tensors of one shape, of requests whose regions begin at `bases`; None where
+        each has its own memory.
+        """
+        first = given[0]
+        if len(first.slots) * self._types[first.type].nbytes > SMALL_OUTPUT:
+            return None
+        slots = np.concatenate([rows.slots for rows in given]).reshape(len(given), -1)
+        owned = np.concatenate([rows.owned for rows in given]).reshape(len(given), -1)
+        slots = slots + owned * bases[:, None]
+        return self._arranged(first, slots.reshape(-1), len(given))
+
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""
         first, base = wanted[0]
@@ -360,10 +374,18 @@ def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
     to older plans.
     """
     distinct = {id(plan): plan for plan in plans}
-    table = np.zeros((len(distinct), types), np.int64)
-    for row, plan in zip(table, distinct.values(), strict=True):
-        row[: len(plan.rooms)] = plan.rooms
     if len(distinct) == 1:
+        table = np.zeros((1, types), np.int64)
+        table[0, : len(plans[0].rooms)] = plans[0].rooms
         return table.repeat(len(plans), 0)
-    rows = {key: row for row, key in enumerate(distinct)}
+    rooms = [plan.rooms for plan in distinct.values()]
+    if all(len(given) == types for given in rooms):
+        table = np.concatenate(rooms).reshape(len(rooms), types)
+    else:
+        table = np.zeros((len(rooms), types), np.int64)
+        for row, given in zip(table, rooms, strict=True):
+            row[: len(given)] = given
+    if len(rooms) == len(plans):
+        return table
+    rows = dict(zip(distinct, range(len(rooms)), strict=True))
     return table[[rows[id(plan)] for plan in plans]]

@@ -22,9 +22,10 @@ from cellc.calls import CallGraph, Forest
 from cellc.cell_store import CellStore
 from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, UnsupportedError
-from cellc.forests import Unfolded, Wanted
+from cellc.forests import Wanted
 from cellc.frontends.stub import CannotUnfold
 from cellc.graph import Graph
+from cellc.kernels.native import find_arithmetic
 from cellc.launch import Backend
 from cellc.legs import Entry, Result, Root, make_leg
 from cellc.marks import has_marks
@@ -40,7 +41,7 @@ from cellc.printer import print_graph
 from cellc.request import Request
 from cellc.skeleton import Steering
 from cellc.stages import print_calls
-from cellc.unfolder import Steers, Unfolder
+from cellc.unfolder import Steers, Unfolder, Unfolding
 
 MAX_FAILURES = 1024  # requests of which is known that they cannot be unfolded
 
@@ -109,12 +110,10 @@ class Structures:
             ):
                 return False  # another thread learned something
             before = self.unfolder.generation
-            start = time.perf_counter()
+            begin = time.perf_counter()
             try:
-                guesses, plain = self.paths.guesses((), None), self.unfolder.plain
-                runs, forest = self._runs(
-                    [w._replace(guesses=guesses, plain=plain) for w in requests]
-                )
+                start = self.paths.guesses((), None), self.unfolder.plain
+                found, forest = self._runs(requests, start)
             except Steers as error:
                 if error.place in steering:
                     self.distrust(f"numbers at {error.place} decide, and are data")
@@ -124,7 +123,7 @@ class Structures:
             except CannotUnfold as error:
                 self.distrust(str(error))
                 return False
-            if any(isinstance(run.error, TypeError) for run in runs) and self.read_plainly():
+            if any(isinstance(run.error, TypeError) for run in found.runs) and self.read_plainly():
                 return False
             try:
                 self.pipeline.check_constants(forest.graph)
@@ -134,10 +133,10 @@ class Structures:
                 return True
             if self.unfolder.generation != before and self.plans:
                 self._forget()
-            self._plan_unfolded(requests, runs, forest)
+            self._plan_unfolded(requests, found, forest)
             self.store.keep_unfolded(self.unfolder.templates.cells())
             stats = self.unfolder.stats
-            stats.seconds += time.perf_counter() - start
+            stats.seconds += time.perf_counter() - begin
             return True
 
     def planned_anew(self, args: Any, kwargs: Any) -> tuple[Entry, Sequence[torch.Tensor]]:
@@ -154,15 +153,17 @@ class Structures:
             if self.unfolder.reason is not None:
                 raise self._reads_and(self.unfolder.reason, "its numbers decide")
 
-    def _runs(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], Forest]:
+    def _runs(
+        self, requests: Sequence[Wanted], start: tuple[int, bool] | None = None
+    ) -> tuple[Unfolding, Forest]:
         """Run forwards on stand-ins. Raises Steers and CannotUnfold."""
         if self.arguments.steering is None:
             raise CannotUnfold(self.unfolder.reason or "it cannot be unfolded")
         with TRACING, evaluating(self.model), without_collecting():
             self.unfolder.recorder.habits = self.paths.habits
             self.unfolder.templates.trim()
-            runs = self.unfolder.unfold(requests, self.arguments.steering)
-            return runs, self.unfolder.forest(runs)
+            found = self.unfolder.unfold(requests, self.arguments.steering, start=start)
+            return found, self.unfolder.forest(found.runs, found.stamped)
 
     def _steered_by(self, steering: Steering, place: Hashable) -> None:
         """Numbers at a place decide: from now on they are part of a request's structure."""
@@ -173,17 +174,18 @@ class Structures:
     def _plan_unfolded(
         self,
         requests: Sequence[Wanted],
-        runs: Sequence[Unfolded],
+        found: Unfolding,
         forest: Forest,
     ) -> None:
         start = time.perf_counter()
-        plans = make_plans(forest, self.store.tables)
+        plans = make_plans(forest, self.store.tables, find_arithmetic())
         self.unfolder.stats.planning += time.perf_counter() - start
         self.store.number(forest.graph)
         self.calls, self.graph = forest.graph, None
         self._last = requests[-1].args, requests[-1].kwargs
         stats = self.unfolder.stats
-        for run, wanted, plan in zip(runs, requests, plans, strict=True):
+        count = len(found.runs)
+        for run, wanted, plan in zip(found.runs, found.wanted, plans[:count], strict=True):
             if run.failed and not run.raises:
                 reason = run.reason or (f"it raises {run.error!r}" if self.paths.on else None)
                 if reason is not None:
@@ -202,7 +204,15 @@ class Structures:
                 self.plans.keep(run.request.key, entry)
             stats.requests += 1
             stats.cells += plan.num_calls
-        self.counts["plans_unfolded"] += len(runs)
+        following = iter(plans[count:])
+        for stamped in found.stamped:
+            result, version = Result.of(stamped.pattern.returned), self.pipeline.roles.version
+            for request, plan in zip(stamped.requests, following, strict=False):
+                entry = request.entry = Entry(plan, result, (), version)
+                self.plans.keep(request.key, entry)
+                stats.cells += plan.num_calls
+            stats.requests += len(stamped.requests)
+        self.counts["plans_unfolded"] += len(plans)
         self._stages.begin()
         self._stages.add("graph", self._print_traced)
         self._stages.add(

@@ -17,6 +17,7 @@ import torch
 
 from cellc.errors import RequestError
 from cellc.frontends import stub as stubs
+from cellc.kernels.native import found_arithmetic
 
 Indices = npt.NDArray[np.int64]
 
@@ -49,14 +50,20 @@ class Dag:
                 expected=f"indices of nodes, in [0, {n})",
             )
         self.counts, self.flat = counts, flat
-        self._key = (type(self).__name__, counts.tobytes(), flat.tobytes())
-        self._hash = hash(self._key)
         self._check()
 
     def _check(self) -> None:
         parents = np.arange(self.num_nodes).repeat(self.counts)
         if not ((self.flat < parents).all() or (self.flat > parents).all()):
             self.order  # noqa: B018  raises where there is a circle
+
+    @cached_property
+    def _key(self) -> tuple[str, bytes, bytes]:
+        return type(self).__name__, self.counts.tobytes(), self.flat.tobytes()
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self._key)
 
     @cached_property
     def starts(self) -> Indices:
@@ -186,13 +193,16 @@ class Tree(Dag):
     Raises RequestError as `Dag` does, and where a node has two parents or there are two roots.
     """
 
+    folds_to_one = True  # state, whatever the nodes
+
     def __init__(self, children: Any = None, *, parents: Any = None) -> None:
         if (children is None) == (parents is None):
             raise RequestError(
                 argument="children, parents", got="both or neither", expected="one of them"
             )
         if children is not None:
-            super().__init__(children)
+            if not self._set_plain(children):
+                super().__init__(children)
             return
         given = np.asarray(parents, np.int64).reshape(-1)
         n = len(given)
@@ -207,6 +217,31 @@ class Tree(Dag):
         order = inner[np.argsort(given[inner], kind="stable")]
         self._set(np.bincount(given[inner], minlength=n).astype(np.int64), order)
 
+    def _set_plain(self, children: Any) -> bool:
+        """Take an array of a tree whose children come first, as they mostly do; False where it is
+        anything else.
+        """
+        if not (type(children) is np.ndarray and children.dtype == np.int64 and children.ndim == 2):
+            return False
+        found = found_arithmetic().tree(children)
+        if found is None:
+            return False
+        known = self.__dict__
+        self.counts, known["num_readers"], self.flat, self.root = found
+        self.num_nodes = len(children)
+        return True
+
+    @cached_property
+    def root(self) -> int:
+        """The node that no other reads."""
+        # each other one is a child once
+        return self.num_nodes * (self.num_nodes - 1) // 2 - int(self.flat.sum())
+
+    @cached_property
+    def results(self) -> Indices:
+        """The root."""
+        return np.array([self.root])
+
     def _check(self) -> None:
         super()._check()
         if self.num_readers.max() > 1:
@@ -219,12 +254,9 @@ class Tree(Dag):
         if len(self.flat) != self.num_nodes - 1:  # each a child once
             raise RequestError(
                 argument="children",
-                got=f"{len(self.results)} roots",
+                got=f"{np.count_nonzero(self.num_readers == 0)} roots",
                 expected="one node that is no child",
             )
-        # each node but the root is a child once
-        root = self.num_nodes * (self.num_nodes - 1) // 2 - int(self.flat.sum())
-        self.__dict__["results"] = np.array([root])
 
     def _returned(self, states: Sequence[Any]) -> Any:
         return states[0]

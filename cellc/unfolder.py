@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ from cellc import log
 from cellc.calls import Forest
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.flow import Flow
-from cellc.forests import Unfolded, Wanted, make_forest
+from cellc.forests import Stamped, Unfolded, Wanted, make_forest
 from cellc.frontends.asking import Asked
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
@@ -33,6 +33,7 @@ from cellc.frontends.segments import LEAF, OutType, Study
 from cellc.frontends.stub import CannotUnfold, NumberSteers, StubType
 from cellc.frontends.unfold import Recorder
 from cellc.ops import RowType
+from cellc.patterns import Patterns
 from cellc.roles import Roles
 from cellc.skeleton import Steering
 from cellc.stand_ins import StandIns
@@ -54,6 +55,14 @@ class Steers(Exception):
     def __init__(self, place: Hashable) -> None:
         super().__init__(place)
         self.place = place
+
+
+class Unfolding(NamedTuple):
+    """Requests that were run, what they did, and what was stamped."""
+
+    wanted: Sequence[Wanted]
+    runs: list[Unfolded]
+    stamped: list[Stamped]
 
 
 @dataclass
@@ -88,6 +97,7 @@ class Unfolder:
         self.stand_ins = StandIns(self.names, self.recorder)
         self.templates = Templates(self.tools, self.device)
         self.flow = Flow(self.recorder, self.templates)
+        self.patterns = Patterns(self.recorder, self.forward, self.stand_ins)
 
     @property
     def generation(self) -> int:
@@ -171,33 +181,58 @@ class Unfolder:
         moves = all(node.op in _MOVES for node in lowered.nodes)
         return Study(tuple(outputs), tuple(kept), spec, constant, tuple(positions), moves)
 
-    def unfold(self, requests: Sequence[Wanted], steering: Steering) -> list[Unfolded]:
-        """Run new requests on stubs; what they did is in the recorder's segments.
+    def unfold(
+        self,
+        requests: Sequence[Wanted],
+        steering: Steering,
+        *,
+        start: tuple[int, bool] | None = None,
+    ) -> Unfolding:
+        """Run new requests on stubs; what they did is in the recorder's segments. `start`: they
+        begin, with so many guesses, plainly or not; those whose forwards do what is known need not
+        run.
 
         Raises Steers where a number turned out to decide, CannotUnfold where tracing has to
         do it.
         """
         self.stand_ins.steering = steering
+        stamping = start is not None and self._may_stamp()
         size = len(requests) if self.templates else min(SAMPLE, len(requests))
         for _ in range(ROUNDS):
-            runs, stable = self._record(requests[:size])
-            if stable and size == len(requests):
-                return runs
+            self.patterns.begin(self.epoch)
+            known, others = self.patterns.choose(requests) if stamping else ([], None)
+            left = requests if others is None else [requests[i] for i in others]
+            if start is not None:
+                left = [one._replace(guesses=start[0], plain=start[1]) for one in left]
+            runs, stable = self._record(left[:size], stamping) if left else self._nothing()
+            if stable and stamping:
+                self.patterns.note(runs)
+            if stable and size >= len(left):
+                return Unfolding(left, runs, [self.patterns.write(k, requests) for k in known])
             if stable:
                 size = len(requests)
         raise CannotUnfold("its structure looks different each time")
 
-    def _record(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], bool]:
+    def _may_stamp(self) -> bool:
+        """Stand-ins for trees have other types, and write nothing in place."""
+        return not (self.numbers_stay or self.plain or self.recorder.writing)
+
+    def _nothing(self) -> tuple[list[Unfolded], bool]:
+        """No request has to run."""
+        self.recorder.reset()
+        return [], True
+
+    def _record(self, requests: Sequence[Wanted], stamping: bool) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         recorder.reset()
         recorder.relearn = False
         if self.stand_ins.overflow():
             recorder.memos.clear()
         try:
-            return self._recorded(requests)
+            return self._recorded(requests, stamping)
         except RecursionError:
             recorder.reset()
-            return self._with_room(lambda: self._recorded(requests))
+            return self._with_room(lambda: self._recorded(requests, stamping))
 
     def _with_room(self, work: Callable[[], T]) -> T:
         """Work in a thread with a large stack: deep structures need one."""
@@ -212,7 +247,7 @@ class Unfolder:
             threading.stack_size(size)
             sys.setrecursionlimit(limit)
 
-    def _recorded(self, requests: Sequence[Wanted]) -> tuple[list[Unfolded], bool]:
+    def _recorded(self, requests: Sequence[Wanted], stamping: bool) -> tuple[list[Unfolded], bool]:
         recorder = self.recorder
         self.stand_ins.begin()
         known = len(recorder.all_ops)
@@ -229,6 +264,8 @@ class Unfolder:
                     continue
                 try:
                     self._run(run, wanted)
+                    if stamping:
+                        self.patterns.learn(run)
                 except (Steers, RefusedCell):
                     raise
                 except CannotUnfold as error:
@@ -249,18 +286,25 @@ class Unfolder:
         if self.stand_ins.take_apart(known):
             stable = False
         self.epoch += not stable
-        return runs, self.flow.learn(runs) and stable
+        if not self.flow.learn(runs):
+            self.patterns.forget()  # they hold segments of before
+            stable = False
+        return runs, stable
 
     # -- call graphs --
 
-    def forest(self, runs: Sequence[Unfolded]) -> Forest:
-        """Calls of the recorded requests."""
+    def forest(self, runs: Sequence[Unfolded], stamped: Sequence[Stamped] = ()) -> Forest:
+        """Calls of the recorded requests, and of those that were stamped."""
         recorder = self.recorder
         for _ in range(ROUNDS):  # what one template teaches may change another
             if not sum([self.templates.of(segment)[1] for segment in recorder.used]):
                 break
         return make_forest(
-            recorder, runs, lambda segment: self.templates.of(segment)[0], self.flow.type_of
+            recorder,
+            runs,
+            lambda segment: self.templates.of(segment)[0],
+            self.flow.type_of,
+            stamped,
         )
 
     def explain(self) -> list[str]:

@@ -18,45 +18,14 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from cellc.frontends import memo
-from cellc.frontends.segments import SPARE, Segment
+from cellc.frontends.grove import ARGUMENT, CONSTANT, LEAF, MADE, Grove, Rule, fold_rows
+from cellc.frontends.segments import SPARE
 from cellc.frontends.stub import Stack, Stub, StubType
 
 if TYPE_CHECKING:
     from cellc.frontends.repeats import Repeats
 
-CONSTANT, MADE, ARGUMENT = range(3)
-LEAF = -1
-
 I64 = npt.NDArray[np.int64]
-
-
-@dataclass
-class Rule:
-    """What a function does on a node of one kind: instances of segments, whose rows are constant,
-    made here, or arguments; and the rows of its state.
-    """
-
-    instances: list[tuple[Segment, I64, I64, int]]  # (segment, kinds, offsets, first made)
-    rows: int  # made by a call
-    state: I64  # offset of every row of its state
-    spec: Any
-    types: tuple[StubType, ...]
-    build: Callable[[Sequence[int]], Any]  # its state from (0, first made row)
-    pending: list[tuple[I64, I64]] = field(default_factory=list)  # (arguments, first made row)
-
-    def expand(self) -> None:
-        """Write its pending calls into the segments."""
-        arguments = np.concatenate([a for a, _ in self.pending])
-        made = np.concatenate([m for _, m in self.pending])
-        self.pending = []
-        table = np.concatenate([arguments, made[:, None], np.zeros((len(made), 1), np.int64)], 1)
-        width = arguments.shape[1]
-        for segment, kinds, offsets, first in self.instances:
-            column = np.where(kinds == ARGUMENT, offsets, np.where(kinds == MADE, width, width + 1))
-            added = np.where(kinds == ARGUMENT, 0, offsets)
-            segment.use()
-            segment.more_reads.append((table[:, column] + added).reshape(-1))
-            segment.more_made.append(made + first)
 
 
 class Layout:
@@ -95,51 +64,20 @@ class Site:
     folds: list[tuple[Any, Layout, dict[int, int], list[int], list[int]]] = field(
         default_factory=list
     )  # (structure, layout, first row by kind, first rows of nodes, of leaves)
+    pairs: set[int] = field(default_factory=set)  # `pair_of` kinds, child and parent
 
     def expand(self) -> None:
         """Give every call of the pending folds its rows."""
         folds, self.folds = self.folds, []
-        sizes = np.array([f[0].num_nodes for f in folds])
-        starts = np.cumsum(sizes) - sizes
-        owner = np.repeat(np.arange(len(folds)), sizes)
-        counts = np.concatenate([f[0].counts for f in folds])
-        kind = np.where(counts == 0, LEAF, counts) if LEAF in self.rules else counts
-        row_rank = _ranks(kind == LEAF, owner, starts)
-        edges = np.array([len(f[0].flat) for f in folds])
-        children = np.concatenate([f[0].flat for f in folds]) + np.repeat(starts, edges)
-        edge_starts = np.cumsum(counts) - counts
-        some = next(iter(self.rules.values()))
-        states = np.zeros((len(kind), len(some.state)), np.int64)
-        made = np.zeros(len(kind), np.int64)
-        members: dict[int, I64] = {}
-        for k, rule in self.rules.items():
-            nodes = members[k] = np.flatnonzero(kind == k)
-            first = np.array([f[2].get(k, 0) for f in folds])
-            of = owner[nodes]
-            rank = np.arange(len(nodes)) - np.searchsorted(of, np.arange(len(folds)))[of]
-            made[nodes] = first[of] + rank * rule.rows
-            states[nodes] = made[nodes, None] + rule.state
-        for k, rule in self.rules.items():
-            nodes = members[k]
-            if not len(nodes):
-                continue
-            first_rows = np.array([f[4] if k == LEAF else f[3] for f in folds], np.int64)
-            first_rows = first_rows.reshape(len(folds), -1)
-            columns = [first_rows[owner[nodes]] + row_rank[nodes, None]]
-            if k > 0:
-                index = edge_starts[nodes, None] + np.arange(k)
-                columns.append(states[children[index]].reshape(len(nodes), -1))
-            rule.pending.append((np.concatenate(columns, 1), made[nodes]))
-            rule.expand()
-
-
-def _ranks(is_leaf: npt.NDArray[np.bool_], owner: I64, starts: I64) -> I64:
-    """Of every node, its place among the leaves, or among the other nodes, of its structure."""
-    leaves, others = np.cumsum(is_leaf), np.cumsum(~is_leaf)
-    before = np.where(is_leaf, leaves - 1, others - 1)
-    first_leaf: I64 = (leaves - is_leaf)[starts]
-    first_other: I64 = (others - ~is_leaf)[starts]
-    return before - np.where(is_leaf, first_leaf[owner], first_other[owner])
+        has_leaves = LEAF in self.rules
+        grove = Grove([f[0] for f in folds])
+        self.pairs.update(np.unique(grove.pairs(has_leaves)).tolist())
+        first_of = {
+            kind: np.array([f[2].get(kind, 0) for f in folds], np.int64) for kind in self.rules
+        }
+        nodes, leaves = (np.array([f[k] for f in folds], np.int64) for k in (3, 4))
+        shape = len(folds), -1
+        fold_rows(grove, self.rules, first_of, nodes.reshape(shape), leaves.reshape(shape))
 
 
 def fold(
@@ -159,10 +97,9 @@ def fold(
                 recorder.take_apart.add(tensor.id)
                 recorder.relearn = True
         return None
-    keys = (_identity(node), _identity(leaf))
-    if None in keys:
+    key = site_key(node, leaf, [t.inner for t in nodes], [t.inner for t in leaves])
+    if key is None:
         return None
-    key = (*keys, *[t.inner for t in nodes], None, *[t.inner for t in leaves])
     site = sites.get(key)
     if site is None:
         site = sites[key] = Site()
@@ -187,6 +124,14 @@ def fold(
         base = first[kind] + rank * rule.rows
         results.append(rule.build((0, base)))
     return results
+
+
+def site_key(
+    node: Any, leaf: Any, nodes: Sequence[StubType], leaves: Sequence[StubType]
+) -> Hashable | None:
+    """What stands for two functions with rows of these types; None where that is unsure."""
+    keys = (_identity(node), _identity(leaf))
+    return None if None in keys else (*keys, *nodes, None, *leaves)
 
 
 def _learn(

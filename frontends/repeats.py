@@ -179,8 +179,16 @@ class Repeats(Writer):
         """
         self._cut()
         first_event, start = len(self._events), self.next_row
-        result = run()
-        self._cut()
+        try:
+            result = run()
+        finally:
+            self._cut()
+            events = self._taken_back(first_event)
+            rows, self.next_row = self.next_row - start, start
+        return None if events is None else (events, start, rows, result)
+
+    def _taken_back(self, first_event: int) -> list[Any] | None:
+        """Forget what was written since an event; None where that copied a memo."""
         events = []
         plain = True
         for event in reversed(self._events[first_event:]):
@@ -193,11 +201,10 @@ class Repeats(Writer):
             reads = segment.reads[len(segment.reads) - width :]
             del segment.reads[len(segment.reads) - width :]
             events.append((segment, reads, segment.made.pop()))
-            if not segment.made:
+            if not (segment.made or segment.more_made):
                 self.used.remove(segment)
         del self._events[first_event:]
-        rows, self.next_row = self.next_row - start, start
-        return (events[::-1], start, rows, result) if plain else None
+        return events[::-1] if plain else None
 
     def distrust(self, callee: Callee) -> None:
         """A method whose calls do not depend on their arguments alone: its body always runs."""

@@ -166,6 +166,7 @@ class Segment:
         """An instance of it is written."""
         if not (self.made or self.more_made) and self.used is not None:
             self.used.append(self)
+        self._sorted = None
 
     def clear(self) -> None:
         self.reads, self.made, self.more_reads, self.more_made = [], [], [], []

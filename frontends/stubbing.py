@@ -106,37 +106,42 @@ class Stubber:
         return self._container(x)
 
     def _tuple(self, x: tuple[Any, ...]) -> Any:
-        made = self._made.get(id(x))
-        if made is not None:
-            self._shape = UNLIKE
+        made_of, numbers, parts, plain = self._made, self._numbers, self.parts, self._plain
+        ints, shape = self.ints, 0
+
+        def copied(x: tuple[Any, ...]) -> Any:
+            nonlocal ints, shape
+            made = made_of.get(id(x))
+            if made is not None:
+                shape = UNLIKE
+                return made
+            first, floats, tensors = ints, self.floats, self.tensors
+            items: list[Any] = []
+            key: list[int] = []
+            for y in x:
+                kind = type(y)
+                if kind is tuple:
+                    items.append(copied(y))
+                    key.append(shape)
+                elif kind is int and plain:
+                    items.append(_POOL[ints] if ints < len(_POOL) else _int_number(ints))
+                    key.append(-2)
+                    ints += 1
+                else:
+                    self.ints = ints
+                    items.append(self._leaf_or_part(y, (len(x), len(items))))
+                    key.append(self._shape)
+                    ints = self.ints
+            if not items:
+                shape = self._shapes.of(())
+                return ()
+            shape = UNLIKE if UNLIKE in key else numbers.setdefault(tuple(key), len(numbers))
+            made = made_of[id(x)] = tuple(items)
+            parts[id(made)] = (shape, first, floats, tensors, ints, self.floats, self.tensors)
             return made
-        ints, floats, tensors = self.ints, self.floats, self.tensors
-        items: list[Any] = []
-        key: list[int] = []
-        for y in x:
-            kind = type(y)
-            if kind is tuple:
-                items.append(self._tuple(y))
-                key.append(self._shape)
-            elif kind is int and self._plain:
-                number = self.ints
-                self.ints = number + 1
-                items.append(_POOL[number] if number < len(_POOL) else _int_number(number))
-                key.append(-2)
-            else:
-                items.append(self._leaf_or_part(y, (len(x), len(items))))
-                key.append(self._shape)
-        if not items:
-            self._shape = self._shapes.of(())
-            return ()
-        if UNLIKE in key:
-            shape = UNLIKE
-        else:
-            numbers = self._numbers
-            shape = numbers.setdefault(tuple(key), len(numbers))
-        self._shape = shape
-        made = self._made[id(x)] = tuple(items)
-        self.parts[id(made)] = (shape, ints, floats, tensors, self.ints, self.floats, self.tensors)
+
+        made = copied(x)
+        self.ints, self._shape = ints, shape
         return made
 
     def _container(self, x: Any) -> Any:

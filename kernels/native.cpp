@@ -1,6 +1,6 @@
 // Arithmetic on the table of calls: `cellc/arithmetic.py` in C++, entry by entry the same.
 //
-// Duty: blocks of plans placed; and two calls a launch, so that the caller gives arrays of the right
+// Duty: blocks of plans placed; levels of calls; and two calls a launch, so that the caller gives arrays of the right
 // size: `cellc_expand` follows the chains of the heads and changes nothing; `cellc_advance` fills
 // the arrays and tells successors and requests. Between them the lengths that were found wait in
 // memory of the thread.
@@ -13,6 +13,7 @@ namespace {
 
 // Columns of the table (cellc/plan.py).
 enum { CELL, MISSING, CHAIN, EDGES, RECORD, SUCCESSOR, NUM_SUCCESSORS, REQUEST, EVENT, COLUMNS };
+enum { NOTHING, FIRST_ENTRY, FIRST_CALL, NUMBER, REGION };  // what is added to an entry
 constexpr int32_t SCHEDULED = 1 << 30, SEEN = -1;
 
 struct Chain {
@@ -110,14 +111,78 @@ extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
     out[0] = num_ready, out[1] = num_finished, out[2] = num_events;
 }
 
-// In: table, plans, the first call of each, and of each block where its entries and their kinds
-// begin and how many there are; what is added, [plans, kinds].
+// In: table, plans, the first call of each, `Plan.addresses` of each, what is added, [plans, kinds].
 extern "C" void cellc_place(int32_t* table, int64_t plans, const int64_t* first_calls,
-                            const int64_t* blocks, const int32_t* added, int64_t kinds) {
-    for (int64_t i = 0; i < plans; ++i, blocks += 3, added += kinds) {
-        const auto* entries = reinterpret_cast<const int32_t*>(blocks[0]);
-        const auto* kind = reinterpret_cast<const int32_t*>(blocks[1]);
+                            const int64_t* addresses, const int32_t* added, int64_t kinds) {
+    for (int64_t i = 0; i < plans; ++i, addresses += 8, added += kinds) {
         int32_t* to = table + first_calls[i] * COLUMNS;
-        for (int64_t k = 0; k < blocks[2]; ++k) to[k] = entries[k] + added[kind[k]];
+        const auto* entries = reinterpret_cast<const int32_t*>(addresses[0]);
+        const int64_t count = addresses[1], records = addresses[3], told = addresses[6];
+        const auto* second = reinterpret_cast<const int32_t*>(addresses[2]);
+        if (records < 0) {  // a block, and the kind of each entry
+            for (int64_t k = 0; k < count; ++k) to[k] = entries[k] + added[second[k]];
+            continue;
+        }
+        const auto* base = reinterpret_cast<const int32_t*>(addresses[4]);
+        const auto* successors = reinterpret_cast<const int32_t*>(addresses[5]);
+        const int32_t types = static_cast<int32_t>(addresses[7]);
+        const int32_t record_at = added[FIRST_ENTRY] + static_cast<int32_t>(count * COLUMNS);
+        const int32_t told_at = record_at + static_cast<int32_t>(records);
+        for (int64_t k = 0; k < count; ++k, to += COLUMNS, entries += COLUMNS) {
+            std::copy(entries, entries + COLUMNS, to);
+            to[RECORD] += record_at, to[SUCCESSOR] += told_at, to[REQUEST] += added[NUMBER];
+        }
+        for (int64_t k = 0; k < records; ++k) {
+            const int32_t type = base[k];
+            *to++ = second[k] + (type < types ? added[REGION + type] : type == types ? record_at : 0);
+        }
+        for (int64_t k = 0; k < told; ++k) *to++ = successors[k] + added[FIRST_CALL];
+        std::fill(to, to + (COLUMNS - (records + told) % COLUMNS) % COLUMNS, 0);
     }
+}
+
+// In: edges from calls to calls that wait for them, the group of each call. Out: the deepest level of
+// each group's calls, zero before; returns how many calls have a level.
+extern "C" int64_t cellc_depths(const int64_t* sources, const int64_t* targets, int64_t edges,
+                                const int64_t* group_of, int64_t total, int64_t* depth) {
+    std::vector<int64_t> first(total + 1), left(total), ready, next;
+    for (int64_t i = 0; i < edges; ++i) ++first[sources[i] + 1], ++left[targets[i]];
+    for (int64_t i = 0; i < total; ++i) first[i + 1] += first[i];
+    std::vector<int64_t> at(first.begin(), first.end() - 1), told(edges);
+    for (int64_t i = 0; i < edges; ++i) told[at[sources[i]]++] = targets[i];
+    for (int64_t i = 0; i < total; ++i)
+        if (!left[i]) ready.push_back(i);
+    int64_t seen = 0;
+    for (int64_t level = 0; !ready.empty(); ++level) {
+        next.clear();
+        for (const int64_t call : ready) {
+            ++seen;
+            depth[group_of[call]] = level;
+            for (int64_t k = first[call]; k < first[call + 1]; ++k)
+                if (--left[told[k]] == 0) next.push_back(told[k]);
+        }
+        ready.swap(next);
+    }
+    return seen;
+}
+
+// In: children [nodes, width], -1 where there is none. Out, where they are those of a tree whose
+// children come first: how many each node has, how many nodes read each, all in a row. Returns the
+// root; -1 where it is anything else.
+extern "C" int64_t cellc_tree(const int64_t* children, int64_t nodes, int64_t width, int64_t* out) {
+    int64_t *const counts = out, *const readers = out + nodes, *const flat = out + 2 * nodes;
+    std::fill(out, flat, 0);
+    int64_t edges = 0;
+    for (int64_t i = 0; i < nodes; ++i) {
+        for (int64_t k = 0; k < width; ++k) {
+            const int64_t child = children[i * width + k];
+            if (child == -1) continue;
+            if (child < 0 || child >= i || readers[child]++) return -1;
+            flat[edges++] = child;
+        }
+        counts[i] = edges;
+    }
+    if (edges != nodes - 1) return -1;
+    for (int64_t i = nodes - 1; i > 0; --i) counts[i] -= counts[i - 1];
+    return nodes - 1;  // children come first
 }

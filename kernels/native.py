@@ -33,31 +33,43 @@ def find_arithmetic() -> Arithmetic:
         return Numpy()
 
 
+def found_arithmetic() -> Arithmetic:
+    """The same where somebody asked for it already, numpy before that."""
+    return find_arithmetic() if find_arithmetic.cache_info().currsize else _numpy
+
+
+_numpy = Numpy()
+
+
 class Native:
     """See the module."""
 
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
-        self._place = library.cellc_place
+        self._place, self._depths = library.cellc_place, library.cellc_depths
+        self._tree = library.cellc_tree
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
         self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._depths.argtypes = [pointer, pointer, number, pointer, number, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
+        self._tree.argtypes = [pointer, number, number, pointer]
+        self._depths.restype = self._tree.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
         first = plans[0]
         if all(plan is first for plan in plans):
-            blocks = np.tile(np.array(first.addresses, np.int64), len(plans))
+            addresses = np.tile(np.array(first.addresses, np.int64), len(plans))
         else:
-            blocks = np.array([plan.addresses for plan in plans], np.int64)
+            addresses = np.array([plan.addresses for plan in plans], np.int64)
         firsts = np.ascontiguousarray(first_calls, np.int64)
         self._place(
             table.ctypes.data,
             len(plans),
             firsts.ctypes.data,
-            blocks.ctypes.data,
+            addresses.ctypes.data,
             added.ctypes.data,
             added.shape[1],
         )
@@ -105,3 +117,24 @@ class Native:
             events[:num_events],
             answering[:num_events],
         )
+
+    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
+        depth = np.zeros(groups, np.int64)
+        seen = self._depths(
+            sources.ctypes.data,
+            targets.ctypes.data,
+            len(sources),
+            group_of.ctypes.data,
+            len(group_of),
+            depth.ctypes.data,
+        )
+        return depth, seen
+
+    def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
+        n, width = children.shape
+        if n == 0:
+            return None
+        children = np.ascontiguousarray(children)
+        out = np.empty(3 * n - 1, np.int64)
+        root = self._tree(children.ctypes.data, n, width, out.ctypes.data)
+        return None if root < 0 else (out[:n], out[n : 2 * n], out[2 * n :], root)

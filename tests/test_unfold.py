@@ -11,15 +11,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
+from comparing import assert_same_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cellc
-from cellc.plan import Plan
 
 SIZE, VOCABULARY = 6, 11
 State = tuple[Tensor, Tensor]
@@ -450,17 +449,6 @@ def test_plans_made_together_are_those_made_alone() -> None:
         compiler.plans.clear()
         for request, plan in zip(requests, together, strict=True):
             assert_same_plan(plan, compiled._tickets([(request, {})])[0].entry.plan)
-
-
-def assert_same_plan(a: Plan, b: Plan) -> None:
-    for name in ("calls", "records", "record_base", "successors", "ready"):
-        np.testing.assert_array_equal(getattr(a, name), getattr(b, name), name)
-    for one, other in zip(a.block, b.block, strict=True):
-        np.testing.assert_array_equal(one, other)
-    assert a.num_slots == b.num_slots and set(a.cells) == set(b.cells)
-    for x, y in zip(a.outputs, b.outputs, strict=True):
-        np.testing.assert_array_equal(x.slots, y.slots)
-    assert a.data == b.data
 
 
 nested = st.recursive(
