@@ -31,6 +31,7 @@ from cellc.kernels.tile import schedule, unsupported
 from cellc.kernels.tile_ir import Ref, TileProgram
 from cellc.kernels.triton_body import TYPES, identifier
 from cellc.kernels.triton_graphs import Graphs, captured
+from cellc.kernels.triton_interpreter import round_as_devices
 from cellc.kernels.triton_launches import Launches, Loop, Memory, Run, current
 from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_printer import Printed, print_program
@@ -71,6 +72,8 @@ class TritonBackend:
         given = options or {}
         self.options = given if isinstance(given, TritonOptions) else TritonOptions(**given)
         self.interpreted = interpreting()
+        if self.interpreted:
+            round_as_devices()
         if self.device.type == "cpu" and not self.interpreted:
             raise BackendError(
                 "no GPU; choose backend='cpp' or 'eager', or set TRITON_INTERPRET=1 before Triton "
