@@ -26,6 +26,7 @@ from cellc.demo_steps import Steps
 from cellc.entry import compile
 from cellc.errors import UnsupportedError, UsageError
 from cellc.kernels import triton_repro
+from cellc.kernels.narrow import narrowed
 from cellc.kernels.triton_backend import TritonOptions, print_cell
 from cellc.kernels.triton_devices import DEVICES, Device, roofline
 from cellc.kernels.triton_persistent import print_persistent
@@ -48,7 +49,7 @@ class CellKernels:
 def run(args: argparse.Namespace, console: Console) -> int:
     """The command; returns its exit code."""
     targets = _targets(args.target_gpu)
-    options = TritonOptions("tf32" if args.tf32 else "ieee")
+    options = TritonOptions("tf32" if args.tf32 else "ieee", args.weights)
     steps = Steps(Console(stderr=True, highlight=False))
     loaded = target.load(args.target, args.input)
     with steps.step("cells"), compile(loaded.model, backend="eager") as compiled:
@@ -96,7 +97,7 @@ def _prepared(cell: Cell, dtype: str | None, options: TritonOptions) -> CellKern
     names = leftovers(cell)
     if names:
         return CellKernels(cell, f"left to torch: {', '.join(names)}")
-    cell = retyped(cell, dtype) if dtype else cell
+    cell = narrowed(retyped(cell, dtype) if dtype else cell, options.weights).cell
     try:
         print_cell(cell, options)
     except UnsupportedError as error:
@@ -241,12 +242,21 @@ def _remarks(chosen: Sequence[CellKernels]) -> list[str]:
         if not r.fits
     ]
     lines += [f"{one.left} in {one.cell.name}" for one in chosen if one.left]
+    lines += [f"weights of {one.cell.name}: {_weights(one.cell)}" for one in chosen if not one.left]
     spilling = sum(bool(r.spill_bytes) for r in reports)
     lines.append(
         f"{len(reports)} kernels compiled, {failed} failed, {spilling} spill; "
         f"{sum(bool(one.left) for one in chosen)} of {len(chosen)} cells left to torch"
     )
     return lines
+
+
+def _weights(cell: Cell) -> str:
+    """Bytes by dtype."""
+    sizes: dict[str, int] = {}
+    for param in cell.params:
+        sizes[param.type.dtype] = sizes.get(param.type.dtype, 0) + param.type.nbytes
+    return ", ".join(f"{n:,} bytes of {dtype}" for dtype, n in sizes.items()) or "none"
 
 
 def spill_reason(r: Report) -> str:

@@ -1,4 +1,4 @@
-"""Triton's interpreter rounds f32 to bf16 as torch does, and every device."""
+"""Triton's interpreter converts to bf16 as torch does, and every device."""
 
 from __future__ import annotations
 
@@ -53,6 +53,16 @@ def test_to_the_nearest_ties_to_even() -> None:
 def test_interpreted_kernels_round_as_torch_does() -> None:
     TritonBackend("cpu")
     x = numbers()
+    y, z = torch.zeros(2, N, dtype=torch.bfloat16)
+    cast[(1,)](x, y, z, N)
+    assert same(y, x.to(torch.bfloat16)) and same(z, y)
+
+
+@pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=0")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool])
+def test_whole_numbers_in_interpreted_kernels(dtype: torch.dtype) -> None:
+    TritonBackend("cpu")
+    x = torch.arange(-N // 2, N // 2).to(dtype)
     y, z = torch.zeros(2, N, dtype=torch.bfloat16)
     cast[(1,)](x, y, z, N)
     assert same(y, x.to(torch.bfloat16)) and same(z, y)
