@@ -259,8 +259,17 @@ def _weights(cell: Cell) -> str:
     return ", ".join(f"{n:,} bytes of {dtype}" for dtype, n in sizes.items()) or "none"
 
 
+def fills_device(r: Report) -> bool:
+    """Is there no lack of registers, but more warps with fewer of them? With a few more than it
+    took, the assembler spills nothing, and the device holds fewer warps.
+    """
+    return r.registers is not None and r.occupancy.share == 1
+
+
 def spill_reason(r: Report) -> str:
-    """What keeps so many values at once."""
+    """What keeps so many values at once, or why they are not kept."""
+    if fills_device(r):
+        return f"by the assembler, so that {r.registers} registers fill the device with warps"
     size = r.tiles.get("BM", 1) * r.tiles.get("BN", 1)
     each = max(1, size // (r.num_warps * r.device.warp_size))
     return (

@@ -27,18 +27,6 @@ template <class T>
 inline typename Simd<T>::type widened(const T *b) {
     return *reinterpret_cast<const typename Simd<T>::type *>(b);
 }
-inline Simd<float>::type widened(const bf16 *b) {
-    typedef uint16_t Half __attribute__((vector_size(VBYTES / 2), aligned(2), may_alias));
-    typedef uint32_t Bits __attribute__((vector_size(VBYTES)));
-    const Bits bits = __builtin_convertvector(*reinterpret_cast<const Half *>(b), Bits) << 16;
-    return reinterpret_cast<const Simd<float>::type &>(bits);
-}
-inline Simd<float>::type widened(const int8_t *b) {
-    typedef int8_t Quarter __attribute__((vector_size(VBYTES / 4), aligned(1), may_alias));
-    typedef int32_t Whole __attribute__((vector_size(VBYTES)));
-    const Whole whole = __builtin_convertvector(*reinterpret_cast<const Quarter *>(b), Whole);
-    return __builtin_convertvector(whole, Simd<float>::type);
-}
 
 // Rows of one panel: where they begin, where partial sums are kept, where results go
 template <class T, class B>

@@ -4,9 +4,63 @@
 // A few rows read the weight once, and each number is widened on its way: reading is what takes the
 // time, and there is half as much to read, or a quarter. For more rows a panel is widened once into
 // memory that stays in L2, and multiplied as floats are. Both add the same floats in the same order.
-#include "gemm.h"
+#include "runtime.h"
 
 #include <stdlib.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+namespace cellc {
+namespace {
+
+typedef float Floats __attribute__((vector_size(VBYTES)));
+typedef int32_t Wholes __attribute__((vector_size(VBYTES)));
+
+// Intrinsics where there are some: GCC takes conversions to wider numbers apart
+#if defined(__AVX512F__)
+inline Wholes extended(const bf16 *b) {
+    return (Wholes)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)b));
+}
+inline Wholes extended(const int8_t *b) {
+    return (Wholes)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)b));
+}
+#elif defined(__AVX2__)
+inline Wholes extended(const bf16 *b) {
+    return (Wholes)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)b));
+}
+inline Wholes extended(const int8_t *b) {
+    return (Wholes)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)b));
+}
+#elif defined(__aarch64__)
+inline Wholes extended(const bf16 *b) {
+    return (Wholes)vmovl_u16(vld1_u16(reinterpret_cast<const uint16_t *>(b)));
+}
+inline Wholes extended(const int8_t *b) {
+    int32_t four;
+    memcpy(&four, b, sizeof four);
+    return (Wholes)vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four)))));
+}
+#else
+inline Wholes extended(const bf16 *b) {
+    typedef uint16_t Half __attribute__((vector_size(VBYTES / 2), aligned(2), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Half *>(b), Wholes);
+}
+inline Wholes extended(const int8_t *b) {
+    typedef int8_t Quarter __attribute__((vector_size(VBYTES / 4), aligned(1), may_alias));
+    return __builtin_convertvector(*reinterpret_cast<const Quarter *>(b), Wholes);
+}
+#endif
+
+inline Floats widened(const bf16 *b) { return (Floats)(extended(b) << 16); }
+inline Floats widened(const int8_t *b) { return __builtin_convertvector(extended(b), Floats); }
+
+}  // namespace
+}  // namespace cellc
+
+#include "gemm.h"
 
 using namespace cellc;
 

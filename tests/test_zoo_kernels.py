@@ -33,7 +33,7 @@ from cellc.kernels.triton_backend import TritonBackend, interpreting, print_cell
 from cellc.kernels.triton_body import HELPERS
 from cellc.kernels.triton_pool import Job, compile_all
 from cellc.kernels.triton_targets import signature
-from cellc.kernels_command import spill_reason
+from cellc.kernels_command import fills_device, spill_reason
 from cellc.samples import outputs, part
 
 LEFT_TO_TORCH = {"conv_lstm": "a convolution runs through torch, and with it its whole cell"}
@@ -115,6 +115,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # -- compiled --------------------------------------------------------------------------------------
 
 PARTS = 4  # each a few minutes
+FOR_WARPS = 16
+"""Bytes a thread that may be spilled in all kernels of a part together, where the assembler does so
+to have a device full of warps. A vector kernel does, for cuda:90: 4 bytes stored and loaded again,
+with 32 registers; it would need 45, with which five eighths of the warps fit.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -175,4 +180,6 @@ def test_the_zoo_compiles_without_spills(
     assert len(zoo_kernels) > 500
     reports = compile_all([Job(cell, i, target) for cell, i in zoo_kernels[piece::PARTS]])
     assert not [r for r in reports if not r.good or r.registers is None]
-    assert not [(r, spill_reason(r)) for r in reports if r.spill_bytes]
+    spilling = [r for r in reports if r.spill_bytes]
+    assert not [(r, spill_reason(r)) for r in spilling if not fills_device(r)]
+    assert sum(r.spill_bytes or 0 for r in spilling) <= FOR_WARPS
