@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cellc import ops
-from cellc.cells import Cell
+from cellc.cells import Cell, CellOp
 from cellc.comparing import SAME, Comparison, Tolerance, compare_tensors
 from cellc.dtypes import TORCH_DTYPES
 from cellc.errors import CellcError, UnsupportedError
@@ -77,12 +77,17 @@ def own_dtype(cell: Cell) -> str:
 
 
 def may_change(cell: Cell, dtype: str) -> bool:
-    """May its f32 be another dtype? Not what runs through torch; and in halves nothing that jumps,
-    where a rounding changes a whole result.
+    """May its f32 be another dtype? Not what runs through torch; and in halves nothing that jumps
+    where a float is that was computed: a rounding changes a whole result there.
     """
     if any(op.op.startswith("aten:") for op in cell.ops):
         return False
-    return dtype not in ("bf16", "f16") or not any(op.op in _STEPWISE for op in cell.ops)
+    return dtype not in ("bf16", "f16") or not any(_jumps(cell, op) for op in cell.ops)
+
+
+def _jumps(cell: Cell, op: CellOp) -> bool:
+    computed = [cell.type_of(x).dtype for x in op.operands if x.kind == "op"]
+    return op.op in _STEPWISE and any(dtype in ops.FLOAT_DTYPES for dtype in computed)
 
 
 def check_cell(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from cellc import env, simulate_arguments
 from cellc.cli_bench import add_bench
-from cellc.cli_values import BACKENDS, count, positive, tolerance
+from cellc.cli_values import BACKENDS, add_weights, count, positive, tolerance
 from cellc.errors import BackendError, CellcError, UsageError
 
 if TYPE_CHECKING:
@@ -240,6 +240,7 @@ def _add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         choices=BACKENDS,
         help="kernels of this backend (default auto; --code: C++ and Triton)",
     )
+    add_weights(inspect)
     what = inspect.add_mutually_exclusive_group()
     what.add_argument("--json", action="store_true", help="one JSON object in place of tables")
     what.add_argument("--ir", metavar="STAGE", help="print graph, rows, extract, passes or plan")
@@ -308,6 +309,7 @@ def _add_kernels(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     kernels.add_argument(
         "--dtype", choices=("f32", "bf16", "f16"), help="in place of f32 (default: the model's own)"
     )
+    add_weights(kernels)
     kernels.add_argument(
         "--tf32", action="store_true", help="f32 products may use tf32, as options={'tf32': True}"
     )

@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 
 BACKENDS = ("auto", "triton", "cpp", "eager")
+WEIGHTS = ("bf16", "int8")
 
 
 def shares(text: str) -> tuple[float, ...]:
@@ -43,6 +44,14 @@ def positive(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
     return value
+
+
+def add_weights(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="weights that products read, in place of f32, as options={'weights': ..}",
+    )
 
 
 def add_trace(command: argparse.ArgumentParser, rates: str) -> None:

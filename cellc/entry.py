@@ -152,15 +152,21 @@ def make_backend(name: BackendName, device: torch.device, options: Options) -> B
     if name == "eager":
         from cellc.kernels.eager import EagerBackend
 
+        if options.weights:
+            raise UnsupportedError(
+                what=f"weights={options.weights!r} on the eager backend",
+                remedy="use backend='cpp' or 'triton', or weights=None",
+            )
         return EagerBackend()
     if name == "cpp":
         from cellc.kernels.cpp import CppBackend
 
         if device.type != "cpu":
             raise BackendError("runs on CPUs; pass device='cpu' or backend='triton'", backend="cpp")
-        return CppBackend()
+        return CppBackend(options.weights)
     if name == "triton":
         from cellc.kernels.triton_backend import TritonBackend
 
-        return TritonBackend(device, {"input_precision": "tf32" if options.tf32 else "ieee"})
+        precision = "tf32" if options.tf32 else "ieee"
+        return TritonBackend(device, {"input_precision": precision, "weights": options.weights})
     raise UnsupportedError(what=f"backend {name!r}", remedy="use auto, triton, cpp or eager")

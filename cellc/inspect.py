@@ -20,6 +20,7 @@ from cellc.cells import Cell
 from cellc.compiled import Compiled
 from cellc.entry import compile
 from cellc.errors import UnsupportedError, UsageError
+from cellc.kernels.narrow import narrowed
 from cellc.launch import Backend
 from cellc.options import BackendName
 from cellc.stages import Stage
@@ -33,7 +34,10 @@ def run(args: argparse.Namespace, console: Console) -> int:
     if args.ir is not None and args.ir not in STAGES:
         raise UsageError(f"there is no stage {args.ir!r}; there are {', '.join(STAGES)}")
     loaded = target.load(args.target, args.input)
-    with compile(loaded.model, backend=_backend(args)) as compiled:
+    backend = _backend(args)
+    only_text = backend == "eager" != args.backend
+    options = {"weights": None if only_text else args.weights}
+    with compile(loaded.model, backend=backend, options=options) as compiled:
         found = survey(compiled, loaded.requests)
         if args.json:
             console.out(json.dumps(found.as_json(), indent=2), highlight=False)
@@ -79,11 +83,11 @@ def cells_table(found: Survey, title: str) -> Table:
     table.add_column("operations", overflow="fold")
     table.add_column("kernel")
     for cell in found.cells:
-        table.add_row(*_row(cell, found.bytes_per_row[cell.name]))
+        table.add_row(*_row(cell, found.bytes_per_row[cell.name], found.weights.get(cell.name)))
     return table
 
 
-def _row(cell: CellReport, num_bytes: int) -> Sequence[str]:
+def _row(cell: CellReport, num_bytes: int, weights: str | None) -> Sequence[str]:
     return (
         cell.name,
         "yes" if cell.recurrent else "no",
@@ -92,7 +96,7 @@ def _row(cell: CellReport, num_bytes: int) -> Sequence[str]:
         f"{num_bytes:,}",
         escape("\n".join(cell.parameters)) or "none",
         short_ops(cell.ops),
-        ", ".join(cell.kernels),
+        ", ".join([*cell.kernels, *[f"{weights} weights"] * bool(weights)]),
     )
 
 
@@ -149,7 +153,7 @@ def _listed(lines: Sequence[str]) -> str:
 def _print_code(
     compiled: Compiled, found: Survey, args: argparse.Namespace, console: Console
 ) -> None:
-    printers = _printers(compiled, args.backend)
+    printers = _printers(compiled, args.backend, args.weights)
     for name in _chosen([cell.name for cell in found.cells], args.code):
         for language, source_of in printers.items():
             if language or (args.code == "" and len(found.cells) > 1):
@@ -171,14 +175,21 @@ def _chosen(names: Sequence[str], wanted: str) -> Sequence[str]:
 
 
 def _printers(
-    compiled: Compiled, backend: BackendName | None
+    compiled: Compiled, backend: BackendName | None, weights: str | None
 ) -> Mapping[str, Callable[[Cell], str]]:
     """What prints a cell's kernel: C++ and Triton, or one backend, which need not run here."""
+
+    def cpp(cell: Cell) -> str:
+        return _cpp_source(cell, weights)
+
+    def triton(cell: Cell) -> str:
+        return _triton_source(cell, weights)
+
     if backend is None:
-        return {"C++": _cpp_source, "Triton": _triton_source}
+        return {"C++": cpp, "Triton": triton}
     if backend == "auto":
         return {"": lambda cell: _own_source(compiled, cell)}
-    return {"": {"triton": _triton_source, "cpp": _cpp_source, "eager": _eager_source}[backend]}
+    return {"": {"triton": triton, "cpp": cpp, "eager": _eager_source}[backend]}
 
 
 def _own_source(compiled: Compiled, cell: Cell) -> str:
@@ -186,16 +197,16 @@ def _own_source(compiled: Compiled, cell: Cell) -> str:
     return maker.kernel(cell, compiled._compiler.params).source
 
 
-def _triton_source(cell: Cell) -> str:
+def _triton_source(cell: Cell, weights: str | None) -> str:
     from cellc.kernels.triton_backend import print_cell
 
     try:
-        return print_cell(cell)[1].source
+        return print_cell(narrowed(cell, weights).cell)[1].source
     except UnsupportedError as error:
         return f"# {error}\n{_eager_source(cell)}"
 
 
-def _cpp_source(cell: Cell) -> str:
+def _cpp_source(cell: Cell, weights: str | None) -> str:
     from cellc.kernels.cpp_expr import C_TYPES
     from cellc.kernels.cpp_printer import print_cpp
     from cellc.kernels.tile import schedule, unsupported
@@ -203,7 +214,7 @@ def _cpp_source(cell: Cell) -> str:
     reason = unsupported(cell, C_TYPES)
     if reason:
         return f"# no C++ for {reason}: this cell runs through torch\n{_eager_source(cell)}"
-    return print_cpp(schedule(cell)).text
+    return print_cpp(schedule(narrowed(cell, weights).cell)).text
 
 
 def _eager_source(cell: Cell) -> str:

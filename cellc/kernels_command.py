@@ -26,6 +26,7 @@ from cellc.demo_steps import Steps
 from cellc.entry import compile
 from cellc.errors import UnsupportedError, UsageError
 from cellc.kernels import triton_repro
+from cellc.kernels.narrow import narrowed
 from cellc.kernels.triton_backend import TritonOptions, print_cell
 from cellc.kernels.triton_devices import DEVICES, Device, roofline
 from cellc.kernels.triton_persistent import print_persistent
@@ -48,7 +49,7 @@ class CellKernels:
 def run(args: argparse.Namespace, console: Console) -> int:
     """The command; returns its exit code."""
     targets = _targets(args.target_gpu)
-    options = TritonOptions("tf32" if args.tf32 else "ieee")
+    options = TritonOptions("tf32" if args.tf32 else "ieee", args.weights)
     steps = Steps(Console(stderr=True, highlight=False))
     loaded = target.load(args.target, args.input)
     with steps.step("cells"), compile(loaded.model, backend="eager") as compiled:
@@ -96,7 +97,7 @@ def _prepared(cell: Cell, dtype: str | None, options: TritonOptions) -> CellKern
     names = leftovers(cell)
     if names:
         return CellKernels(cell, f"left to torch: {', '.join(names)}")
-    cell = retyped(cell, dtype) if dtype else cell
+    cell = narrowed(retyped(cell, dtype) if dtype else cell, options.weights).cell
     try:
         print_cell(cell, options)
     except UnsupportedError as error:
@@ -241,6 +242,7 @@ def _remarks(chosen: Sequence[CellKernels]) -> list[str]:
         if not r.fits
     ]
     lines += [f"{one.left} in {one.cell.name}" for one in chosen if one.left]
+    lines += [f"weights of {one.cell.name}: {_weights(one.cell)}" for one in chosen if not one.left]
     spilling = sum(bool(r.spill_bytes) for r in reports)
     lines.append(
         f"{len(reports)} kernels compiled, {failed} failed, {spilling} spill; "
@@ -249,8 +251,25 @@ def _remarks(chosen: Sequence[CellKernels]) -> list[str]:
     return lines
 
 
+def _weights(cell: Cell) -> str:
+    """Bytes by dtype."""
+    sizes: dict[str, int] = {}
+    for param in cell.params:
+        sizes[param.type.dtype] = sizes.get(param.type.dtype, 0) + param.type.nbytes
+    return ", ".join(f"{n:,} bytes of {dtype}" for dtype, n in sizes.items()) or "none"
+
+
+def fills_device(r: Report) -> bool:
+    """Is there no lack of registers, but more warps with fewer of them? With a few more than it
+    took, the assembler spills nothing, and the device holds fewer warps.
+    """
+    return r.registers is not None and r.occupancy.share == 1
+
+
 def spill_reason(r: Report) -> str:
-    """What keeps so many values at once."""
+    """What keeps so many values at once, or why they are not kept."""
+    if fills_device(r):
+        return f"by the assembler, so that {r.registers} registers fill the device with warps"
     size = r.tiles.get("BM", 1) * r.tiles.get("BN", 1)
     each = max(1, size // (r.num_warps * r.device.warp_size))
     return (

@@ -67,6 +67,7 @@ class Survey:
     unfold: Unfold
     bytes_per_row: dict[str, int]
     leftovers: dict[str, list[str]]  # operations that run through torch, by cell
+    weights: dict[str, str]  # what products read where it is narrower than the model's, by cell
     graph: CallGraph
 
     def as_json(self) -> dict[str, Any]:
@@ -107,8 +108,15 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
         unfold,
         {name: cell.bytes_per_row for name, cell in cells.items()},
         {name: left for name, cell in cells.items() if (left := leftovers(cell))},
+        {view.name: kind for number, view in views.items() if (kind := _weights(compiler, number))},
         compiler.calls,
     )
+
+
+def _weights(compiler: Compiler, number: int) -> str:
+    """Of a kernel that was generated."""
+    kind: str = getattr(compiler.kernel(number), "weights", "")
+    return kind
 
 
 def _size(compiled: Compiled) -> tuple[int, int]:

@@ -26,6 +26,7 @@ from cellc.kernels.cpp_body import Want
 from cellc.kernels.cpp_expr import C_TYPES
 from cellc.kernels.cpp_printer import CppSource, print_cpp
 from cellc.kernels.eager import EagerBackend
+from cellc.kernels.narrow import narrowed
 from cellc.kernels.tile import schedule, unsupported
 from cellc.launch import Kernel, Launch, Ragged
 from cellc.ops import RowType
@@ -50,6 +51,8 @@ def _runtime() -> ctypes.CDLL:
     library.cellc_packed_count.restype = library.cellc_num_workers.restype = ctypes.c_int64
     _declare_pack(library.cellc_pack_f32)
     library.cellc_use_f64.argtypes, library.cellc_use_f64.restype = [ctypes.c_void_p], None
+    library.cellc_use_narrow.argtypes = [ctypes.c_void_p] * 2
+    library.cellc_use_narrow.restype = None
     library.cellc_alloc.argtypes, library.cellc_alloc.restype = [ctypes.c_int64], ctypes.c_void_p
     library.cellc_free.argtypes, library.cellc_free.restype = [ctypes.c_void_p], None
     library.cellc_stop.restype = None
@@ -62,6 +65,17 @@ def _products_f64() -> ctypes.CDLL:
     library = cpp_build.load_own("gemm_f64")
     _declare_pack(library.cellc_pack_f64)
     _runtime().cellc_use_f64(ctypes.cast(library.cellc_gemm_f64, ctypes.c_void_p))
+    return library
+
+
+@lru_cache
+def _products_narrow() -> ctypes.CDLL:
+    """The library of products with weights in fewer bits, likewise."""
+    library = cpp_build.load_own("gemm_narrow")
+    _declare_pack(library.cellc_pack_bf16)
+    _declare_pack(library.cellc_pack_i8)
+    products = (library.cellc_gemm_bf16, library.cellc_gemm_i8)
+    _runtime().cellc_use_narrow(*(ctypes.cast(p, ctypes.c_void_p) for p in products))
     return library
 
 
@@ -84,13 +98,14 @@ def num_workers() -> int:
 class CppBackend:
     """Compiles cells, or raises BackendError where no C++ compiler is found.
 
-    The last one to close ends the threads.
+    `weights`: what products read (`cellc.kernels.narrow`). The last one to close ends the threads.
     """
 
     name = "cpp"
 
-    def __init__(self) -> None:
+    def __init__(self, weights: str | None = None) -> None:
         global _open_backends
+        self.weights = weights
         cpp_build.prepare_own("native")  # the engine's, compiled beside the runtime
         _runtime()
         self._open = True
@@ -100,7 +115,9 @@ class CppBackend:
     def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> Kernel:
         if unsupported(cell, C_TYPES):
             return EagerBackend().kernel(cell, params)
-        return CppKernel(cell, [params[p.name] for p in cell.params])
+        narrow = narrowed(cell, self.weights)
+        given = narrow.params(params)
+        return CppKernel(narrow.cell, [given[p.name] for p in narrow.cell.params], narrow.kind)
 
     def close(self) -> None:
         global _open_backends
@@ -119,11 +136,11 @@ def _printed(cell: Cell) -> CppSource:
 
 
 class CppKernel:
-    """One compiled cell with its weights."""
+    """One compiled cell with its weights; `weights`: what those of products are, if narrower."""
 
-    def __init__(self, cell: Cell, params: Sequence[torch.Tensor]) -> None:
+    def __init__(self, cell: Cell, params: Sequence[torch.Tensor], weights: str = "") -> None:
         printed = _printed(cell)
-        self.cell, self.source = cell, printed.text
+        self.cell, self.source, self.weights = cell, printed.text, weights
         self._marks_bad = printed.marks_bad
         self._library = cpp_build.load(printed.text, cell.name)
         self._entry = ctypes.addressof(ctypes.c_char.in_dll(self._library, "cellc_kernel"))
@@ -133,6 +150,11 @@ class CppKernel:
         self._of_output = [self._types.index(t) for t in cell.output_types]
         self._pack = struct.Struct(f"{6 + 3 * (len(cell.inputs) + len(cell.outputs))}q").pack
         self._cores = num_cores()
+
+    @property
+    def packed_bytes(self) -> int:
+        """Of its copy of the weights of products."""
+        return self._weights.packed_bytes
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
         return self.bind(launch, arenas)()
@@ -247,6 +269,7 @@ class _Weights:
             else:
                 self.tensors.append(tensor)
                 addresses.append(tensor.data_ptr())
+        self.packed_bytes = sum(p.num_bytes for p in self.packed)
         self._array = (ctypes.c_void_p * max(1, len(addresses)))(*addresses)
         self.address = ctypes.addressof(self._array)
 
@@ -256,10 +279,21 @@ class _Packed:
 
     def __init__(self, weight: torch.Tensor) -> None:
         library, (k, n), item = _runtime(), weight.shape, weight.element_size()
-        memory = library.cellc_alloc(library.cellc_packed_count(k, n, item) * item)
+        pack, sum_bytes = _packing(weight.dtype)
+        self.num_bytes: int = library.cellc_packed_count(k, n, sum_bytes) * item
+        memory = library.cellc_alloc(self.num_bytes)
         if not memory:
             raise MemoryError(f"no memory for a packed weight of {k} x {n}")
         weakref.finalize(self, library.cellc_free, memory).atexit = False
         self.address: int = memory
-        pack = library.cellc_pack_f32 if item == 4 else _products_f64().cellc_pack_f64
         pack(weight.data_ptr(), k, n, memory)
+
+
+def _packing(dtype: torch.dtype) -> tuple[Any, int]:
+    """The function that packs such weights, and how many bytes their sums have."""
+    if dtype == torch.float32:
+        return _runtime().cellc_pack_f32, 4
+    if dtype == torch.float64:
+        return _products_f64().cellc_pack_f64, 8
+    library = _products_narrow()
+    return (library.cellc_pack_bf16 if dtype == torch.bfloat16 else library.cellc_pack_i8), 4

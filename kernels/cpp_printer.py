@@ -31,6 +31,7 @@ from cellc.kernels.tile import (
     written,
 )
 
+WEIGHT_TYPES = {"bf16": "bf16", "i8": "int8_t"}  # of weights that are widened
 MAX_TILE = 48
 SCRATCH_BYTES = 1 << 20  # of all rows of a tile: they must stay in L2
 LENGTH = 16  # of a vector, where its cost is guessed
@@ -134,7 +135,9 @@ class _Printer(VectorPrinter):
         bias = -1 if s.bias is None else self._want(s.bias)
         weight, out = self._want(s.weight, True), self._operand(s.out)
         size, operands = f"{s.depth}, {s.num_columns}", f"{weight}, {bias}, {out}"
-        return [f"product<{C_TYPES[s.dtype]}>(t, {x}, {size}, {operands}, part, parts);"]
+        stored = self.cell.params[s.weight].type.dtype
+        types = dict.fromkeys((C_TYPES[s.dtype], WEIGHT_TYPES.get(stored, C_TYPES[s.dtype])))
+        return [f"product<{', '.join(types)}>(t, {x}, {size}, {operands}, part, parts);"]
 
     def _matmul(self, s: MatMul) -> list[str]:
         batch, (m, n) = s.shape[:-2], s.shape[-2:]

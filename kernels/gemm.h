@@ -1,8 +1,9 @@
 // Products of gathered rows with a packed weight.
 //
-// Duty: the runtime's matrix product; included by runtime.cpp and gemm_f64.cpp. In: row addresses, a weight
-// packed in panels of NV vectors of columns; out: rows, straight to their addresses. One row's sums
-// are taken in ascending order of depth, whatever other rows there are.
+// Duty: the runtime's matrix product; included by runtime.cpp, gemm_f64.cpp and gemm_narrow.cpp. In:
+// row addresses, a weight packed in panels of NV vectors of columns, of T or of B, which is widened
+// to T as it is read; out: rows, straight to their addresses. One row's sums are taken in ascending
+// order of depth, whatever other rows there are.
 #pragma once
 #include "runtime.h"
 
@@ -12,21 +13,27 @@ namespace {
 // ---- Products
 
 template <class T>
-struct Vector;
+struct Simd;
 template <>
-struct Vector<float> {
+struct Simd<float> {
     typedef float type __attribute__((vector_size(VBYTES), aligned(4), may_alias));
 };
 template <>
-struct Vector<double> {
+struct Simd<double> {
     typedef double type __attribute__((vector_size(VBYTES), aligned(8), may_alias));
 };
 
-// Rows of one panel: where they begin, where partial sums are kept, where results go
 template <class T>
+inline typename Simd<T>::type widened(const T *b) {
+    return *reinterpret_cast<const typename Simd<T>::type *>(b);
+}
+
+// Rows of one panel: where they begin, where partial sums are kept, where results go
+template <class T, class B>
 struct Block {
     const T *const *a;
-    const T *b, *bias;
+    const B *b;
+    const T *bias;
     T *partial;
     T *const *c;
     int64_t begin, end, column, valid;
@@ -34,9 +41,9 @@ struct Block {
 };
 
 // M rows by W vectors of columns: acc[m][w] = sum over k, in ascending order
-template <class T, int M, int W>
-__attribute__((noinline)) void micro(const Block<T> &t) {
-    typedef typename Vector<T>::type V;
+template <class T, class B, int M, int W>
+__attribute__((noinline)) void micro(const Block<T, B> &t) {
+    typedef typename Simd<T>::type V;
     constexpr int64_t L = VBYTES / sizeof(T);
     V acc[M][W];
     const T *a[M];
@@ -49,13 +56,14 @@ __attribute__((noinline)) void micro(const Block<T> &t) {
             acc[m][w] = from ? *reinterpret_cast<const V *>(from + w * L) : V{};
         }
     }
-    const T *b = t.b;
+    const B *b = t.b;
     for (int64_t k = t.begin; k < t.end; ++k, b += W * L) {
         V x[W];
 #pragma GCC unroll 8
         for (int w = 0; w < W; ++w) {
-            x[w] = *reinterpret_cast<const V *>(b + w * L);
-            if (M <= 4) __builtin_prefetch(b + w * L + 2048 / sizeof(T) * 2);
+            x[w] = widened(b + w * L);
+            if (M <= 4 && w * L * sizeof(B) % 64 == 0)
+                __builtin_prefetch(b + w * L + 4096 / sizeof(B));
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; ++m)
@@ -72,36 +80,36 @@ __attribute__((noinline)) void micro(const Block<T> &t) {
     }
 }
 
-template <class T, int W>
-void rows(const Block<T> &t, int64_t m) {
-    static void (*const table[])(const Block<T> &) = {
-        micro<T, 1, W>, micro<T, 2, W>, micro<T, 3, W>, micro<T, 4, W>,
+template <class T, class B, int W>
+void rows(const Block<T, B> &t, int64_t m) {
+    static void (*const table[])(const Block<T, B> &) = {
+        micro<T, B, 1, W>, micro<T, B, 2, W>, micro<T, B, 3, W>, micro<T, B, 4, W>,
 #if defined(__AVX512F__) || defined(__AVX__) || defined(__aarch64__)
-        micro<T, 5, W>, micro<T, 6, W>
+        micro<T, B, 5, W>, micro<T, B, 6, W>
 #endif
     };
     table[m - 1](t);
 }
 
-template <class T>
-void columns(const Block<T> &t, int64_t m, int64_t vectors) {
+template <class T, class B>
+void columns(const Block<T, B> &t, int64_t m, int64_t vectors) {
     switch (vectors) {
         case 1:
-            return rows<T, 1>(t, m);
+            return rows<T, B, 1>(t, m);
         case 2:
-            return rows<T, 2>(t, m);
+            return rows<T, B, 2>(t, m);
 #if defined(__AVX512F__) || defined(__aarch64__)
         case 3:
-            return rows<T, 3>(t, m);
+            return rows<T, B, 3>(t, m);
         case 4:
-            return rows<T, 4>(t, m);
+            return rows<T, B, 4>(t, m);
 #endif
     }
 }
 
 // m <= CHUNK rows; each panel is read from far away once, and from L2 for every block of rows
-template <class T>
-void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, int64_t k,
+template <class T, class B>
+void gemm(const T *const *a, int64_t m, const B *w, const T *bias, T *const *c, int64_t k,
           int64_t n, int64_t begin, int64_t end) {
     constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
     alignas(64) T partial[CHUNK * N];
@@ -118,7 +126,7 @@ void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, 
             const int64_t k1 = k0 + DEPTH < k ? k0 + DEPTH : k;
             for (int64_t i = 0; i < blocks; ++i) {
                 const int64_t r0 = m * i / blocks, r1 = m * (i + 1) / blocks;
-                columns<T>(
+                columns<T, B>(
                     {a + r0, w + p * N * k + k0 * vectors * L, from, partial + r0 * vectors * L,
                      c + r0, k0, k1, p * N, valid, k0 == 0, k1 == k},
                     r1 - r0, vectors);
@@ -127,14 +135,15 @@ void gemm(const T *const *a, int64_t m, const T *w, const T *bias, T *const *c, 
     }
 }
 
-template <class T>
-void pack(const T *w, int64_t k, int64_t n, T *out) {
+// In panels for products of T
+template <class T, class B>
+void pack(const B *w, int64_t k, int64_t n, B *out) {
     constexpr int64_t L = VBYTES / sizeof(T), N = NV * L;
     for (int64_t j = 0; j < n; j += N) {
         const int64_t valid = n - j < N ? n - j : N, width = (valid + L - 1) / L * L;
         for (int64_t i = 0; i < k; ++i, out += width) {
-            memcpy(out, w + i * n + j, valid * sizeof(T));
-            memset(out + valid, 0, (width - valid) * sizeof(T));
+            memcpy(out, w + i * n + j, valid * sizeof(B));
+            memset(out + valid, 0, (width - valid) * sizeof(B));
         }
     }
 }

@@ -9,7 +9,7 @@ extern "C" {
 
 void cellc_gemm_f64(const double *const *a, int64_t m, const double *w, const double *bias,
                     double *const *c, int64_t k, int64_t n, int64_t begin, int64_t end) {
-    gemm<double>(a, m, w, bias, c, k, n, begin, end);
+    gemm(a, m, w, bias, c, k, n, begin, end);
 }
-void cellc_pack_f64(const double *w, int64_t k, int64_t n, double *out) { pack(w, k, n, out); }
+void cellc_pack_f64(const double *w, int64_t k, int64_t n, double *out) { pack<double>(w, k, n, out); }
 }

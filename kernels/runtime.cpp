@@ -22,7 +22,7 @@ using namespace cellc;
 
 namespace {
 
-Runtime runtime = {gemm<float>, nullptr};  // doubles: cellc_use_f64
+Runtime runtime = {gemm<float, float>};  // others: cellc_use_f64, cellc_use_narrow
 
 // ---- Waiting
 
@@ -382,13 +382,20 @@ int64_t cellc_launch(const Kernel *kernel, const Launch *launch) {
     return cellc_end(&job, &took);
 }
 
+// `item`: bytes of what is summed
 int64_t cellc_packed_count(int64_t k, int64_t n, int64_t item) {
     const int64_t lanes = VBYTES / item;
     return (n + lanes - 1) / lanes * lanes * k;
 }
-void cellc_pack_f32(const float *w, int64_t k, int64_t n, float *out) { pack(w, k, n, out); }
+void cellc_pack_f32(const float *w, int64_t k, int64_t n, float *out) {
+    pack<float>(w, k, n, out);
+}
 // Products of doubles are a library of their own (gemm_f64.cpp), built where a cell has some
 void cellc_use_f64(decltype(Runtime::gemm_f64) gemm) { runtime.gemm_f64 = gemm; }
+// and so are products of floats with narrower weights (gemm_narrow.cpp)
+void cellc_use_narrow(decltype(Runtime::gemm_bf16) bf16, decltype(Runtime::gemm_i8) i8) {
+    runtime.gemm_bf16 = bf16, runtime.gemm_i8 = i8;
+}
 void cellc_stop() {
     for (int64_t i = 0; i < TEAMS; ++i) pools[i].stop();
 }

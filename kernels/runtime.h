@@ -71,11 +71,19 @@ struct Kernel {
     double row_ns, weight_bytes;  // estimated cost of a row, and what a step must read at least
 };
 
+struct bf16 {  // the upper half of a float
+    uint16_t bits;
+};
+
 struct Runtime {
     void (*gemm_f32)(const float *const *, int64_t, const float *, const float *, float *const *,
                      int64_t, int64_t, int64_t, int64_t);
     void (*gemm_f64)(const double *const *, int64_t, const double *, const double *,
                      double *const *, int64_t, int64_t, int64_t, int64_t);
+    void (*gemm_bf16)(const Runtime *, const float *const *, int64_t, const bf16 *, const float *,
+                      float *const *, int64_t, int64_t, int64_t, int64_t);
+    void (*gemm_i8)(const Runtime *, const float *const *, int64_t, const int8_t *, const float *,
+                    float *const *, int64_t, int64_t, int64_t, int64_t);
 };
 
 // ---- Splitting a stage between threads
@@ -123,12 +131,20 @@ static inline void gemm(const Runtime *rt, const double *const *a, int64_t m, co
                         const double *bias, double *const *c, int64_t k, int64_t n, Range p) {
     rt->gemm_f64(a, m, w, bias, c, k, n, p.begin, p.end);
 }
+static inline void gemm(const Runtime *rt, const float *const *a, int64_t m, const bf16 *w,
+                        const float *bias, float *const *c, int64_t k, int64_t n, Range p) {
+    rt->gemm_bf16(rt, a, m, w, bias, c, k, n, p.begin, p.end);
+}
+static inline void gemm(const Runtime *rt, const float *const *a, int64_t m, const int8_t *w,
+                        const float *bias, float *const *c, int64_t k, int64_t n, Range p) {
+    rt->gemm_i8(rt, a, m, w, bias, c, k, n, p.begin, p.end);
+}
 
 struct Matrix {  // `count` rows of a view of row operand x: the i-th begins at offset + i * stride
     int64_t x, offset, count, stride;
 };
 
-template <class T>
+template <class T, class B = T>  // B: of the weight
 static inline void product(const Tile &t, Matrix x, int64_t depth, int64_t columns, int64_t weight,
                            int64_t bias, int64_t out, int64_t part, int64_t parts) {
     Range panels = split((columns + panel_columns<T>() - 1) / panel_columns<T>(), part, parts);
@@ -143,7 +159,7 @@ static inline void product(const Tile &t, Matrix x, int64_t depth, int64_t colum
             if (++i == x.count) i = 0, ++r;
         }
         total -= m;
-        gemm(t.runtime, a, m, t.param<T>(weight), bias < 0 ? nullptr : t.param<T>(bias), c, depth,
+        gemm(t.runtime, a, m, t.param<B>(weight), bias < 0 ? nullptr : t.param<T>(bias), c, depth,
              columns, panels);
     }
 }

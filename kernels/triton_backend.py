@@ -27,10 +27,12 @@ import torch
 from cellc import env, files, log
 from cellc.cells import Cell
 from cellc.errors import BackendError, UnsupportedError, UsageError
+from cellc.kernels.narrow import check_weights, narrowed
 from cellc.kernels.tile import schedule, unsupported
 from cellc.kernels.tile_ir import Ref, TileProgram
 from cellc.kernels.triton_body import TYPES, identifier
 from cellc.kernels.triton_graphs import Graphs, captured
+from cellc.kernels.triton_interpreter import round_as_devices
 from cellc.kernels.triton_launches import Launches, Loop, Memory, Run, current
 from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_printer import Printed, print_program
@@ -45,11 +47,15 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 @dataclass(frozen=True)
 class TritonOptions:
-    """`input_precision`: of f32 products, one of ieee, tf32, tf32x3 (tl.dot's input_precision)."""
+    """`input_precision`: of f32 products, one of ieee, tf32, tf32x3 (tl.dot's input_precision).
+    `weights`: what products read (`cellc.kernels.narrow`).
+    """
 
     input_precision: str = "ieee"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_weights(self.weights)
         if self.input_precision not in PRECISIONS:
             names = ", ".join(PRECISIONS)
             raise UsageError(
@@ -65,12 +71,14 @@ class TritonBackend:
     def __init__(
         self,
         device: torch.device | str | None = None,
-        options: TritonOptions | Mapping[str, str] | None = None,
+        options: TritonOptions | Mapping[str, Any] | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         given = options or {}
         self.options = given if isinstance(given, TritonOptions) else TritonOptions(**given)
         self.interpreted = interpreting()
+        if self.interpreted:
+            round_as_devices()
         if self.device.type == "cpu" and not self.interpreted:
             raise BackendError(
                 "no GPU; choose backend='cpp' or 'eager', or set TRITON_INTERPRET=1 before Triton "
@@ -82,11 +90,12 @@ class TritonBackend:
 
     def kernel(self, cell: Cell, params: Mapping[str, torch.Tensor]) -> TritonKernel:
         """Raises UnsupportedError for a cell that has no Triton kernel."""
-        program, printed = print_cell(cell, self.options)
+        narrow = narrowed(cell, self.options.weights)
+        program, printed = print_cell(narrow.cell, self.options)
         log.dump(f"triton-{cell.name}", printed.source, ".py")
-        return TritonKernel(
-            program, printed, [params[p.name].contiguous() for p in cell.params], self
-        )
+        given = narrow.params(params)
+        weights = [given[p.name].contiguous() for p in program.cell.params]
+        return TritonKernel(program, printed, weights, self, narrow.kind)
 
 
 def interpreting() -> bool:
@@ -138,7 +147,7 @@ def _written(name: str, source: str) -> Path:
 
 
 class TritonKernel:
-    """A compiled cell."""
+    """A compiled cell; `weights`: what those of products are, if narrower than the model's."""
 
     def __init__(
         self,
@@ -146,8 +155,9 @@ class TritonKernel:
         printed: Printed,
         params: Sequence[torch.Tensor],
         backend: TritonBackend,
+        weights: str = "",
     ) -> None:
-        self.program, self.source = program, printed.source
+        self.program, self.source, self.weights = program, printed.source, weights
         self.device, self.interpreted = backend.device, backend.interpreted
         there = torch.cuda.get_device_name(self.device) if backend.compiles else None
         self.kernels = printed.kernels if there is None else tuned(printed, there)

@@ -77,7 +77,7 @@ def test_products_multiply_and_add_whole_vectors(
 ) -> None:
     register, width = UNITS[march]
     target = (f"-march={march}", "-mprefer-vector-width=512")
-    text = function(assembler(GEMM, tmp_path, x86_compiler, *target), f"microIfLi6ELi{width}E")
+    text = function(assembler(GEMM, tmp_path, x86_compiler, *target), f"microIffLi6ELi{width}E")
     most = max(
         len(re.findall(rf"vfmadd\d+ps\s.*%{register}\d+, %{register}\d+$", loop, re.MULTILINE))
         for loop in loops(text)
@@ -228,9 +228,26 @@ def test_numbers_on_aarch64(name: str, tmp_path: Path) -> None:
     assert at == len(done.stdout)
 
 
+@pytest.mark.parametrize("march", UNITS)
+@pytest.mark.parametrize(
+    ("weight", "widening"),
+    [("NS_4bf16E", ("vpmovzxwd", "vpslld")), ("a", ("vpmovsxbd", "vcvtdq2ps"))],
+)
+def test_narrow_weights_are_widened_a_vector_at_a_time(
+    march: str, weight: str, widening: tuple[str, str], x86_compiler: str, tmp_path: Path
+) -> None:
+    register, width = UNITS[march]
+    target = (f"-march={march}", "-mprefer-vector-width=512")
+    text = assembler((HERE / "gemm_narrow.cpp").read_text(), tmp_path, x86_compiler, *target)
+    inner = max(loops(function(text, f"microIf{weight}Li1ELi{width}E")), key=len)
+    for instruction in widening:
+        assert len(re.findall(rf"{instruction}\s.*%{register}\d+$", inner, re.MULTILINE)) == width
+    assert not re.search(r"vp(insr|unpck)|vinsert|vextract", inner)
+
+
 @pytest.mark.skipif(ARM is None, reason="no g++-aarch64-linux-gnu")
 def test_neon_multiplies_and_adds_whole_vectors(tmp_path: Path) -> None:
-    text = function(assembler(GEMM, tmp_path, str(ARM)), "microIfLi6ELi4E")
+    text = function(assembler(GEMM, tmp_path, str(ARM)), "microIffLi6ELi4E")
     assert len(re.findall(r"fmla\s+v\d+\.4s", text)) >= 6 * 4
     program = schedule(kc.lstm_cell(64, 128))
     body = function(
@@ -238,3 +255,7 @@ def test_neon_multiplies_and_adds_whole_vectors(tmp_path: Path) -> None:
     )
     assert len(re.findall(r"fml[as]\s+v\d+\.4s", body)) >= 25 and re.search(r"fdiv\s+v\d", body)
     assembler((HERE / "gemm_f64.cpp").read_text(), tmp_path, str(ARM))
+    text = assembler((HERE / "gemm_narrow.cpp").read_text(), tmp_path, str(ARM))
+    for weight, widening in (("NS_4bf16E", r"(ushll|uxtl)\s+v\d+\.4s"), ("a", r"(sshll|sxtl)\s")):
+        body = function(text, f"microIf{weight}Li1ELi4E")
+        assert len(re.findall(widening, body)) >= 4 and not re.search(r"ins\s+v", body)

@@ -227,13 +227,15 @@ COMPILE = """
 import json, sys
 import kernel_cells as kc
 from cellc.kernels.triton_backend import TritonBackend
-from cellc.kernels.triton_targets import compile_for
+from cellc.kernels.narrow import narrowed
+from cellc.kernels.triton_targets import compile_for, retyped
 from cellc.errors import BackendError
 reports = []
 for target in ("cuda:80", "cuda:90", "cuda:100"):
     for cell, dtype in ((kc.lstm_cell(64, 64), "bf16"), (kc.gru_cell(64, 64), "bf16")):
         reports += compile_for(cell, target, dtype)
 reports += compile_for(kc.lstm_cell(64, 64), "hip:gfx942", "bf16")
+reports += compile_for(narrowed(retyped(kc.lstm_cell(64, 64), "bf16"), "int8").cell, "cuda:90")
 reports += compile_for(kc.lstm_folded(50, 64), "cuda:90")
 for cell in (kc.dot_cell(256), kc.additive_cell(256), kc.heads_cell(4, 64), kc.pool_cell(256)):
     reports += compile_for(cell, "cuda:90")
@@ -261,6 +263,6 @@ def test_true_compilation_for_absent_gpus() -> None:
         "hip:gfx942": "v_mfma",
     }  # fmt: skip
     products = [r for r in reports if r["kernel"] in ("lstm_0_fused", "gru_0_fused")]
-    assert len(products) == 7
+    assert len(products) == 8
     for report in products:
         assert report["matrix"].get(expected[report["target"]]), report

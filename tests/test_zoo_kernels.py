@@ -33,9 +33,11 @@ from cellc.kernels.triton_backend import TritonBackend, interpreting, print_cell
 from cellc.kernels.triton_body import HELPERS
 from cellc.kernels.triton_pool import Job, compile_all
 from cellc.kernels.triton_targets import signature
-from cellc.kernels_command import spill_reason
+from cellc.kernels_command import fills_device, spill_reason
 from cellc.samples import outputs, part
 
+LEFT_TO_TORCH = {"conv_lstm": "a convolution runs through torch, and with it its whole cell"}
+"""Models without a generated kernel, and why."""
 AT_ONCE = ("mgu", "slstm", "tree_lstm_child_sum")
 MODELS = [n if n in AT_ONCE else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
 STEPS = 100
@@ -58,19 +60,16 @@ def generated(name: str, backend: Any, dtype: str = "f32") -> Iterator[tuple[Zoo
 
 
 def check_near(name: str, backend: Any, dtype: str, B: int, bound: float) -> None:
-    """One step, and where a cell feeds itself, 100, within ten times as much. In bf16 that is forty
-    times: Triton's interpreter cuts off what GPUs round, half of 2^-7 a step, always downwards.
-    """
-    drift = (10 if dtype == "f32" else 40) * bound
+    """One step, and where a cell feeds itself, 100, within ten times as much."""
     count, off = 0, {}
     for one, sample, kernel in generated(name, backend, dtype):
         count += 1
         found = [error(kernel, one.cell, sample, B) / bound]
         if one.cell.recurrent and one.feed:
-            found.append(error(kernel, one.cell, sample, 2, STEPS, one.feed) / drift)
+            found.append(error(kernel, one.cell, sample, 2, STEPS, one.feed) / (10 * bound))
         if not max(found) <= 1:
             off[one.cell.name] = found
-    assert count or dtype != "f32"
+    assert (count == 0) == (name in LEFT_TO_TORCH)
     assert not off
 
 
@@ -116,6 +115,11 @@ def _same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 # -- compiled --------------------------------------------------------------------------------------
 
 PARTS = 4  # each a few minutes
+FOR_WARPS = 16
+"""Bytes a thread that may be spilled in all kernels of a part together, where the assembler does so
+to have a device full of warps. A vector kernel does, for cuda:90: 4 bytes stored and loaded again,
+with 32 registers; it would need 45, with which five eighths of the warps fit.
+"""
 
 
 @pytest.fixture(scope="module")
@@ -176,4 +180,6 @@ def test_the_zoo_compiles_without_spills(
     assert len(zoo_kernels) > 500
     reports = compile_all([Job(cell, i, target) for cell, i in zoo_kernels[piece::PARTS]])
     assert not [r for r in reports if not r.good or r.registers is None]
-    assert not [(r, spill_reason(r)) for r in reports if r.spill_bytes]
+    spilling = [r for r in reports if r.spill_bytes]
+    assert not [(r, spill_reason(r)) for r in spilling if not fills_device(r)]
+    assert sum(r.spill_bytes or 0 for r in spilling) <= FOR_WARPS

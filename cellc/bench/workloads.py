@@ -17,6 +17,7 @@ from cellc.bench.recurrent import alone_case, recurrent_case
 from cellc.bench.startup import startup_case
 from cellc.bench.trees import tree_case
 from cellc.bench.variants import variants_case
+from cellc.bench.weights import weights_case
 from cellc.bench.workers import LONG, workers_case
 
 ALONE = 24  # steps of a request alone
@@ -90,13 +91,14 @@ _WORKLOADS: dict[str, tuple[int, Callable[[int, Settings], Iterator[Make]]]] = {
     "variants": (256, _one(lambda hidden, s: variants_case(hidden, s.lengths))),
     "workers": (128, _workers),
     "startup": (256, _one(lambda hidden, s: startup_case(hidden, s.backend))),
+    "weights": (1024, _one(lambda hidden, s: weights_case(hidden, ALONE, s.backend))),
 }
 MEMORY = "memory"  # of all that batch requests: `cellc.bench.memory`
 NAMES = (*_WORKLOADS, MEMORY)
 BATCHED = tuple(
     name
     for name in _WORKLOADS
-    if name not in ("host", "saturation", "variants", "workers", "startup")
+    if name not in ("host", "saturation", "variants", "workers", "startup", "weights")
 )
 
 
