@@ -65,6 +65,7 @@ def module_names(model: Any) -> dict[int, str]:
     }
 
 
+MANY = 10_000  # objects made while nothing was collected
 _TABLES = ("_buffers", "_parameters", "_modules")  # where nn.Module keeps some attributes
 _warned: set[tuple[type, str]] = set()
 
@@ -118,4 +119,7 @@ def without_collecting() -> Iterator[None]:
         yield
     finally:
         if collecting:
+            if gc.get_count()[0] > MANY and not gc.get_freeze_count():
+                gc.freeze()  # to the old generation: a collection of the young one would look
+                gc.unfreeze()  # through all that was made, and find that it is needed
             gc.enable()
