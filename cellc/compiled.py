@@ -162,7 +162,25 @@ class Compiled:
             return self._map_batches(self._batches, calls, return_exceptions)
         with without_collecting():  # of what is made here, nothing is garbage
             # nor is anything left of calls and tickets when it ends
-            return self._results(self._tickets([as_call(r) for r in requests]), return_exceptions)
+            return self._results(self._begun([as_call(r) for r in requests]), return_exceptions)
+
+    def _begun(self, calls: Sequence[Any]) -> list[Ticket]:
+        """Tickets in order; where many are unfolded, the first run while others are."""
+        if self._wants is not NOTHING_WANTED or self._max_queue is not None:
+            return self._tickets(calls)
+        begun: list[Ticket] = []
+
+        def begin(tickets: Sequence[Ticket]) -> None:
+            begun.extend(tickets)
+            self._serving.enqueue(tickets)
+            self._serving.nudge()
+
+        self._check_open()
+        try:
+            return self._intake.tickets(calls, begin)
+        except BaseException:
+            self._serving.cancel(begun)
+            raise
 
     def _batched(self, batches: Batches, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         calls, together = batches.cut(args, kwargs)
@@ -194,7 +212,7 @@ class Compiled:
     def _run(self, tickets: Sequence[Ticket]) -> None:
         """Queue requests, and block until they are done."""
         try:
-            self._serving.enqueue(tickets)
+            self._serving.enqueue([t for t in tickets if not t.arrived])
             self._serving.run(tickets)
         except (ClosedError, Overloaded):  # none is queued
             raise

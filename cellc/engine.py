@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cellc import background, log
+from cellc import background, log, pacing
 from cellc.admission import Admission
 from cellc.deadlines import Deadlines
 from cellc.errors import FORKED, CallbackWait, ClosedError, WorkerError
@@ -110,6 +110,23 @@ class Engine:
     def run(self, tickets: Sequence[Ticket]) -> None:
         """Block until these queued requests are done, running the loop here if nobody does."""
         self.run_until(lambda: all(t.done for t in tickets), lambda: self._drive(tickets))
+
+    def nudge(self) -> None:
+        """More requests are being made: run beside that what is worth it by now, if nobody does."""
+        if not self._beside or not self._loop.acquire(blocking=False):
+            return
+        try:
+            self._guarded(self._nudged)
+        finally:
+            self._loop.release()  # what was begun goes on
+            self._hand_over()
+
+    def _nudged(self) -> None:
+        self._admission.admit(time.perf_counter())
+        while self.launcher.next_rows() >= pacing.ROWS_BESIDE:
+            self._step()
+            if self.launcher.busy_for_long:
+                break
 
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
@@ -406,7 +423,7 @@ class Engine:
         if self._dropped:
             self._land()
             self._forget(self._take_dropped())
-        beside = self._scheduler.urgency is None and launcher.concurrent
+        beside = self._beside
         self._admission.admit(start, ADMITTED if beside else MAX_LIVE)
         if self._timeout is not None and start - self._looked > 0.01:
             self._looked = start
@@ -431,6 +448,11 @@ class Engine:
             if not launcher.busy:
                 self._land()
         launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
+
+    @property
+    def _beside(self) -> bool:
+        """May launches run beside the host's work?"""
+        return self._scheduler.urgency is None and self.launcher.concurrent
 
     def _land(self) -> None:
         """End the launch that runs, if one does."""

@@ -8,7 +8,7 @@ requests are unfolded, compare the first results with the model's own. Comes in 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,9 @@ from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
 from cellc.request import Request, Structure
 from cellc.ticket import Ticket
+
+Begin = Callable[[Sequence[Ticket]], None]
+TOGETHER = 96  # requests that are unfolded while those before them run
 
 
 class Intake:
@@ -70,9 +73,14 @@ class Intake:
         call = self._compiler.arguments.bind(args, kwargs)
         return call if self._dtype is None else self._cast(call)
 
-    def tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
+    def tickets(
+        self,
+        calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
+        begin: Begin | None = None,
+    ) -> list[Ticket]:
         """Tickets in order, those of requests that cannot be planned already failed. Of sizes never
-        seen, the extremes are planned first: those between need no tracing.
+        seen, the extremes are planned first: those between need no tracing. `begin` is given some
+        tickets while others are still to be unfolded.
         """
         bound: list[Any] = []
         for call in calls:
@@ -82,12 +90,15 @@ class Intake:
                 bound.append(error)
         return [
             Ticket.failed(one) if isinstance(one, Exception) else one
-            for one in self._planned(bound)
+            for one in self._planned(bound, begin)
         ]
 
-    def _planned(self, bound: Sequence[Any]) -> list[Ticket | Exception]:
+    def _planned(
+        self, bound: Sequence[Any], begin: Begin | None = None
+    ) -> list[Ticket | Exception]:
         """Tickets of bound calls (or of errors, which are passed on)."""
         compiler = self._compiler
+        begun: dict[int, Ticket] = {}  # by position
         while True:
             flat = [self._flattened(call) for call in bound]
             firsts: dict[Any, Request] = {}  # one a key: keys take long to hash
@@ -104,10 +115,39 @@ class Intake:
                         new.append(Wanted(request, *call))
             any(compiler.unfolds(one.request) for one in new)  # one may decide for all
             chosen = [one for one in new if compiler.unfolds(one.request)]
+            if begin is not None and compiler.unfolder.to_check <= 0:
+                chosen = self._begin(begin, chosen, bound, flat, leaders, begun)
             if not chosen or (compiler.unfold(chosen) and self._agrees(chosen)):
-                tickets = self._traced(bound, flat, leaders)
+                tickets = self._traced(bound, flat, leaders, begun)
                 if tickets is not None:
                     return tickets
+
+    def _begin(
+        self,
+        begin: Begin,
+        new: list[Wanted],
+        bound: Sequence[Any],
+        flat: Sequence[Any],
+        leaders: Sequence[Any],
+        begun: dict[int, Ticket],
+    ) -> list[Wanted]:
+        """Unfold some, `begin` with them, go on with others. Returns those that are left, `begun`
+        has those that have begun, by position.
+        """
+        followers: dict[int, list[int]] = {}
+        for i, leader in enumerate(leaders):
+            followers.setdefault(id(leader), []).append(i)
+        while len(new) > TOGETHER and self._compiler.unfold(new[:TOGETHER]):
+            requests, new = [one.request for one in new[:TOGETHER]], new[TOGETHER:]
+            unfolded = [request for request in requests if request.entry is not None]
+            some = {
+                i: _new_ticket(leader.entry, flat[i], bound[i])
+                for leader in unfolded
+                for i in followers[id(leader)]
+            }
+            begun.update(some)
+            begin(list(some.values()))
+        return new
 
     def _flattened(self, call: Any) -> Request | Exception:
         if isinstance(call, Exception):
@@ -122,6 +162,7 @@ class Intake:
         bound: Sequence[Any],
         flat: Sequence[Request | Exception],
         leaders: Sequence[Any],
+        begun: Mapping[int, Ticket],
     ) -> list[Ticket | Exception] | None:
         """Tickets, requests without an entry planned one by one. Of sizes never seen, the extremes
         are planned first: those between need no tracing. None where the forward turned out to read
@@ -131,7 +172,9 @@ class Intake:
         out: list[Ticket | Exception | None] = [None] * len(flat)
         left: list[tuple[int, Structure, Any, Request]] = []
         for i, (request, call) in enumerate(zip(flat, bound, strict=True)):
-            if isinstance(request, Exception):
+            if i in begun:
+                out[i] = begun[i]
+            elif isinstance(request, Exception):
                 out[i] = request
             elif (entry := leaders[i].entry) is not None:
                 out[i] = _new_ticket(entry, request, call)

@@ -21,7 +21,7 @@ from cellc.costs import GUESS, Costs
 from cellc.launch import EVERYBODY, Crew, Kernel, Launch, Prepared, Ragged
 from cellc.machines import num_threads, place
 from cellc.onward import Onward
-from cellc.pacing import ROWS_BESIDE, SHARED, SMOOTH
+from cellc.pacing import SHARED, SMOOTH
 from cellc.plan import ragged_range
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
@@ -39,6 +39,7 @@ class Running:
 
     batch: Batch
     launch: Launch
+    expected: float  # seconds
     start: float
     prepared: Prepared | None = None  # while it runs beside the caller
     invalid: Sequence[int] = ()
@@ -106,7 +107,7 @@ class Launcher:
         if chosen is None:
             return None
         cell, rows = chosen
-        if beside and not self.busy and cell in self._answering and rows >= 2 * ROWS_BESIDE:
+        if beside and not self.busy and cell in self._answering and rows >= 2 * pacing.ROWS_BESIDE:
             rows = (rows + 1) // 2  # the answers of one half are read while the other runs
             self._scheduler.max_batch = rows
         seconds = self.step_seconds(cell, rows)
@@ -122,6 +123,11 @@ class Launcher:
         """Would the next launch keep the machine busy while the host does its part?"""
         chosen = self._scheduler.peek()
         return chosen is not None and self.step_seconds(*chosen) >= 0.5 * self._host_seconds
+
+    def next_rows(self) -> int:
+        """Rows of a step of the next launch; 0 where nothing is ready."""
+        chosen = self._scheduler.peek()
+        return 0 if chosen is None else chosen[1]
 
     def step_seconds(self, cell: int, rows: int) -> float:
         """Of a step: measured, before the first launch by a curve or a guess."""
@@ -167,11 +173,13 @@ class Launcher:
 
     def begin(self, batch: Batch, launch: Launch, *, beside: bool = True) -> Running:
         """Run a batch, or, where that is worth it, let it run beside the caller (`beside`)."""
-        running = self.running = Running(batch, launch, time.perf_counter())
+        expected = launch.num_steps * self.step_seconds(batch.cell, int(batch.steps[1]))
+        running = self.running = Running(batch, launch, expected, time.perf_counter())
         try:
             kernel = self._compiler.kernel(batch.cell)
             running.start = time.perf_counter()  # it may have been made just now
-            prepare = getattr(kernel, "prepare", None) if beside and self._long(batch) else None
+            beside = beside and expected > pacing.BESIDE
+            prepare = getattr(kernel, "prepare", None) if beside else None
             if prepare is not None:
                 prepared = prepare(launch, self._arenas)
                 self._scheduler.note_running(batch)
@@ -184,10 +192,6 @@ class Launcher:
             running.seconds = time.perf_counter() - running.start
             self._scheduler.note_ran(batch)
         return running
-
-    def _long(self, batch: Batch) -> bool:
-        steps = len(batch.steps) - 1
-        return steps * self.step_seconds(batch.cell, int(batch.steps[1])) > pacing.BESIDE
 
     def _run_now(self, kernel: Kernel, running: Running) -> None:
         """To its end; or submit it."""
@@ -215,6 +219,11 @@ class Launcher:
     def busy(self) -> bool:
         """Does the last launch run beside the caller?"""
         return self.running is not None and self.running.prepared is not None
+
+    @property
+    def busy_for_long(self) -> bool:
+        """And takes as long as the host takes to make some requests."""
+        return self.busy and self.running.expected > pacing.LONG  # type: ignore[union-attr]
 
     def settle(self) -> None:
         """Wait until the last launch has run. Its rows are there then, and arenas may grow."""

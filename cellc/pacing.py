@@ -12,6 +12,7 @@ HOST_SHARE = 3  # but a shared launch may take this many times what a turn costs
 ROWS_ALONE, ROWS = 2048, 512  # of a step at most, likewise
 MAX_LIVE = 4096  # requests admitted at a time; more wait without rows
 BESIDE = 2e-4  # seconds from which on a launch runs beside the host's work: waking a thread costs
+LONG = 2e-3  # seconds of a launch that runs while some requests are unfolded
 ROWS_BESIDE = 256  # of a step at least, where ready calls are halved for that
 ADMITTED = 1024  # requests a turn, likewise: their launches begin meanwhile
 SMOOTH = 16  # turns that the cost of a turn is averaged over

@@ -124,6 +124,9 @@ class Workers:
             if not ticket.done and ticket.worker >= 0:
                 self._engines[ticket.worker].drop(ticket)
 
+    def nudge(self) -> None:
+        """More requests are on their way: they are run together."""
+
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request."""
         self.cancel([ticket])

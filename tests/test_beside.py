@@ -16,7 +16,7 @@ from test_soak import Classifier, Decoder, Injected, Speaker, Tree, flaky, soak,
 from torch import Tensor, nn
 
 import cellc
-from cellc import engine, launcher, pacing
+from cellc import engine, intake, launcher, pacing
 from cellc.kernels import cpp, cpp_build
 
 pytestmark = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="no C++ compiler")
@@ -43,7 +43,7 @@ class Chance(cpp.CppLaunch):
 def chance(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "CppLaunch", Chance)
     monkeypatch.setattr(pacing, "BESIDE", -1.0)
-    monkeypatch.setattr(launcher, "ROWS_BESIDE", 1)
+    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1)
     monkeypatch.setattr(engine, "ADMITTED", 3)
     monkeypatch.setattr(launcher.Launcher, "concurrent", True)
     monkeypatch.setattr(
@@ -163,4 +163,43 @@ def test_threads_run_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
         began.clear()
         gc.collect()  # a launch that nobody ended is ended before its memory goes
         for x, got in zip(given, compiled.map(given), strict=True):
+            same(got, model(x))
+
+
+@torch.no_grad()
+def test_new_structures_run_while_others_are_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order, whatever comes twice, fails, or is no structure at all."""
+    monkeypatch.setattr(intake, "TOGETHER", 4)
+    model, generator = Tree().eval(), random.Random(5)
+    with cellc.compile(model, backend="cpp", max_batch=300) as compiled:
+        compiled.map([(tree(generator, n),) for n in (1, 2, 3, 4)])  # compared with the model
+        given: list[Any] = [tree(generator, generator.randint(1, 12)) for _ in range(90)]
+        given[40], given[50], given[60] = given[3], given[41], (1, (2, 99))
+        ran = compiled.stats()["rows"]
+        seen: list[int] = []
+        enqueue = compiled._serving.enqueue
+
+        def noting(tickets: Any, **kwargs: Any) -> None:
+            seen.append(compiled.stats()["rows"] - ran)
+            enqueue(tickets, **kwargs)
+
+        monkeypatch.setattr(compiled._serving, "enqueue", noting)
+        made = compiled.map([(x,) for x in given], return_exceptions=True)
+        assert len(seen) > 10 and 0 < seen[-1]  # some ran before the last were known
+        assert isinstance(made[60], cellc.CellcError)
+        for n, (x, got) in enumerate(zip(given, made, strict=True)):
+            if n != 60:
+                same(got, model(x))
+
+        def interrupted(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        more = [tree(generator, generator.randint(9, 15)) for _ in range(40)]
+        with monkeypatch.context() as patched:
+            patched.setattr(compiled._serving, "nudge", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                compiled.map([(x,) for x in more])
+        stats = compiled.stats()
+        assert stats["running"] == stats["waiting"] == stats["live_bytes"] == 0
+        for x, got in zip(more, compiled.map([(x,) for x in more]), strict=True):
             same(got, model(x))
