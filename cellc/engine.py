@@ -15,31 +15,30 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from cellc import background, log, pacing
+from cellc import background, log
 from cellc.admission import Admission
 from cellc.deadlines import Deadlines
-from cellc.errors import FORKED, CallbackWait, ClosedError, WorkerError
-from cellc.flight import Flight, each
+from cellc.errors import FORKED, CallbackWait, ClosedError
+from cellc.flight import Flight
 from cellc.kernels.native import find_arithmetic
 from cellc.launch import EVERYBODY, Crew
-from cellc.launcher import Launcher, Running
+from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.limits import Limits
 from cellc.moves import Moves
 from cellc.onward import Onward
-from cellc.pacing import ADMITTED, MAX_LIVE
 from cellc.policies import Policy
 from cellc.replay import Replays
 from cellc.replica import Learned
-from cellc.scheduler import Batch, Scheduler
+from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
+from cellc.turns import Turns
 
 
 class Engine:
@@ -68,7 +67,7 @@ class Engine:
         self._onward = Onward(compiler, self._scheduler, self._arenas, max_steps)
         what = compiler, self._scheduler, self._arenas
         self.launcher = Launcher(*what, self._onward, self.counters, max_batch, crew)
-        self.flight = Flight(*what[1:], self._onward, self.counters, self._told)
+        self.flight = Flight(*what[1:], self._onward, self.counters, self.told)
         # Guards the inbox; told when the loop is free or results are there. Entered by the lock
         # itself: an interruption inside `Condition.__enter__` would leave it locked.
         self._guard = threading.RLock()
@@ -76,20 +75,28 @@ class Engine:
         self.memory_limit = memory_limit
         limits = Limits(self._arenas, memory_limit, max_calls)
         self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._guard)
-        self._moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
+        moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
+        self._turns = Turns(
+            self._scheduler,
+            self._arenas,
+            self._onward,
+            self.launcher,
+            self.flight,
+            self._admission,
+            moves,
+            self._guard,
+            timeout,
+            self,
+        )
         self._replays = Replays(*what, self.launcher, self.flight)
         if self._scheduler.urgency is not None:
             self._admission.deadlines = Deadlines(self._scheduler, self.launcher, self.flight)
-        self._timeout, self._looked, self._crew = timeout, 0.0, crew
+        self._crew = crew
         self._pid = os.getpid()
         self._loop = threading.Lock()  # held by whoever runs the loop
-        self._stepping = 0  # the thread that is in a turn of it
         self._waiting = 0  # blocking calls whose requests somebody else runs
         self._background: threading.Thread | None = None
         self._closing = self._leaving = False
-        self._dropped: deque[Ticket] = deque()  # to be cancelled
-        self._running: Running | None = None  # the launch that has not been completed
-        self._arenas.settle = self.launcher.settle
 
     # -- what callers use --
 
@@ -113,20 +120,13 @@ class Engine:
 
     def nudge(self) -> None:
         """More requests are being made: run beside that what is worth it by now, if nobody does."""
-        if not self._beside or not self._loop.acquire(blocking=False):
+        if not self._turns.beside or not self._loop.acquire(blocking=False):
             return
         try:
-            self._guarded(self._nudged)
+            self._turns.nudge()
         finally:
             self._loop.release()  # what was begun goes on
             self._hand_over()
-
-    def _nudged(self) -> None:
-        self._admission.admit(time.perf_counter())
-        while self.launcher.next_rows() >= pacing.ROWS_BESIDE:
-            self._step()
-            if self.launcher.busy_for_long:
-                break
 
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
@@ -153,7 +153,7 @@ class Engine:
     def check_outside(self) -> None:
         """Raises where a turn of the loop called back, and would wait for itself, and in a fork."""
         self._check_process()
-        if self._stepping == threading.get_ident():
+        if self._turns.stepping == threading.get_ident():
             raise CallbackWait(
                 what="waiting for a request, or close(), in a callback of a future",
                 remedy="use submit() there, or another thread",
@@ -178,47 +178,27 @@ class Engine:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
         if os.getpid() != self._pid:
             return  # they are the parent's
-        if self._stepping == threading.get_ident():
-            self._dropped.extend(tickets)  # in a callback: at the next turn
+        if self._turns.stepping == threading.get_ident():
+            self._turns.dropped.extend(tickets)  # in a callback: at the next turn
             return
         with self._loop:
-            self._guarded(self._land)
-            self._forget(tickets)
-
-    def _forget(self, tickets: Sequence[Ticket]) -> None:
-        self._admission.take_back(tickets)
-        running = [t for t in tickets if not t.done and self.flight.live.get(t.number) is t]
-        self._scheduler.cancel([t.number for t in running])
-        self.flight.retire(running)
-        for ticket in tickets:
-            if ticket.started and not ticket.done:
-                self.flight.futures -= 1
-            self.flight.abandon(ticket)
-        self.flight.leaving = ()
+            self._turns.forget(tickets)
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request now, or, where another thread runs the loop, at its next turn."""
         if os.getpid() != self._pid:
             return  # it is the parent's
-        self._dropped.append(ticket)
+        self._turns.dropped.append(ticket)
         self._forget_dropped()
 
     def _forget_dropped(self) -> None:
         """Cancel what was dropped, unless a thread runs the loop: it does that."""
-        while self._dropped and self._loop.acquire(blocking=False):
+        while self._turns.dropped and self._loop.acquire(blocking=False):
             try:
-                self._guarded(self._land)
-                self._forget(self._take_dropped())
+                self._turns.forget(self._turns.take_dropped())
             finally:
                 self._loop.release()
                 self._tell()
-
-    def _take_dropped(self) -> list[Ticket]:
-        taken: dict[int, Ticket] = {}  # each once
-        while self._dropped:
-            ticket = self._dropped.popleft()
-            taken[id(ticket)] = ticket
-        return list(taken.values())
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""
@@ -276,7 +256,7 @@ class Engine:
         with self._loop:
             self._background = threading.current_thread()
             self.step()
-            self._guarded(self._land)
+            self._turns.land()
         self._hand_over()
 
     @property
@@ -361,8 +341,7 @@ class Engine:
 
     def _leave_loop(self) -> None:
         try:
-            if self._running is not None:
-                self._guarded(self._land)
+            self._turns.land()
         finally:
             self._loop.release()
 
@@ -393,142 +372,33 @@ class Engine:
         try:
             self._replays.run(ticket)
         except BaseException:  # this thread is interrupted
-            self._restart()
+            self._turns.restart()
             raise
         return True
 
-    # -- the loop --
-
     def step(self) -> None:
-        """One turn of the loop, after which a launch may still run; the caller holds the loop."""
-        self._guarded(self._step)
-
-    def _guarded(self, work: Callable[[], None]) -> None:
-        self._stepping = threading.get_ident()
-        try:
-            work()
-        except Exception as error:  # ours: what is in flight fails with it, the engine goes on
-            self._fail_all(error)
-        except BaseException as error:  # this thread is interrupted, or ends
-            self._restart(error if threading.current_thread() is self._background else None)
-            raise
-        finally:
-            self.flight.leaving, self._stepping = (), 0
-
-    def _step(self) -> None:
-        launcher = self.launcher
-        start, blocked = time.perf_counter(), launcher.blocked
-        if self.counters.timeline is not None:
-            self.counters.timeline.begin_turn(len(self._inbox), len(self.flight.live))
-        if self._dropped:
-            self._land()
-            self._forget(self._take_dropped())
-        beside = self._beside
-        self._admission.admit(start, ADMITTED if beside else MAX_LIVE)
-        if self._timeout is not None and start - self._looked > 0.01:
-            self._looked = start
-            self._land()
-            self._admission.expire(start, self._timeout)
-        self._mark("admit")
-        if self._running is not None and not launcher.worth_beside():
-            self._land()  # more may be ready then
-        following = launcher.next(
-            joined=bool(self.flight.futures), waited=bool(self._waiting), beside=beside
-        )
-        self._mark("schedule")
-        before = self._running
-        if following is None:
-            self._land()
-        else:
-            launcher.settle()
-            self._running = launcher.begin(*following, beside=beside)
-            self._mark("launch")
-            if before is not None:
-                self._end(before)
-            if not launcher.busy:
-                self._land()
-        launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
-
-    @property
-    def _beside(self) -> bool:
-        """May launches run beside the host's work?"""
-        return self._scheduler.urgency is None and self.launcher.concurrent
-
-    def _land(self) -> None:
-        """End the launch that runs, if one does."""
-        running, self._running = self._running, None
-        if running is not None:
-            self.launcher.settle()
-            self._mark("launch")
-            self._end(running)
-
-    def _end(self, running: Running) -> None:
-        """A launch has run: complete what it ends, deliver."""
-        finished = self._complete(running.batch, self.launcher.end(running))
-        self._mark("complete")
-        self.flight.deliver(finished)
-        self._mark("deliver")
-
-    def _mark(self, phase: str) -> None:
-        if self.counters.timeline is not None:
-            self.counters.timeline.phase(phase)
+        """One turn of the loop; the caller holds it."""
+        self._turns.step()
 
     def recover(self, error: BaseException) -> None:
         """The background thread met what it should not: requests in flight fail with that."""
         with self._loop:
             try:
-                self._restart(error)
+                self._turns.restart(error)
             except BaseException as another:  # of a callback that is told of the first
                 log.info("schedule", f"telling of {error!r} ended in {another!r}")
         self._tell()
 
-    def _restart(self, cause: BaseException | None = None) -> None:
-        """A turn was left midway: requests in flight begin again, from their data, or fail with a
-        cause.
-        """
-        self.launcher.settle()
-        self._running = None
-        with self._guard:
-            again = self._admission.in_flight()
-            for known in (self.flight, self._onward, self._scheduler, self._arenas):
-                known.clear()
-            for ticket in again:
-                ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
-                ticket.held = ticket.branch = ticket.failure = None
-            waiting = list(self._inbox)
-            if cause is None:
-                self._admission.queue_first(again)
-            self.flight.futures = sum(t.started for t in [*waiting, *again] if not t.done)
-        try:
-            if cause is not None:
-                self.counters.recoveries += 1
-                error = WorkerError(what=repr(cause))
-                error.__cause__ = cause
-                self.flight.finish_failed([(ticket, error) for ticket in again])
-        finally:
-            each(self.flight.answer, [t for t in self.flight.leaving if t.done])
+    @property
+    def waited(self) -> bool:
+        """Does a thread wait while another runs the loop?"""
+        return bool(self._waiting)
 
-    def _fail_all(self, error: Exception) -> None:
-        self.launcher.settle()
-        self._running = None
-        try:
-            self.flight.fail([(ticket, error) for ticket in self.flight.live.values()])
-        except Exception:  # what is known of them is broken, too
-            self._restart(error)
+    @property
+    def in_background(self) -> bool:
+        return threading.current_thread() is self._background
 
-    def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
-        if failed:
-            self.launcher.settle()  # which may hold rows of these, too
-            known = [(self.flight.live.get(number), error) for number, error in failed.items()]
-            self.flight.fail([(ticket, error) for ticket, error in known if ticket is not None])
-        finished = [self.flight.live[n] for n in batch.finished if n in self.flight.live]
-        if len(batch.events) or self._onward.held:
-            stay = {id(t) for t in [*self._moves.go_on(batch), *self._onward.held.values()]}
-            finished = [t for t in finished if id(t) not in stay]
-            self._told()
-        return finished
-
-    def _told(self) -> None:
+    def told(self) -> None:
         """There may be results that somebody waits for."""
         if self._waiting:
             with self._guard:

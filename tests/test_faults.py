@@ -127,7 +127,7 @@ def test_what_ends_the_background_thread_fails_its_requests(
     with cellc.compile(model, backend="eager") as compiled:
         compiled.map(requests())
         engine = compiled._engine
-        complete = engine._complete
+        complete = engine._turns._complete
 
         def ends(*args: Any) -> Any:
             if threading.current_thread() is engine._background:
@@ -135,7 +135,7 @@ def test_what_ends_the_background_thread_fails_its_requests(
                 raise kind("out of the blue")
             return complete(*args)
 
-        monkeypatch.setattr(engine, "_complete", ends)
+        monkeypatch.setattr(engine._turns, "_complete", ends)
         with engine._loop:
             futures = [compiled.submit(x) for x in requests()]
         errors = [future.exception(30) for future in futures]
@@ -289,7 +289,7 @@ def test_failing_fails(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
     with cellc.compile(model, backend="eager") as compiled:
         compiled.map(requests())
         engine = compiled._engine
-        monkeypatch.setattr(engine, "_complete", lambda *_: 1 // 0)
+        monkeypatch.setattr(engine._turns, "_complete", lambda *_: 1 // 0)
         monkeypatch.setattr(engine.flight, "fail", lambda *_: [][1])
         for run in (
             lambda: compiled.map(requests()),

@@ -343,8 +343,12 @@ def resident() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-def soak(seconds: float, backend: Any, told: Callable[[str], None]) -> tuple[Soak, list[int]]:
-    """Run; returns what was seen, and resident bytes after every tenth of the time."""
+def soak(
+    seconds: float, backend: Any, told: Callable[[str], None], enough: int = 0
+) -> tuple[Soak, list[int]]:
+    """Run, on a slow machine longer until `enough` results were compared; returns what was seen,
+    and resident bytes after every tenth of the time.
+    """
     test = Soak(backend)
     kinds = [test.map, test.call, test.submit, test.stream, test.tasks, test.sessions]
     kinds += [test.impatient]
@@ -374,6 +378,9 @@ def soak(seconds: float, backend: Any, told: Callable[[str], None]) -> tuple[Soa
         gc.collect()
         memory.append(resident() if sys.platform == "linux" else 0)
         told(f"{part * seconds / 10:.0f} s: {memory[-1] >> 20} MB, {dict(test.counts)}")
+    while test.counts["compared"] < enough and time.monotonic() < start + 120:
+        ends = time.monotonic()
+        stop.wait(0.05)
     stop.set()
     for thread in threads:
         thread.join(120)

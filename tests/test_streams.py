@@ -287,7 +287,12 @@ def test_an_interrupted_turn_leaves_others_right(
             streams = [compiled.stream(y) for y in requests()]
             futures = [compiled.submit(y) for y in requests()]
             engine._loop.release()
-            owners: list[Any] = [engine.compiler, engine, engine._moves, engine.flight]
+            owners: list[Any] = [
+                engine.compiler,
+                engine._turns,
+                engine._turns._moves,
+                engine.flight,
+            ]
             owner = next(x for x in owners if hasattr(x, name))
             monkeypatch.setattr(owner, name, interrupting(getattr(owner, name), after, monkeypatch))
             with contextlib.suppress(KeyboardInterrupt):
