@@ -42,7 +42,9 @@ and now. Exits with 1 if any result differs from PyTorch's."""
 _INSPECT = """\
 Trace a model's example requests and print the cells that were found: weights, calls, operations,
 arithmetic and bytes of a row, kernels; how much of the arithmetic they cover; how a request of a
-new structure becomes cell calls, and what that costs."""
+new structure becomes cell calls, and what that costs. Calls are those of the largest request: a
+cell of other requests alone has 0. Kernels: `cpp` or `triton` were generated, `copy` moves rows
+only, `eager` runs through torch, `tiered` too until it has cost a second."""
 _TARGET = """\
 TARGET is path/to/file.py:name or package.module:name. The name is an nn.Module, a function without
 arguments that returns one, or a function of tensors, which is then the model itself. Requests come
@@ -56,7 +58,8 @@ with all others and alone; then the generated kernel of every cell is launched o
 was given, at several batch sizes and dtypes, against the same cell as torch calls. Exits with 1 if
 anything differs by more than atol + rtol * |value|: 1e-5 and 1e-4 in f32, 1e-9 and 1e-7 in f64,
 2e-2 and 2e-2 in halves, nothing in whole numbers. Where a cell's largest value is above 1, its atol
-is of that value."""
+is of that value. A request that PyTorch refuses counts as equal where cellc refuses it, too: its
+outputs are empty, and --json says what was raised."""
 _CHECK_EPILOG = f"""{_TARGET}
 examples:
   cellc check model.py:model
