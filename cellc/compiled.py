@@ -295,6 +295,11 @@ class Compiled:
                 remedy="cellc.compile(model, carry={'state': '1'}) says that the argument `state` "
                 "of a step is output 1 of the step before",
             )
+        if initial is not None and not isinstance(initial, Mapping):
+            raise UnsupportedError(
+                what=f"a session that begins with a {type(initial).__name__}",
+                remedy="give carried arguments by name, as {'state': tensor}",
+            )
         check_seconds(lifetime=lifetime)
         now = time.monotonic()
         if now - self._looked > EXPIRY:
@@ -317,9 +322,9 @@ class Compiled:
         with without_collecting():
             tickets: list[Ticket] = []
             try:
-                for session, given in steps:
+                for step in steps:
                     try:
-                        tickets.append(self._step(session, given))
+                        tickets.append(self._step(*_pair(step)))
                     except Exception as error:
                         tickets.append(Ticket.failed(error))
                 return self._results(tickets, return_exceptions)
@@ -459,6 +464,16 @@ class Compiled:
         tb: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _pair(step: Any) -> tuple[Steps, Any]:
+    """What `step_all` is given of one step."""
+    if isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], Steps):
+        return step
+    raise UnsupportedError(
+        what=f"a step_all of a {type(step).__name__}",
+        remedy="give pairs of a session and its arguments: [(session, (x,)), ...]",
+    )
 
 
 def _noted(error: BaseException, number: int, count: int) -> Any:

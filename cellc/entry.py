@@ -64,6 +64,7 @@ def compile(
         raise UnsupportedError(
             what=f"a {type(model).__name__}", remedy="pass an nn.Module or a function"
         )
+    _check(model, dtype, carry)
     env.check()
     chosen = make_options(options)
     check_counts(max_batch=max_batch, max_queue=max_queue)
@@ -86,6 +87,27 @@ def compile(
     )
 
 
+def _check(model: Any, dtype: Any, carry: Any) -> None:
+    """Arguments of kinds that nothing can be made of."""
+    if isinstance(model, Compiled):
+        raise UnsupportedError(
+            what="compiling a compiled model", remedy="use it as it is, or pass the model itself"
+        )
+    if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
+        raise UnsupportedError(
+            what="a TorchScript model", remedy="pass the nn.Module that it was scripted from"
+        )
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise UnsupportedError(
+            what=f"dtype={dtype!r}", remedy="give one of torch's, as torch.bfloat16"
+        )
+    if carry is not None and not isinstance(carry, Mapping):
+        raise UnsupportedError(
+            what=f"carry={carry!r}",
+            remedy="name the argument and the output that it is: {'state': '1'}",
+        )
+
+
 def _places(
     model: Any,
     device: torch.device | str | Sequence[torch.device | str] | None,
@@ -94,7 +116,7 @@ def _places(
     """The device of each worker."""
     if device is None or isinstance(device, (str, torch.device)):
         return [_device(model, device)] * (workers or 1)
-    places = [torch.device(one) for one in device]
+    places = [_named(one) for one in device]
     if not places or len({p.type for p in places}) > 1:
         raise UnsupportedError(
             what=f"device={device!r}", remedy="give one device a worker, all CPUs or all GPUs"
@@ -116,9 +138,23 @@ def _backends(name: BackendName, places: Sequence[torch.device], options: Option
 
 def _device(model: Any, device: torch.device | str | None) -> torch.device:
     if device is not None:
-        return torch.device(device)
+        return _named(device)
     first = next(iter(named_tensors(model).values()), None)
     return first.device if first is not None else torch.device("cpu")
+
+
+def _named(device: torch.device | str) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UnsupportedError(
+            what=f"device={device!r}", remedy="use 'cpu', 'cuda' or 'cuda:0'"
+        ) from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedError(
+            what=f"device={str(device)!r} where torch finds no GPU", remedy="use device='cpu'"
+        )
+    return found
 
 
 def _moves(model: Any, device: torch.device) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import math
 import os
+import re
 import sys
 import threading
 import warnings
@@ -1062,3 +1063,43 @@ def test_an_arena_that_cannot_grow(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert arenas.idle()
                 torch.testing.assert_close(compiled(small), model(small))
         torch.testing.assert_close(compiled(large), model(large))
+
+
+@pytest.mark.parametrize(
+    ("given", "what"),
+    [
+        ({"device": "gpu"}, "device='gpu' is not supported; use 'cpu'"),
+        ({"device": ["cpu", 1.5]}, "device=1.5 is not supported"),
+        ({"dtype": "f32"}, "dtype='f32' is not supported; give one of torch's"),
+        ({"carry": "state"}, "carry='state' is not supported; name the argument"),
+    ],
+)
+def test_arguments_of_the_wrong_kind(given: Any, what: str) -> None:
+    with pytest.raises(cellc.UnsupportedError, match=re.escape(what)):
+        cellc.compile(nn.GRU(2, 3), backend="eager", **given)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(cellc.UnsupportedError, match="finds no GPU is not supported; use device='cpu'"):
+        cellc.compile(nn.GRU(2, 3), device="cuda:0")
+
+
+def test_models_that_are_none() -> None:
+    with cellc.compile(nn.GRU(2, 3), backend="eager") as compiled:
+        with pytest.raises(cellc.UnsupportedError, match="compiling a compiled model"):
+            cellc.compile(compiled)
+    scripted = torch.jit.trace(nn.Linear(2, 3), torch.zeros(2))
+    with pytest.raises(cellc.UnsupportedError, match="pass the nn.Module that it was scripted"):
+        cellc.compile(scripted)
+
+
+def test_steps_that_are_none() -> None:
+    model = nn.GRUCell(2, 3).eval()
+    with cellc.compile(model, carry={"hx": "0"}, backend="eager") as compiled:
+        with pytest.raises(cellc.UnsupportedError, match="by name, as {'state': tensor}"):
+            compiled.session(torch.zeros(3))  # type: ignore[arg-type]
+        session = compiled.session()
+        for wrong in (session, (torch.zeros(2), session), (session,)):
+            with pytest.raises(cellc.UnsupportedError, match="pairs of a session and its arg"):
+                compiled.step_all([wrong])  # type: ignore[list-item]
