@@ -97,6 +97,7 @@ class Compiled:
         self._intake = Intake(self._compiler, dtype, self._run)
         self._batches = None if batch_dim is None else Batches(self._compiler, batch_dim)
         self._max_queue, self._device, self._source = max_queue, device, source
+        self._timeout = options.timeout
         self._carry = Carry(carry, self._compiler.arguments.names) if carry is not None else None
         self._sessions: dict[Session, None] = {}  # open ones
         self._policy, self._wants = options.policy, NOTHING_WANTED
@@ -166,7 +167,8 @@ class Compiled:
 
     def _begun(self, calls: Sequence[Any]) -> list[Ticket]:
         """Tickets in order; where many are unfolded, the first run while others are."""
-        if self._wants is not NOTHING_WANTED or self._max_queue is not None:
+        timed = self._wants is not NOTHING_WANTED or self._timeout is not None
+        if timed or self._max_queue is not None:  # the time of all begins when all can run
             return self._tickets(calls)
         begun: list[Ticket] = []
 

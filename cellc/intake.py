@@ -21,6 +21,7 @@ from cellc.errors import CallbackWait, CellcError, GeneratorForward, ValueReadEr
 from cellc.forests import Wanted
 from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
+from cellc.pipeline import check_outside
 from cellc.request import Request, Structure
 from cellc.ticket import Ticket
 
@@ -42,6 +43,7 @@ class Intake:
         self._compiler, self._dtype, self._run = compiler, dtype, run
 
     def ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
+        check_outside()
         compiler = self._compiler
         if not kwargs and self._dtype is None:
             known = compiler.known(args)
@@ -59,6 +61,7 @@ class Intake:
 
     def again(self, tensors: Late) -> Ticket | None:
         """A step of a session that has a form; None where its plan may be another by now."""
+        check_outside()
         form = tensors.form
         entry, plans = form.entry(), self._compiler.plans
         if entry is None or plans.dropped != form.dropped:
@@ -82,6 +85,7 @@ class Intake:
         seen, the extremes are planned first: those between need no tracing. `begin` is given some
         tickets while others are still to be unfolded.
         """
+        check_outside()
         bound: list[Any] = []
         for call in calls:
             try:

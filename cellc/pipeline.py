@@ -24,7 +24,7 @@ from cellc import env, log, passes, verify
 from cellc.calls import CallGraph
 from cellc.cell_store import CellStore
 from cellc.copier import Copier
-from cellc.errors import CellcError, ForwardError, RequestError
+from cellc.errors import CellcError, ForwardError, RequestError, UnsupportedError
 from cellc.extract import extract
 from cellc.frontends.lower import lower
 from cellc.frontends.overhearing import reading
@@ -41,6 +41,15 @@ from cellc.stages import Stages, print_calls
 from cellc.state import constant_row
 
 TRACING = threading.RLock()  # tracing turns modules to eval mode, which others must not see
+
+
+def check_outside() -> None:
+    """Raises in a forward that is run to learn of it: what stands for tensors there is nobody's."""
+    if TRACING._is_owned():  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            what="a compiled model that is called in a forward which is compiled, too,",
+            remedy="call the model that it was compiled from",
+        )
 
 
 class Pipeline:

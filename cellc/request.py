@@ -174,6 +174,13 @@ class Arguments:
             ) from None
 
     def _refusal(self, leaf: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> RequestError:
+        if (known := getattr(type(leaf), "array_names", None)) is not None:
+            held = ", ".join(n for n in skeleton.attributes(leaf) if n not in known)
+            return RequestError(
+                argument=_where(leaf, self.by_name(args, kwargs)),
+                got=f"a {type(leaf).__name__} that also holds {held}",
+                expected="tensors and objects as arguments of their own, beside the structure",
+            )
         return RequestError(
             argument=_where(leaf, self.by_name(args, kwargs)),
             got=f"an object of {type(leaf).__name__}",

@@ -193,12 +193,24 @@ def plain_tokens(args: tuple[Any, ...]) -> tuple[Hashable, ...] | None:
         kind = type(x)
         if kind is torch.Tensor:
             tokens.append(TENSOR)
-        elif kind in _ARRAYS:
+        elif kind in _ARRAYS and x.__dict__.keys() <= kind.array_names:
             known = True
             tokens.append(x)
         else:
             return None
     return tuple(tokens) if known else None
+
+
+def _beside(x: Any) -> tuple[Hashable, ...]:
+    """What a structure of arrays holds that is not its structure: it is part of the key."""
+    held: list[Any] = []
+    for name in attributes(x):
+        if name not in type(x).array_names:
+            value = getattr(x, name)
+            if type(value) not in (int, float, *VALUES):
+                raise NotFlat(x)
+            held += name, type(value), repr(value)
+    return tuple(held)
 
 
 def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering | None) -> Flat:
@@ -246,6 +258,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
         elif kind in _ARRAYS:
             structured = nested = True
             emit(x)
+            tokens += _beside(x)
         elif kind in VALUES:
             emit(kind)
             emit(x if kind is not complex else repr(x))
@@ -276,6 +289,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
                     _ARRAYS.add(kind)
                     structured = nested = True
                     emit(x)
+                    tokens += _beside(x)
                     continue
                 emit(kind)
                 emit(_value(x))

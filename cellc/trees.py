@@ -32,6 +32,9 @@ class Dag:
     """
 
     structured = True  # a request that holds it is unfolded
+    array_names = frozenset(  # of attributes that say nothing but the structure
+        "num_nodes counts flat starts num_readers order results root _key _hash _layouts".split()
+    )
 
     def __init__(self, children: Any) -> None:
         self._set(*_compressed(children))
@@ -58,8 +61,8 @@ class Dag:
             self.order  # noqa: B018  raises where there is a circle
 
     @cached_property
-    def _key(self) -> tuple[str, bytes, bytes]:
-        return type(self).__name__, self.counts.tobytes(), self.flat.tobytes()
+    def _key(self) -> tuple[type, bytes, bytes]:
+        return type(self), self.counts.tobytes(), self.flat.tobytes()
 
     @cached_property
     def _hash(self) -> int:

@@ -59,7 +59,7 @@ def _closed(name: str) -> Callable[..., Any]:
 
 
 for _name in (
-    "len iter getitem setitem delitem contains bool eq ne lt le gt ge hash repr str format call "
+    "len iter getitem setitem delitem contains bool eq ne lt le gt ge hash repr str format "
     "add radd sub rsub mul rmul truediv rtruediv floordiv rfloordiv mod rmod pow rpow matmul "
     "rmatmul and rand or ror xor rxor lshift rlshift rshift rrshift neg pos abs invert int float "
     "index round divmod rdivmod reversed enter exit next array iadd isub imul itruediv ifloordiv "
@@ -190,12 +190,12 @@ def learn(
         raise NoPattern("an argument that holds more")
 
     repeating, recorder.repeating = recorder.repeating, False
-    codes: set[CodeType] = set()
+    codes: dict[CodeType, dict[str, Any]] = {}  # with their globals
     recorder.begin((), 0, -1)
     try:
         args, kwargs = call
         given = [stand_in(x) for x in args], {k: stand_in(x) for k, x in kwargs.items()}
-        sys.setprofile(lambda frame, event, _: codes.add(frame.f_code))
+        sys.setprofile(lambda frame, *_: codes.update({frame.f_code: frame.f_globals}))
         try:
             noted = recorder.observe(lambda: recorder.run(forward, *given))
         finally:
@@ -207,9 +207,14 @@ def learn(
         recorder.repeating, stubs.current.ended = repeating, None
     if noted is None or recorder.num_decided() or recorder.generates or not watch.folds:
         return None
-    if any("type" in code.co_names and recorder._is_user(code) for code in codes):
+    if any(_names_type(*known) and recorder._is_user(known[0]) for known in codes.items()):
         return None  # it may ask what a stand-in is, and be told
     return _pattern(watch, noted, data)
+
+
+def _names_type(code: CodeType, known: dict[str, Any]) -> bool:
+    """May a function call `type`, by whatever name?"""
+    return any(name == "type" or known.get(name) is type for name in code.co_names)
 
 
 def _pattern(watch: _Watch, noted: Any, data: Sequence[tuple[Any, ...]]) -> Pattern | None:

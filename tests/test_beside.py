@@ -168,6 +168,27 @@ def test_threads_run_what_was_begun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
+def test_nobodys_time_runs_while_others_are_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a timeout, requests of a map are queued when all are known."""
+    monkeypatch.setattr(intake, "TOGETHER", 4)
+    model, generator = Tree().eval(), random.Random(6)
+    with cellc.compile(model, backend="cpp", options={"timeout": 100.0}) as compiled:
+        compiled.map([(tree(generator, n),) for n in (1, 2, 3, 4)])  # compared with the model
+        given = [(tree(generator, generator.randint(1, 12)),) for _ in range(30)]
+        queued: list[int] = []
+        enqueue = compiled._serving.enqueue
+
+        def noting(tickets: Any, **kwargs: Any) -> None:
+            queued.append(len(tickets))
+            enqueue(tickets, **kwargs)
+
+        monkeypatch.setattr(compiled._serving, "enqueue", noting)
+        for (x,), got in zip(given, compiled.map(given), strict=True):
+            same(got, model(x))
+        assert queued == [len(given)]
+
+
+@torch.no_grad()
 def test_new_structures_run_while_others_are_unfolded(monkeypatch: pytest.MonkeyPatch) -> None:
     """In order, whatever comes twice, fails, or is no structure at all."""
     monkeypatch.setattr(intake, "TOGETHER", 4)

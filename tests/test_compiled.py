@@ -1103,3 +1103,31 @@ def test_steps_that_are_none() -> None:
         for wrong in (session, (torch.zeros(2), session), (session,)):
             with pytest.raises(cellc.UnsupportedError, match="pairs of a session and its arg"):
                 compiled.step_all([wrong])  # type: ignore[list-item]
+
+
+def test_compiled_models_in_forwards_are_refused_and_stay_whole() -> None:
+    inner = nn.Linear(4, 4).eval()
+    for calls in (lambda c, x: c(x), lambda c, x: c.map([x])[0], lambda c, x: c.submit(x).result()):
+        with cellc.compile(inner, backend="eager") as compiled:
+
+            def outer(x: Tensor, calls: Any = calls, compiled: Any = compiled) -> Tensor:
+                return calls(compiled, x) + 1  # type: ignore[no-any-return]
+
+            with cellc.compile(outer, backend="eager") as other:
+                with pytest.raises(cellc.UnsupportedError, match="call the model that it was"):
+                    other(torch.randn(4))
+            x = torch.randn(4)
+            torch.testing.assert_close(compiled(x), inner(x))
+
+
+def test_a_compiled_tree_model_that_calls_itself_is_refused() -> None:
+    class Recursive(nn.Module):
+        def forward(self, tree: Any) -> Tensor:
+            return tree if isinstance(tree, Tensor) else compiled(tree[0]) + compiled(tree[1])
+
+    with cellc.compile(Recursive().eval(), backend="eager") as compiled:
+        one = torch.randn(3)
+        torch.testing.assert_close(compiled(one), one)
+        with pytest.raises(cellc.UnsupportedError, match="call the model that it was"):
+            compiled.map([(((one, one), one),)])
+        torch.testing.assert_close(compiled(one), one)

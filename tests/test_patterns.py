@@ -214,9 +214,13 @@ LOOKS: dict[str, Callable[[cellc.Tree, Tensor], Any]] = {
     "text": lambda tree, x: "(3" in str(tree),
     "equality": lambda tree, x: tree == cellc.Tree([[], [0]]),
     "type": lambda tree, x: type(tree) is cellc.Tree and tree.num_nodes > 3,
+    "type by another name": lambda tree, x: class_of(tree) is cellc.Tree,
     "handled": lambda tree, x: _handled(x),
     "handled by all means": lambda tree, x: _handled_by_all_means(tree),
 }
+
+
+class_of = type
 
 
 def _handled(x: Tensor) -> bool:
@@ -276,6 +280,38 @@ def test_trees_of_other_classes_fold_as_they_say() -> None:
             for n in (2, 3, 4, 5):
                 one = kind(parents=[*range(1, n), -1]), torch.randn(n, SIZE)
                 same(compiled(*one), forward(*one))
+
+
+def test_stand_ins_can_be_called_as_little_as_what_they_stand_for() -> None:
+    forward = looks(lambda tree, x: callable(tree) or callable(x))
+    with cellc.compile(forward, backend="eager") as compiled:
+        for n in (2, 3, 4, 5):
+            one = cellc.Tree(parents=[*range(1, n), -1]), torch.randn(n, SIZE)
+            same(compiled(*one), forward(*one))
+
+
+class Holding(cellc.Tree):
+    """Holds more than a structure."""
+
+    def __init__(self, children: Any, held: Any) -> None:
+        super().__init__(children)
+        self.held = held
+
+
+def test_what_trees_hold_besides_is_told_apart_or_refused() -> None:
+    def forward(tree: Any, x: Tensor) -> Any:
+        return tree.fold(_node, nodes=x) * (getattr(tree, "held", None) or 1.0)
+
+    shape, x = [[], [0], [1]], torch.randn(3, SIZE)
+    plain = cellc.Tree(shape)
+    plain.held = 7.0  # type: ignore[attr-defined]
+    kinds = [Holding(shape, held) for held in (2.0, 3.0, 3, None, True)]
+    with cellc.compile(forward, backend="eager") as compiled:
+        for _ in range(2):
+            for tree in (plain, cellc.Tree(shape), *kinds):
+                same(compiled(tree, x), forward(tree, x))
+        with pytest.raises(cellc.RequestError, match="'tree': got a Holding that also holds held"):
+            compiled(Holding(shape, x), x)
 
 
 def test_trees_of_arrays_are_those_of_lists() -> None:
