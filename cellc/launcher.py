@@ -175,6 +175,7 @@ class Launcher:
         """Run a batch, or, where that is worth it, let it run beside the caller (`beside`)."""
         expected = launch.num_steps * self.step_seconds(batch.cell, int(batch.steps[1]))
         running = self.running = Running(batch, launch, expected, time.perf_counter())
+        self._scheduler.note_begun(batch)
         try:
             kernel = self._compiler.kernel(batch.cell)
             running.start = time.perf_counter()  # it may have been made just now
@@ -239,6 +240,7 @@ class Launcher:
     def end(self, running: Running) -> dict[int, BaseException]:
         """After it has run: the requests that failed, with why."""
         batch = running.batch
+        self._scheduler.note_read(batch)
         if running.error is not None:
             self._note(batch, running.start, running.seconds, repr(running.error))
             requests = self._scheduler.requests_of(batch.calls)

@@ -36,6 +36,7 @@ class Onward:
         self._max_steps = max_steps
         self._streaming: set[int] = set()  # numbers of requests whose forwards yield
         self.held: dict[int, Ticket] = {}  # whose answers were unexpected
+        self.failing: dict[int, BaseException] = {}  # once the launch that was begun is read
         self.stopping = 0.0  # share of answers that are unexpected, averaged
 
     def enter(self, ticket: Ticket) -> None:
@@ -56,7 +57,7 @@ class Onward:
         self.stopping += (share - self.stopping) / 16
         for number, (question, value) in events.unexpected.items():
             ticket = live.get(number)
-            if ticket is None:
+            if ticket is None or number in self.failing:
                 continue
             if ticket.held is None or question < ticket.held[0]:
                 ticket.held = (question, value)
@@ -67,7 +68,8 @@ class Onward:
                 live[number].unmade[piece] -= 1
         if self._streaming:
             for number in self._streaming.intersection(batch.answering.tolist()):
-                self._flush(live[number])
+                if number not in self.failing:
+                    self._flush(live[number])
         return self.settle() if self.held else ([], [])
 
     def settle(self) -> tuple[Going, Failed]:
@@ -79,7 +81,7 @@ class Onward:
         failed: Failed = []
         for number, ticket in self.held.items():
             if self._scheduler.runs(number):
-                continue  # its rows are in use
+                continue  # its rows are in use, or its answers not read
             if ticket.branch is not None:
                 if self._ran(number, ticket.branch.needs):
                     going.append((ticket, ticket.branch))
@@ -110,6 +112,7 @@ class Onward:
     def clear(self) -> None:
         """All requests are forgotten."""
         self.held.clear()
+        self.failing.clear()
         self._streaming.clear()
 
     def _find(self) -> None:

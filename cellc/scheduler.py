@@ -7,6 +7,7 @@ threads, no clock of its own; numpy in, numpy out. The engine admits requests wi
 A call's successors are told at once when it is scheduled, before its kernel has run: one worker
 runs launches first in, first out. But where requests are answered by what a launch computes, and it
 runs beside the host's work (`note_running`), what follows waits for `note_ran`: it may be in vain.
+Requests of a launch go nowhere else before it is read (`note_read`): it is known by the table.
 
 Which cell goes first is a policy's choice (`cellc.policies`), which calls of it a queue's
 (`cellc.queues`). Under any policy a call that has been ready for `max_age` turns (admissions and
@@ -84,7 +85,7 @@ class Scheduler:
         self._left = np.zeros(64, np.int64)
         self._turns = 0
         self.turn = Turn(max_batch)
-        self._running: Batch | None = None  # see `note_running`
+        self._begun: Batch | None = None  # see `note_begun`
         self._owners: frozenset[int] | None = None  # of its calls
         self._picked: Queue | None = None  # what `next` takes, until something changes
 
@@ -184,27 +185,33 @@ class Scheduler:
         _, first = self._requests[request]
         return bool((self._table.data[first + calls, MISSING] == SCHEDULED).all())
 
+    def note_begun(self, batch: Batch) -> None:
+        """The last batch: what it gave is not read yet."""
+        self._begun, self._owners = batch, None
+
     def note_running(self, batch: Batch) -> None:
-        """The last batch runs beside the host's work."""
+        """It runs beside the host's work."""
         self._table.data[batch.calls, MISSING] = RUNNING
-        self._running = batch
-        self._owners = None
 
     def note_ran(self, batch: Batch) -> None:
-        """It has ended; none of its requests was released meanwhile."""
-        if self._running is batch:
+        """It has run; none of its requests was released meanwhile."""
+        if len(batch.calls) and self._table.data[batch.calls[0], MISSING] == RUNNING:
             self._table.data[batch.calls, MISSING] = SCHEDULED
-            self._running = None
         if len(batch.held):
             self._push(batch.held)
             self._picked = None
 
+    def note_read(self, batch: Batch | None) -> None:
+        """What it gave is known: its requests may go elsewhere. None: nobody will read it."""
+        if batch is None or self._begun is batch:
+            self._begun = None
+
     def runs(self, request: int) -> bool:
-        """Is a call of it in the batch that runs?"""
-        if self._running is None:
+        """Is a call of it in a batch that was begun, and that nobody has read?"""
+        if self._begun is None:
             return False
         if self._owners is None:
-            self._owners = frozenset(self.requests_of(self._running.calls).tolist())
+            self._owners = frozenset(self.requests_of(self._begun.calls).tolist())
         return request in self._owners
 
     def release(self, requests: Sequence[int]) -> None:
@@ -215,7 +222,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests."""
         self._left[:] = 0
-        self._running = None
+        self._begun = None
         self._requests.clear()
         self._queues.clear()
         self._table.clear()

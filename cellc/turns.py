@@ -194,15 +194,21 @@ class Turns:
     def _fail_all(self, error: Exception) -> None:
         self._launcher.settle()
         self._running = None
+        self._scheduler.note_read(None)
+        self._onward.failing.clear()
         try:
             self._flight.fail([(ticket, error) for ticket in self._flight.live.values()])
         except Exception:  # what is known of them is broken, too
             self.restart(error)
 
     def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
-        if failed:
-            self._launcher.settle()  # which may hold rows of these, too
-            known = [(self._flight.live.get(number), error) for number, error in failed.items()]
+        failing = self._onward.failing
+        if failed or failing:
+            failed, begun = {**failed, **failing}, self._scheduler.runs  # by the launch after it
+            failing.clear()
+            failing.update({n: error for n, error in failed.items() if begun(n)})
+            ended = [n for n in failed if n not in failing]
+            known = [(self._flight.live.get(number), failed[number]) for number in ended]
             self._flight.fail([(ticket, error) for ticket, error in known if ticket is not None])
         finished = [self._flight.live[n] for n in batch.finished if n in self._flight.live]
         if len(batch.events) or self._onward.held:

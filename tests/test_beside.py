@@ -12,11 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from test_soak import Classifier, Decoder, Injected, Speaker, Tree, flaky, soak, tree, words
+from test_soak import (
+    MAX_PLANS,
+    Classifier,
+    Decoder,
+    Flaky,
+    Injected,
+    Speaker,
+    Tree,
+    flaky,
+    soak,
+    tree,
+    words,
+)
 from torch import Tensor, nn
 
 import cellc
-from cellc import intake, launcher, pacing
+from cellc import intake, launcher, pacing, plan_cache
 from cellc.kernels import cpp, cpp_build
 
 pytestmark = pytest.mark.skipif(cpp_build.find_compiler() is None, reason="no C++ compiler")
@@ -120,9 +132,74 @@ def test_a_failure_while_another_launch_runs() -> None:
         assert compiled.stats()["running"] == compiled.stats()["live_bytes"] == 0
 
 
-def test_everything_at_once() -> None:
+class TwoChains(nn.Module):
+    """Two chains of calls beside each other, of which both are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(9, 8)
+        self.one, self.two = nn.GRUCell(8, 8), nn.GRUCell(8, 8)
+        self.first, self.second = nn.Linear(8, 5), nn.Linear(8, 5)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        a = b = torch.zeros(8)
+        said = []
+        for token in tokens:
+            x = self.table(token)
+            a, b = self.one(x, a), self.two(x, b)
+            p, q = self.first(a).argmax(), self.second(b).argmax()
+            if p == 1:
+                a = torch.tanh(a + b)
+            if q == 2:
+                b = b * 0.5
+            said += [p, q]
+            if p == q:
+                break
+        return torch.stack(said), a + b
+
+
+class Sometimes(Flaky):
+    """A kernel whose launches run beside the host's work, or at once, by chance."""
+
+    @property
+    def prepare(self) -> Any:
+        if Chance.random.random() < 0.5:
+            raise AttributeError("prepare")
+        return self.kernel.prepare
+
+
+@pytest.mark.parametrize("fault", [0.02, 0.0])
+@torch.no_grad()
+def test_requests_of_two_launches_at_once(fault: float) -> None:
+    """Where the first of them fails, or the second is run at once, nobody goes on before both are
+    read: what is known of the second stands in the table until then.
+    """
+    torch.manual_seed(0)
+    model, generator = TwoChains().eval(), random.Random(4)
+    with cellc.compile(model, backend="cpp", max_batch=8) as compiled:
+        compiled.map([words(generator, 9, 9) for _ in range(40)])
+        kernels = compiled._compiler.kernels
+        for number, kernel in list(kernels.items()):
+            kernels[number] = flaky(kernel, [fault]) if fault else Sometimes(kernel, [0.0])
+        failed = 0
+        for _ in range(12):
+            given = [words(generator, 9, 9) for _ in range(40)]
+            for x, got in zip(given, compiled.map(given, return_exceptions=True), strict=True):
+                if isinstance(got, Exception):
+                    assert isinstance(got, Injected)
+                    failed += 1
+                else:
+                    same(got, model(x))
+        assert bool(failed) == bool(fault) and failed < 400
+        assert compiled.stats()["running"] == compiled.stats()["live_bytes"] == 0
+
+
+def test_everything_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The soak, with launches by chance."""
+    monkeypatch.setattr(plan_cache, "MAX_PLANS", MAX_PLANS)
     run, _ = soak(4.0, "cpp", lambda line: None, enough=200)
+    for compiled in run.compiled.values():
+        compiled.close()
     assert run.wrong == [], run.wrong[:10]
     assert run.counts["compared"] >= 200 and Chance.late > 100
 

@@ -389,8 +389,11 @@ def test_calls_of_a_launch_that_runs_beside_have_not_run_yet() -> None:
     scheduler = engine.scheduler
     batch = scheduler.next(1)
     assert batch is not None and scheduler.ran(one, np.array([0]))
+    scheduler.note_begun(batch)
     scheduler.note_running(batch)
     assert scheduler.runs(one) and scheduler.runs(other)
     assert not scheduler.ran(one, np.array([0])) and not scheduler.ran(one, np.array([1]))
     scheduler.note_ran(batch)
-    assert scheduler.ran(one, np.array([0])) and not scheduler.runs(one)
+    assert scheduler.ran(one, np.array([0])) and scheduler.runs(one)
+    scheduler.note_read(batch)
+    assert not scheduler.runs(one)

@@ -41,9 +41,11 @@ def test_lengths_without_end(enough: float, monkeypatch: pytest.MonkeyPatch) -> 
     made = []
     compile_cell = cpp.CppKernel.__init__
 
-    def counted(self: cpp.CppKernel, cell: cellc.cells.Cell, params: list[Tensor]) -> None:
+    def counted(
+        self: cpp.CppKernel, cell: cellc.cells.Cell, params: list[Tensor], *more: Any
+    ) -> None:
         made.append(cell.key)
-        compile_cell(self, cell, params)
+        compile_cell(self, cell, params, *more)
 
     monkeypatch.setattr(cpp.CppKernel, "__init__", counted)
     monkeypatch.setattr(tiered, "ENOUGH", enough)

@@ -178,9 +178,9 @@ def test_the_scheduler_reads_curves(monkeypatch: pytest.MonkeyPatch) -> None:
             scheduler = compiled._engine._scheduler
             plain = scheduler.next
 
-            def next_launch(steps: int | None = None) -> object:
+            def next_launch(steps: int | None = None, *, hold: bool = False) -> object:
                 asked.append(steps or 0)
-                return plain(steps)
+                return plain(steps, hold=hold)
 
             monkeypatch.setattr(scheduler, "next", next_launch)
             compiled.map([x, x])
