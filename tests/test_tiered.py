@@ -42,10 +42,10 @@ def test_lengths_without_end(enough: float, monkeypatch: pytest.MonkeyPatch) -> 
     compile_cell = cpp.CppKernel.__init__
 
     def counted(
-        self: cpp.CppKernel, cell: cellc.cells.Cell, params: list[Tensor], *more: Any
+        self: cpp.CppKernel, cell: cellc.cells.Cell, params: list[Tensor], weights: str = ""
     ) -> None:
         made.append(cell.key)
-        compile_cell(self, cell, params, *more)
+        compile_cell(self, cell, params, weights)
 
     monkeypatch.setattr(cpp.CppKernel, "__init__", counted)
     monkeypatch.setattr(tiered, "ENOUGH", enough)
