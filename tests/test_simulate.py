@@ -274,6 +274,18 @@ def test_who_comes_after_a_kernel_waits_for_the_next() -> None:
     assert told + 2e-3 < locked < told + 2.5e-3
 
 
+def test_who_comes_after_the_last_kernel_is_served() -> None:
+    """The thread that sends it gets Python's lock when there is nothing left to do."""
+    work, after = work_of(app("lstm")), 1e-3
+    shortest = int(work.lengths.argmin())
+    host = replace(NOTHING, turn=2e-3, after=after / 2e-3, locked=1e-9)
+    alone = runs.loaded(work, Load(np.zeros(1), np.array([shortest])))
+    took = runs.simulate(runs.CELLULAR, setting("lstm", host), alone)[0][0]
+    both = runs.loaded(work, Load(np.array([0.0, took - after / 2]), np.array([shortest] * 2)))
+    latencies = runs.simulate(runs.CELLULAR, setting("lstm", host), both)[0]
+    assert latencies[1] == pytest.approx(took + after / 2, rel=0.01)
+
+
 def test_who_can_make_it_is_told_by_turns_as_they_were() -> None:
     """As the engine does: with what requests cost in them, not with that of a launch alone."""
     how, work = (

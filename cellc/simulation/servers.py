@@ -206,8 +206,10 @@ class Cellular(_Scheduled):
             scheduler.cancel(shed)  # of those that wait it knows nothing
         chosen = scheduler.peek()
         if chosen is None:
-            self._rested = True
-            return Turn(now, shed=shed) if shed else REST
+            rested, self._rested = self._rested, True
+            if shed:
+                return Turn(now, shed=shed)
+            return REST if rested or not self._num_waiting else self.turn(now)
         step = self._costs.step(*chosen)
         batch = scheduler.next(pacing.num_steps(step, self._host_seconds, shared=True))
         assert batch is not None
