@@ -541,6 +541,8 @@ def test_the_interpreter_ends_with_requests_in_flight(backend: str, how: str) ->
 # -- signals
 
 
+# Python ignores what is raised in a destructor, and says so
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timers here")
 def test_signals_at_any_time(model: nn.Module) -> None:
     """Ctrl-C in `map`, in calls and in streams leaves a model that gives right results."""
