@@ -7,8 +7,25 @@
 #pragma once
 #include "runtime.h"
 
+#include <stdlib.h>
+
 namespace cellc {
 namespace {
+
+struct Scratch {  // kept, and grows
+    char *memory = nullptr;
+    size_t size = 0;
+    ~Scratch() { free(memory); }
+    char *get(size_t bytes) {
+        if (bytes > size) {
+            free(memory);
+            memory = static_cast<char *>(aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
+            if (!memory) abort();
+            size = bytes;
+        }
+        return memory;
+    }
+};
 
 // ---- Products
 

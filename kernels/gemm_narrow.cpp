@@ -66,22 +66,7 @@ using namespace cellc;
 
 namespace {
 
-struct Panel {  // of floats, one a thread, kept
-    float *memory = nullptr;
-    int64_t size = 0;
-    ~Panel() { free(memory); }
-    float *get(int64_t count) {
-        if (count > size) {
-            free(memory);
-            const size_t bytes = (size_t(count) * sizeof(float) + 63) / 64 * 64;
-            memory = static_cast<float *>(aligned_alloc(64, bytes));
-            if (!memory) abort();
-            size = count;
-        }
-        return memory;
-    }
-};
-thread_local Panel panel;
+thread_local Scratch panel;
 
 template <class B>
 void product(const Runtime *rt, const float *const *a, int64_t m, const B *w, const float *bias,
@@ -91,7 +76,7 @@ void product(const Runtime *rt, const float *const *a, int64_t m, const B *w, co
     float *to[CHUNK];
     for (int64_t p = begin; p < end; ++p) {
         const int64_t valid = n - p * N < N ? n - p * N : N, count = k * ((valid + L - 1) / L) * L;
-        float *wide = panel.get(count);
+        float *wide = reinterpret_cast<float *>(panel.get(size_t(count) * sizeof(float)));
         for (int64_t i = 0; i < count; i += L)
             *reinterpret_cast<Simd<float>::type *>(wide + i) = widened(w + p * N * k + i);
         for (int64_t r = 0; r < m; ++r) to[r] = c[r] + p * N;

@@ -41,20 +41,6 @@ void spin(Done done) {
 
 // ---- The pool
 
-struct Scratch {  // kept, and grows
-    char *memory = nullptr;
-    size_t size = 0;
-    ~Scratch() { free(memory); }
-    char *get(size_t bytes) {
-        if (bytes > size) {
-            free(memory);
-            memory = static_cast<char *>(aligned_alloc(64, (bytes + 4095) / 4096 * 4096));
-            if (!memory) abort();
-            size = bytes;
-        }
-        return memory;
-    }
-};
 typedef void (*Work)(void *, int64_t part, int64_t parts);
 
 // A team never waits for a worker that has not come yet: workers join the work of a caller while it

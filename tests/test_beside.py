@@ -70,6 +70,20 @@ def same(got: Any, want: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def failures(compiled: cellc.Compiled, model: nn.Module, generator: random.Random) -> int:
+    """How many of 480 requests meet a fault; the others' results are the model's."""
+    failed = 0
+    for _ in range(12):
+        given = [words(generator, 9, 9) for _ in range(40)]
+        for x, got in zip(given, compiled.map(given, return_exceptions=True), strict=True):
+            if isinstance(got, Exception):
+                assert isinstance(got, Injected)
+                failed += 1
+            else:
+                same(got, model(x))
+    return failed
+
+
 @torch.no_grad()
 def test_arenas_grow_while_launches_run() -> None:
     """More rows than there is room for at first, in requests that come while others run."""
@@ -119,15 +133,7 @@ def test_a_failure_while_another_launch_runs() -> None:
         kernels = compiled._compiler.kernels
         for number, kernel in list(kernels.items()):
             kernels[number] = flaky(kernel, [0.02])
-        failed = 0
-        for _ in range(12):
-            given = [words(generator, 9, 9) for _ in range(40)]
-            for x, got in zip(given, compiled.map(given, return_exceptions=True), strict=True):
-                if isinstance(got, Exception):
-                    assert isinstance(got, Injected)
-                    failed += 1
-                else:
-                    same(got, model(x))
+        failed = failures(compiled, model, generator)
         assert 0 < failed < 400
         assert compiled.stats()["running"] == compiled.stats()["live_bytes"] == 0
 
@@ -181,15 +187,7 @@ def test_requests_of_two_launches_at_once(fault: float) -> None:
         kernels = compiled._compiler.kernels
         for number, kernel in list(kernels.items()):
             kernels[number] = flaky(kernel, [fault]) if fault else Sometimes(kernel, [0.0])
-        failed = 0
-        for _ in range(12):
-            given = [words(generator, 9, 9) for _ in range(40)]
-            for x, got in zip(given, compiled.map(given, return_exceptions=True), strict=True):
-                if isinstance(got, Exception):
-                    assert isinstance(got, Injected)
-                    failed += 1
-                else:
-                    same(got, model(x))
+        failed = failures(compiled, model, generator)
         assert bool(failed) == bool(fault) and failed < 400
         assert compiled.stats()["running"] == compiled.stats()["live_bytes"] == 0
 
