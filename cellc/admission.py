@@ -7,7 +7,6 @@ hands tickets to `cellc.flight`.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from cellc.limits import Limits
 from cellc.pacing import MAX_LIVE
 from cellc.state import Arenas
 from cellc.ticket import Ticket
+from cellc.waiting import Condition
 
 
 class Admission:
@@ -32,7 +32,7 @@ class Admission:
         arenas: Arenas,
         limits: Limits,
         max_queue: int | None,
-        guard: threading.RLock,
+        guard: Condition,
     ) -> None:
         self._flight, self._arenas, self._limits = flight, arenas, limits
         self._counters = flight.counters

@@ -13,6 +13,8 @@ import threading
 import weakref
 from typing import Protocol
 
+from cellc.waiting import Condition
+
 SOON = 0.05  # seconds between looks where another thread runs the loop
 LAST = 5.0  # seconds that the interpreter's end waits for a launch that runs
 
@@ -44,7 +46,7 @@ class Served(Leaver, Protocol):
 _started: weakref.WeakKeyDictionary[Leaver, threading.Thread] = weakref.WeakKeyDictionary()
 
 
-def start(engine: Served, turn: threading.Condition) -> threading.Thread:
+def start(engine: Served, turn: Condition) -> threading.Thread:
     """Start the thread of an engine; `turn` is notified when there may be work."""
     thread = threading.Thread(
         target=_serve, args=(weakref.ref(engine), turn), name="cellc-engine", daemon=True
@@ -72,7 +74,7 @@ def _end() -> None:
         thread.join(LAST)
 
 
-def _serve(engine: weakref.ref[Served], turn: threading.Condition) -> None:
+def _serve(engine: weakref.ref[Served], turn: Condition) -> None:
     """The background thread."""
     while True:
         try:
@@ -86,7 +88,7 @@ def _serve(engine: weakref.ref[Served], turn: threading.Condition) -> None:
             del strong
 
 
-def _rounds(engine: weakref.ref[Served], turn: threading.Condition) -> None:
+def _rounds(engine: weakref.ref[Served], turn: Condition) -> None:
     """Sleeps while there is nothing to do, ends with close or its engine.
 
     Between rounds it holds no reference to the engine, so that one dropped without close is freed.
@@ -103,7 +105,7 @@ def _rounds(engine: weakref.ref[Served], turn: threading.Condition) -> None:
                 turn.wait(seconds)
 
 
-def _wake(turn: threading.Condition, process: int) -> None:
+def _wake(turn: Condition, process: int) -> None:
     if os.getpid() == process:  # a fork has none of the threads, but may have their locks
         with turn:
             turn.notify_all()

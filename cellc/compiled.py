@@ -13,7 +13,6 @@ import os
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,6 +45,7 @@ from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
 from cellc.urgency import NO_WISH
 from cellc.views import Cells, CellView
+from cellc.waiting import Future
 from cellc.wants import NOTHING_WANTED, Wants, check_seconds, make_wants
 from cellc.workers import Workers, make_engines
 

@@ -30,6 +30,7 @@ from cellc.launch import EVERYBODY, Crew
 from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.limits import Limits
+from cellc.loop import SOON, Loop
 from cellc.moves import Moves
 from cellc.onward import Onward
 from cellc.policies import Policy
@@ -39,6 +40,7 @@ from cellc.scheduler import Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 from cellc.turns import Turns
+from cellc.waiting import Condition
 
 
 class Engine:
@@ -68,13 +70,11 @@ class Engine:
         what = compiler, self._scheduler, self._arenas
         self.launcher = Launcher(*what, self._onward, self.counters, max_batch, crew)
         self.flight = Flight(*what[1:], self._onward, self.counters, self.told)
-        # Guards the inbox; told when the loop is free or results are there. Entered by the lock
-        # itself: an interruption inside `Condition.__enter__` would leave it locked.
-        self._guard = threading.RLock()
-        self._turn = threading.Condition(self._guard)
+        # guards the inbox; told when the loop is free or results are there
+        self._turn = Condition()
         self.memory_limit = memory_limit
         limits = Limits(self._arenas, memory_limit, max_calls)
-        self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._guard)
+        self._admission = Admission(self.flight, self._arenas, limits, max_queue, self._turn)
         moves = Moves(*what, self._onward, self.flight, limits, self._admission.queue_first)
         self._turns = Turns(
             self._scheduler,
@@ -84,7 +84,7 @@ class Engine:
             self.flight,
             self._admission,
             moves,
-            self._guard,
+            self._turn,
             timeout,
             self,
         )
@@ -93,7 +93,7 @@ class Engine:
             self._admission.deadlines = Deadlines(self._scheduler, self.launcher, self.flight)
         self._crew = crew
         self._pid = os.getpid()
-        self._loop = threading.Lock()  # held by whoever runs the loop
+        self._loop = Loop(self._turn)
         self._waiting = 0  # blocking calls whose requests somebody else runs
         self._background: threading.Thread | None = None
         self._closing = self._leaving = False
@@ -105,7 +105,7 @@ class Engine:
         limits of their own fail now (`limited`), or when they would run.
         """
         self._check_process()
-        with self._guard:
+        with self._turn:
             if self._closing:
                 raise ClosedError(what="this compiled model")
             self._admission.enqueue(tickets, limited=limited)
@@ -120,40 +120,36 @@ class Engine:
 
     def nudge(self) -> None:
         """More requests are being made: run beside that what is worth it by now, if nobody does."""
-        if not self._turns.beside or not self._loop.acquire(blocking=False):
-            return
-        try:
-            self._turns.nudge()
-        finally:
-            self._loop.release()  # what was begun goes on
-            self._hand_over()
+        if self._turns.beside:
+            try:  # what was begun goes on
+                self._loop.run(self._turns.nudge, wait=False)
+            finally:
+                self._hand_over()
 
     def run_until(self, done: Callable[[], bool], drive: Callable[[], None] | None = None) -> None:
         """Block until something is so, running the loop here (by `drive`) if nobody does."""
+
+        def work() -> None:
+            if drive is not None:
+                drive()
+            while not done():
+                self.step()
+
         while not done():
             self.check_outside()
-            if self._loop.acquire(blocking=False):
-                try:
-                    if drive is not None:
-                        drive()
-                    while not done():
-                        self.step()
-                finally:
-                    self._leave_loop()
-                    self._hand_over()
-            else:
-                with self._guard:
+            if not self._take_turns(work):
+                with self._turn:
                     self._waiting += 1
                     try:
-                        if self._loop.locked() and not done():
-                            self._turn.wait(0.05)
+                        if self._loop.held and not done():
+                            self._turn.wait(SOON)
                     finally:
                         self._waiting -= 1
 
     def check_outside(self) -> None:
         """Raises where a turn of the loop called back, and would wait for itself, and in a fork."""
         self._check_process()
-        if self._turns.stepping == threading.get_ident():
+        if self._loop.mine:
             raise CallbackWait(
                 what="waiting for a request, or close(), in a callback of a future",
                 remedy="use submit() there, or another thread",
@@ -178,11 +174,10 @@ class Engine:
         """Forget requests that nobody waits for any more (a blocking call was interrupted)."""
         if os.getpid() != self._pid:
             return  # they are the parent's
-        if self._turns.stepping == threading.get_ident():
+        if self._loop.mine:
             self._turns.dropped.extend(tickets)  # in a callback: at the next turn
             return
-        with self._loop:
-            self._turns.forget(tickets)
+        self._loop.run(lambda: self._turns.forget(tickets), wait=True)
 
     def drop(self, ticket: Ticket) -> None:
         """Cancel a request now, or, where another thread runs the loop, at its next turn."""
@@ -193,16 +188,16 @@ class Engine:
 
     def _forget_dropped(self) -> None:
         """Cancel what was dropped, unless a thread runs the loop: it does that."""
-        while self._turns.dropped and self._loop.acquire(blocking=False):
-            try:
-                self._turns.forget(self._turns.take_dropped())
-            finally:
-                self._loop.release()
-                self._tell()
+
+        def work() -> None:
+            self._turns.forget(self._turns.take_dropped())
+
+        while self._turns.dropped and self._loop.run(work, wait=False):
+            self._tell()
 
     def start(self) -> None:
         """Make sure that queued requests are run though nobody blocks on them."""
-        with self._guard:
+        with self._turn:
             if self._background is None or not self._background.is_alive():
                 self._background = background.start(self, self._turn)
             self._turn.notify_all()
@@ -213,12 +208,10 @@ class Engine:
             self._closing = True
             return
         self.check_outside()
-        with self._guard:
+        with self._turn:
             self._closing = True
             self._turn.notify_all()
-        with self._loop:
-            while self._inbox or self.flight.live:
-                self.step()
+        self._loop.run(self._finish, wait=True)
         thread = self._background
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -226,7 +219,7 @@ class Engine:
 
     def leave(self) -> None:
         """The interpreter ends: what is queued is not run any more."""
-        with self._guard:
+        with self._turn:
             self._closing = self._leaving = True
             self._turn.notify_all()
 
@@ -240,11 +233,15 @@ class Engine:
     def drained(self) -> Iterator[None]:
         """Finish what is queued; then nothing runs meanwhile."""
         self.check_outside()
-        with self._loop:
-            while self._inbox or self.flight.live:
-                self.step()
+        with self._loop.holding():
+            self._finish()
             yield
         self._hand_over()
+
+    def _finish(self) -> None:
+        """Run what is queued to its end."""
+        while self._inbox or self.flight.live:
+            self.step()
 
     def forget_weights(self) -> None:
         """The weights changed, and nothing runs."""
@@ -253,10 +250,13 @@ class Engine:
 
     def turn(self) -> None:
         """One turn of the loop in this thread, which is the background's, once it is free."""
-        with self._loop:
+
+        def work() -> None:
             self._background = threading.current_thread()
             self.step()
             self._turns.land()
+
+        self._loop.run(work, wait=True)
         self._hand_over()
 
     @property
@@ -306,7 +306,7 @@ class Engine:
     @property
     def running(self) -> bool:
         """Is a thread in its loop?"""
-        return self._loop.locked()
+        return self._loop.held
 
     @property
     def load(self) -> int:
@@ -317,33 +317,44 @@ class Engine:
 
     def serve_once(self) -> bool:
         """One round of the background thread: run while there is work. False when it should end."""
-        with self._guard:
-            if not (self._inbox or self.flight.live) or self._loop.locked():
+        with self._turn:
+            if not (self._inbox or self.flight.live) or self._loop.held:
                 return not self._closing
-        if self._loop.acquire(blocking=False):
-            try:
-                while (self._inbox or self.flight.live) and not self._leaving:
-                    self.step()
-            finally:
-                self._leave_loop()
-                self._hand_over()
+
+        def work() -> None:
+            while (self._inbox or self.flight.live) and not self._leaving:
+                self.step()
+
+        self._take_turns(work)
         return not self._leaving
 
     @property
     def idle(self) -> bool:
         """Nothing for a background thread to do now."""
-        return not (self._inbox or self.flight.live) or self._loop.locked()
+        return not (self._inbox or self.flight.live) or self._loop.held
 
     @property
     def working(self) -> bool:
         """Are there requests that are not done?"""
         return bool(self._inbox or self.flight.live)
 
-    def _leave_loop(self) -> None:
+    def _take_turns(self, work: Callable[[], None]) -> bool:
+        """Run the loop here, unless another thread does (False)."""
+
+        def to_the_end() -> None:
+            try:
+                work()
+            finally:
+                self._turns.land()
+
         try:
-            self._turns.land()
-        finally:
-            self._loop.release()
+            taken = self._loop.run(to_the_end, wait=False)
+        except BaseException:
+            self._hand_over()
+            raise
+        if taken:
+            self._hand_over()
+        return taken
 
     def _hand_over(self) -> None:
         """The loop is free: wake whoever waits for it or for results."""
@@ -352,14 +363,14 @@ class Engine:
 
     def _tell(self) -> None:
         if self._waiting or self._background is not None:
-            with self._guard:
+            with self._turn:
                 self._turn.notify_all()
 
     def _alone(self, ticket: Ticket) -> bool:
         """Run the only request there is by itself. False where the loop has to do it."""
         if isinstance(ticket.entry, Leg) or ticket.wish.due < math.inf:
             return False
-        with self._guard:
+        with self._turn:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():
                 return False
             try:
@@ -382,11 +393,14 @@ class Engine:
 
     def recover(self, error: BaseException) -> None:
         """The background thread met what it should not: requests in flight fail with that."""
-        with self._loop:
+
+        def work() -> None:
             try:
                 self._turns.restart(error)
             except BaseException as another:  # of a callback that is told of the first
                 log.info("schedule", f"telling of {error!r} ended in {another!r}")
+
+        self._loop.run(work, wait=True)
         self._tell()
 
     @property
@@ -401,5 +415,5 @@ class Engine:
     def told(self) -> None:
         """There may be results that somebody waits for."""
         if self._waiting:
-            with self._guard:
+            with self._turn:
                 self._turn.notify_all()

@@ -405,5 +405,5 @@ class Flight:
                 ticket.future.set_result(ticket.result)
             else:
                 ticket.future.set_exception(ticket.error)
-        except InvalidStateError:  # it is told, or was cancelled
-            pass
+        except InvalidStateError:  # it was cancelled, or telling it was interrupted
+            ticket.future.tell()

@@ -10,13 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Protocol
 
 from cellc.carry import Blocks, Carry, Held, Kept, Late, copied, form_key
 from cellc.errors import RequestError, SessionBusy, SessionClosed
 from cellc.ticket import Ticket
+from cellc.waiting import Future
 from cellc.wants import Wants
 
 

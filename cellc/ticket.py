@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from typing import Any
@@ -22,6 +21,7 @@ from cellc.frontends.drawing import Draws
 from cellc.legs import Branch, Entry, Leg
 from cellc.timeline import Timeline
 from cellc.urgency import NO_WISH, Wish
+from cellc.waiting import Future
 
 NOTHING: Any = ()  # no pieces
 

@@ -7,7 +7,6 @@ again or fail them. Used by `cellc.engine`, which says who takes turns.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -23,6 +22,7 @@ from cellc.onward import Onward
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
 from cellc.ticket import Ticket
+from cellc.waiting import Condition
 
 
 class Threads(Protocol):
@@ -44,9 +44,7 @@ class Threads(Protocol):
 
 
 class Turns:
-    """One thread at a time calls. `stepping`: which, 0 between turns; `dropped`: requests to cancel
-    at the next turn.
-    """
+    """One thread at a time calls. `dropped`: requests to cancel at the next turn."""
 
     def __init__(
         self,
@@ -57,7 +55,7 @@ class Turns:
         flight: Flight,
         admission: Admission,
         moves: Moves,
-        guard: threading.RLock,
+        guard: Condition,
         timeout: float | None,
         threads: Threads,
     ) -> None:
@@ -67,7 +65,6 @@ class Turns:
         self._counters = flight.counters
         self._timeout, self._looked = timeout, 0.0
         self._running: Running | None = None  # the launch that has not been completed
-        self.stepping = 0
         self.dropped: deque[Ticket] = deque()
         arenas.settle = launcher.settle
 
@@ -90,7 +87,6 @@ class Turns:
         self._forget(tickets)
 
     def _guarded(self, work: Callable[[], None]) -> None:
-        self.stepping = threading.get_ident()
         try:
             work()
         except Exception as error:  # ours: what is in flight fails with it, the engine goes on
@@ -99,7 +95,7 @@ class Turns:
             self.restart(error if self._threads.in_background else None)
             raise
         finally:
-            self._flight.leaving, self.stepping = (), 0
+            self._flight.leaving = ()
 
     def _step(self) -> None:
         launcher = self._launcher

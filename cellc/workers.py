@@ -30,6 +30,7 @@ from cellc.options import Options
 from cellc.pool import SOON, Pool, end
 from cellc.replica import replicas
 from cellc.ticket import Counters, Ticket, together
+from cellc.waiting import Condition
 
 
 class Workers:
@@ -43,8 +44,7 @@ class Workers:
             first = firsts.setdefault(id(engine.compiler), engine)
             engine.launcher.measure_with(first.launcher)
         self._roomiest = max(engines, key=lambda engine: engine.memory_limit)
-        self._news = threading.RLock()
-        self._results = threading.Condition(self._news)  # told of pieces
+        self._news = Condition()  # told of pieces
         self._refreshing = threading.Lock()
         self._pid = os.getpid()
         weakref.finalize(self, end, self._pool, os.getpid()).atexit = False
@@ -101,11 +101,11 @@ class Workers:
         self.start()
         with self._news:
             while not done():
-                self._results.wait(SOON)
+                self._news.wait(SOON)
 
     def _tell(self, _: Ticket) -> None:
         with self._news:
-            self._results.notify_all()
+            self._news.notify_all()
 
     def _check_outside(self) -> None:
         for engine in self._engines:
@@ -220,9 +220,7 @@ class Latch:
 
     def __init__(self, tickets: Sequence[Ticket]) -> None:
         self._tickets, self._open = tickets, set(map(id, tickets))
-        self._done = threading.Event()
-        if not tickets:
-            self._done.set()
+        self._done = Condition()
         for ticket in tickets:
             ticket.told = self
             if ticket.done:  # before it could tell
@@ -232,12 +230,13 @@ class Latch:
         if ticket.done:
             self._open.discard(id(ticket))
             if not self._open:
-                self._done.set()
+                with self._done:
+                    self._done.notify_all()
 
     def wait(self) -> None:
-        while not self._done.wait(SOON):
-            if all(t.done for t in self._tickets):  # some were cancelled
-                return
+        with self._done:
+            while self._open and not all(t.done for t in self._tickets):  # some were cancelled
+                self._done.wait(SOON)
 
 
 def _cancelled(ticket: Ticket) -> bool:

@@ -7,14 +7,17 @@ tracer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+from torch import overrides
+from torch.utils import _python_dispatch
 
 CPU = torch.device("cpu")
+_dispatch_modes: Callable[[], list[Any]] = _python_dispatch._get_current_dispatch_mode_stack
+_function_modes: Callable[[], list[Any]] = overrides._get_current_function_mode_stack
 SHORT = 64  # elements of a tensor whose text is a value that is read
 
 
@@ -114,7 +117,29 @@ def _extent(form: Form) -> int:
 
 
 @contextmanager
+def modes_kept() -> Iterator[None]:
+    """Torch's modes are those before, however the block ends: where a signal's handler raises on
+    the way into a mode or out of it, that stays on, and every operation of the thread goes to it.
+    """
+    dispatch, functions = _dispatch_modes(), _function_modes()
+    try:
+        yield
+    finally:
+        if _dispatch_modes() != dispatch:
+            _restore(_dispatch_modes, dispatch, _python_dispatch)
+        if _function_modes() != functions:
+            _restore(_function_modes, functions, overrides)
+
+
+def _restore(now: Callable[[], list[Any]], before: list[Any], modes: Any) -> None:
+    while now():
+        modes._pop_mode()
+    for mode in before:
+        modes._push_mode(mode)
+
+
+@contextmanager
 def modes_off() -> Iterator[None]:
     """No tracing inside."""
-    with _disable_current_modes():
+    with _python_dispatch._disable_current_modes():
         yield

@@ -32,7 +32,7 @@ from cellc.errors import (
 )
 from cellc.frontends import library
 from cellc.frontends.branching import CodesSeen, look_away
-from cellc.frontends.placeholder import Placeholder, row_major
+from cellc.frontends.placeholder import Placeholder, modes_kept, row_major
 from cellc.frontends.points import HERE, TORCH, where
 from cellc.frontends.traced_values import dtype_name
 from cellc.frontends.tracer import Tracer
@@ -178,7 +178,7 @@ def _run(tracer: Tracer, forward: Callable[..., Any], args: Any, kwargs: Any) ->
     tracer.points.root = sys._getframe()
     _tracing.append(tracer)
     try:
-        with _Functions(tracer), tracer:
+        with modes_kept(), _Functions(tracer), tracer:
             result = forward(*args, **kwargs)
             if inspect.isgenerator(result) and tracer.reading:
                 result = list(result)

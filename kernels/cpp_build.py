@@ -19,13 +19,13 @@ import subprocess
 import tempfile
 import threading
 import warnings
-from concurrent.futures import Future
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 from cellc import env
 from cellc.errors import BackendError
+from cellc.waiting import Future
 
 HERE = Path(__file__).resolve().parent
 FLAGS = (
@@ -34,7 +34,6 @@ FLAGS = (
 ).split()
 DIGEST = 32
 _loaded: dict[str, Future[ctypes.CDLL]] = {}  # by key; some are being built
-_lock = threading.Lock()
 
 
 def find_compiler() -> str | None:
@@ -62,16 +61,20 @@ def load(source: str, name: str) -> ctypes.CDLL:
     """
     compiler = require_compiler()
     key = _key(source, compiler)
-    with _lock:
-        known = _loaded.get(key)
-        future = _loaded.setdefault(key, Future())
-    if known is None:
-        try:
-            future.set_result(_from_disk(source, f"{name}-{key[:32]}", compiler))
-        except BaseException as error:
-            with _lock:
-                _loaded.pop(key, None)  # the next one tries again
-            future.set_exception(error)
+    mine: Future[ctypes.CDLL] = Future()
+    try:
+        future = _loaded.setdefault(key, mine)
+        if future is mine:
+            mine.set_result(_from_disk(source, f"{name}-{key[:32]}", compiler))
+    except BaseException as error:
+        if _loaded.get(key) is mine:
+            del _loaded[key]  # the next one tries again
+        if not mine.done():
+            mine.set_exception(error)
+        raise
+    failure = future.exception()
+    if failure is not None and not isinstance(failure, Exception):
+        return load(source, name)  # who built it was interrupted
     return future.result()
 
 

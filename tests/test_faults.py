@@ -136,7 +136,7 @@ def test_what_ends_the_background_thread_fails_its_requests(
             return complete(*args)
 
         monkeypatch.setattr(engine._turns, "_complete", ends)
-        with engine._loop:
+        with engine._loop.holding():
             futures = [compiled.submit(x) for x in requests()]
         errors = [future.exception(30) for future in futures]
         assert all(isinstance(error, cellc.WorkerError) for error in errors)
@@ -151,7 +151,7 @@ def test_what_ends_the_background_thread_fails_its_requests(
 def test_a_callback_that_exits(model: nn.Module) -> None:
     with cellc.compile(model, backend="eager") as compiled:
         compiled.map(requests())
-        with compiled._engine._loop:
+        with compiled._engine._loop.holding():
             futures = [compiled.submit(x) for x in requests()]
             futures[0].add_done_callback(lambda _: sys.exit(3))
         for future in futures:
@@ -171,7 +171,7 @@ def standstill(compiled: cellc.Compiled) -> contextlib.ExitStack:
     """While it is entered, no worker gets further."""
     stack, workers = contextlib.ExitStack(), compiled._serving
     for engine in workers._engines if isinstance(workers, Workers) else [workers]:
-        stack.enter_context(engine._loop)
+        stack.enter_context(engine._loop.holding())
     return stack
 
 
@@ -455,9 +455,9 @@ def test_a_forked_child(model: nn.Module, held: bool, workers: int) -> None:
 
     locks = contextlib.ExitStack()
     if held:
-        locks.enter_context(compiled._engine._loop)
-        locks.enter_context(stream._engine._loop)
-        locks.enter_context(listener._engine._loop)
+        locks.enter_context(compiled._engine._loop.holding())
+        locks.enter_context(stream._engine._loop.holding())
+        locks.enter_context(listener._engine._loop.holding())
         for serving in (compiled._serving, listener._serving):
             if isinstance(serving, Workers):
                 locks.enter_context(serving._pool.lock)

@@ -40,7 +40,7 @@ def test_a_request_that_is_too_large_fails_alone_and_at_once(options: Any, error
         with pytest.raises(error, match="limit is"):
             compiled(large)
         launches = compiled.stats()["launches"]
-        with compiled._engine._loop:  # nobody can run it
+        with compiled._engine._loop.holding():  # nobody can run it
             future = compiled.submit(large)
             assert future.done() and isinstance(future.exception(), error)
         assert compiled.stats()["launches"] == launches
@@ -125,7 +125,7 @@ def test_the_usual_limit_fits_the_machine() -> None:
 def test_refused_requests_are_counted() -> None:
     with cellc.compile(nn.GRU(4, 8).eval(), backend="eager", max_queue=2) as compiled:
         compiled(torch.randn(3, 4))
-        with compiled._engine._loop:
+        with compiled._engine._loop.holding():
             accepted = [compiled.submit(torch.randn(3, 4)) for _ in range(2)]
             for _ in range(3):
                 with pytest.raises(cellc.Overloaded):

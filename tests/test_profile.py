@@ -120,7 +120,7 @@ def test_how_requests_end_is_said() -> None:
     with cellc.compile(Tagger().eval(), backend="eager") as compiled:
         compiled.map(requests())
         with compiled.profile() as p:
-            with compiled._engine._loop:
+            with compiled._engine._loop.holding():
                 futures = [compiled.submit(x) for x in requests()]
                 assert futures[3].cancel()
             for k, future in enumerate(futures):

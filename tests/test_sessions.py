@@ -202,8 +202,7 @@ def test_steps_that_never_run_leave_the_session_as_it_was() -> None:
         engine = compiled._engine
         opened = [compiled.session({"state": torch.full((H,), float(i))}) for i in range(4)]
         compiled.warmup(torch.randn(3), torch.zeros(H))
-        engine._loop.acquire()  # nobody runs the loop
-        try:
+        with engine._loop.holding():  # nobody runs the loop
             futures = [s.submit(torch.randn(3)) for s in opened[:2]]
             with pytest.raises(Overloaded):
                 opened[2].submit(torch.randn(3))
@@ -215,9 +214,7 @@ def test_steps_that_never_run_leave_the_session_as_it_was() -> None:
                 opened[0].step(torch.randn(3))
             assert all(f.cancel() for f in futures)
             assert not any(s._busy for s in opened)
-        finally:
-            engine._loop.release()
-            engine._hand_over()
+        engine._hand_over()
         for i, session in enumerate(opened):
             goes_on(session, model, torch.full((H,), float(i)))
         assert compiled.stats()["running"] == 0 and engine._arenas.idle()
@@ -315,12 +312,11 @@ def test_closing_while_a_step_runs() -> None:
     with cellc.compile(make(), carry={"state": "1"}, backend="eager") as compiled:
         session, x = compiled.session(lifetime=100.0), torch.randn(3)
         session.step(x)
-        compiled._engine._loop.acquire()
-        future = session.submit(x)
-        with pytest.raises(SessionBusy):
-            session.reset()
-        session.close()
-        compiled._engine._loop.release()
+        with compiled._engine._loop.holding():
+            future = session.submit(x)
+            with pytest.raises(SessionBusy):
+                session.reset()
+            session.close()
         compiled._engine._hand_over()
         assert future.result(30)[0].shape == (H,)
         with pytest.raises(SessionClosed):
@@ -332,11 +328,10 @@ def test_closing_the_model_while_steps_wait() -> None:
     compiled = cellc.compile(make(), carry={"state": "1"}, backend="eager")
     opened, x = [compiled.session() for _ in range(20)], torch.randn(3)
     compiled.warmup(x, torch.zeros(H))
-    compiled._engine._loop.acquire()
-    futures = [s.submit(x) for s in opened]
-    closing = threading.Thread(target=compiled.close)
-    closing.start()
-    compiled._engine._loop.release()
+    with compiled._engine._loop.holding():
+        futures = [s.submit(x) for s in opened]
+        closing = threading.Thread(target=compiled.close)
+        closing.start()
     compiled._engine._hand_over()
     closing.join(30)
     assert not closing.is_alive()

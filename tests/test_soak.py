@@ -320,7 +320,7 @@ class Soak:
                 if not (engine.num_running or engine.num_waiting):
                     break
                 time.sleep(0.05)
-            with engine._loop:
+            with engine._loop.holding():
                 found = {
                     "live rows": engine._arenas.live,
                     "live bytes": engine.flight.live_bytes,

@@ -172,10 +172,9 @@ def test_a_stream_that_was_closed_gives_nothing_more() -> None:
         x = torch.randn(9, 3) * 0.01
         stream = compiled.stream(x)
         next(stream)
-        compiled._engine._loop.acquire()  # somebody runs the loop
-        stream.close()
-        stream.close()
-        compiled._engine._loop.release()
+        with compiled._engine._loop.holding():  # somebody runs the loop
+            stream.close()
+            stream.close()
         assert next(stream, None) is None
         compiled(torch.randn(1, 3)).close()
         assert idle(compiled)
@@ -283,10 +282,9 @@ def test_an_interrupted_turn_leaves_others_right(
         x = torch.randn(9, 3) * 0.01
         compiled.map([x, *requests()])
         for after in (0, 1, 2, 4, 8):
-            engine._loop.acquire()
-            streams = [compiled.stream(y) for y in requests()]
-            futures = [compiled.submit(y) for y in requests()]
-            engine._loop.release()
+            with engine._loop.holding():
+                streams = [compiled.stream(y) for y in requests()]
+                futures = [compiled.submit(y) for y in requests()]
             owners: list[Any] = [
                 engine.compiler,
                 engine._turns,
