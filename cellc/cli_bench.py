@@ -19,9 +19,10 @@ quiet ones is not quoted.
 
 Workloads: lstm-256, lstm-1024, gru-256, bilstm-tagger, seq2seq-256, seq2seq-1024,
 seq2seq-attention, treelstm-256, treelstm-1024, sessions; what cellc itself costs: host, saturation,
-workers, startup, weights, memory; how its peers are tuned: variants. Without a name, all of them. A
-TARGET, path/to/file.py:name, is a model of yours with its example_inputs() (see cellc inspect
---help), against PyTorch one request at a time.
+workers, startup, weights, memory; where its time goes, and what no batching could save: floor; how
+its peers are tuned: variants. Without a name, all of them. A TARGET, path/to/file.py:name, is a
+model of yours with its example_inputs() (see cellc inspect --help), against PyTorch one request at
+a time.
 
 --online serves requests as they come, in place of many at once: p50, p90 and p99 of latency from
 the arrival that was drawn, not from when the request was sent, at shares of the peak of the peer, a

@@ -119,7 +119,7 @@ def saturation_case(hidden: int, lengths: Sequence[int], backend: str = "auto") 
     def facts() -> dict[str, float]:
         if not warm:
             warm.extend(compiled.map(r) for r in requests.values())
-        product = _product_speed()
+        product = product_speed()
         found = {PEAK: product / 1e9}
         for name, given in requests.items():
             start = time.perf_counter()
@@ -136,7 +136,7 @@ def saturation_case(hidden: int, lengths: Sequence[int], backend: str = "auto") 
     )
 
 
-def _product_speed(times: int = 7) -> float:
+def product_speed(times: int = 7) -> float:
     """The best of a few, by two libraries, neither of which is at its best everywhere: FLOP/s."""
     a, b = torch.randn(SIZE, SIZE), torch.randn(SIZE, SIZE)
     seconds = []

@@ -11,6 +11,7 @@ from typing import Any
 from cellc.bench.attention import attention_case
 from cellc.bench.case import Case
 from cellc.bench.decode import decode_case
+from cellc.bench.floor import floor_case
 from cellc.bench.host import host_case, saturation_case
 from cellc.bench.others import sessions_case, tagger_case
 from cellc.bench.recurrent import alone_case, recurrent_case
@@ -59,6 +60,11 @@ def _workers(hidden: int, s: Settings) -> Iterator[Make]:
         yield partial(workers_case, units, s.lengths, name, times, s.backend)
 
 
+def _floor(hidden: int, s: Settings) -> Iterator[Make]:
+    for tokens in (True, False):
+        yield partial(floor_case, hidden, s.lengths, tokens, s.backend)
+
+
 def _one(case: Callable[..., Case]) -> Callable[[int, Settings], Iterator[Make]]:
     def makes(hidden: int, s: Settings) -> Iterator[Make]:
         yield partial(case, hidden, s)
@@ -88,6 +94,7 @@ _WORKLOADS: dict[str, tuple[int, Callable[[int, Settings], Iterator[Make]]]] = {
         1024,
         _one(lambda hidden, s: saturation_case(hidden, s.lengths, s.backend)),
     ),
+    "floor": (256, _floor),
     "variants": (256, _one(lambda hidden, s: variants_case(hidden, s.lengths))),
     "workers": (128, _workers),
     "startup": (256, _one(lambda hidden, s: startup_case(hidden, s.backend))),
@@ -98,7 +105,7 @@ NAMES = (*_WORKLOADS, MEMORY)
 BATCHED = tuple(
     name
     for name in _WORKLOADS
-    if name not in ("host", "saturation", "variants", "workers", "startup", "weights")
+    if name not in ("host", "saturation", "floor", "variants", "workers", "startup", "weights")
 )
 
 
