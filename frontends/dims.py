@@ -21,6 +21,7 @@ from typing import Any
 from cellc.graph import Graph, Node, Ref
 
 STRONG, STEP, WEAK = 4, 2, 1
+STEPS = 32  # positions in a window of a convolution along them
 
 
 class Dims:
@@ -368,6 +369,21 @@ def _scatter(d: Dims, node: Node) -> None:
             d.tie(d.at(piece, i - (i > dim)), d.at(out, i))
 
 
+def _convolution(d: Dims, node: Node) -> None:
+    """Along one dimension it is time, unless windows are long or of bare numbers."""
+    x, weight, out = node.operands[0], node.operands[1], (node.id, 0)
+    rank, sizes = len(d.shape(out)), d.shape(weight)
+    if len(d.shape(x)) != rank or len(sizes) != rank:
+        return _generic(d, node)
+    d.tie(d.at(x, 0), d.at(out, 0))
+    for value in (x, out):
+        d.mark(d.at(value, 1), STRONG)
+    steps = rank == 3 and sizes[2] <= STEPS and sizes[1] > 1
+    for dim in range(2, rank):
+        d.tie(d.at(x, dim), d.at(out, dim))
+        d.mark(d.at(out, dim), STEP if steps else WEAK)
+
+
 def _flip(d: Dims, node: Node) -> None:
     for i in range(len(d.shape((node.id, 0)))):
         d.tie(d.at(node.operands[0], i), d.at((node.id, 0), i))
@@ -388,4 +404,5 @@ _RULES: dict[str, Callable[[Dims, Node], None]] = {
     "cat": _cat,
     "stack": _stack,
     "flip": _flip,
+    "convolution": _convolution,
 }

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
-from cellc.frontends import lower_math, lower_views
+from cellc.frontends import lower_conv, lower_math, lower_views
 from cellc.frontends.context import Lowered, Lowering
 from cellc.frontends.dims import POINTWISE_OPS, argument, base_name, constant
 from cellc.frontends.lower_pointwise import number, pointwise
@@ -135,6 +135,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys("mm bmm mv".split(), lower_math.matrix),
     **dict.fromkeys("embedding index_select".split(), _embedding),
     "index": _index,
+    "convolution": lower_conv.convolution,
 }
 
 
