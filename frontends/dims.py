@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from cellc.frontends.windows import find
 from cellc.graph import Graph, Node, Ref
 
 STRONG, STEP, WEAK = 4, 2, 1
@@ -29,8 +30,20 @@ class Dims:
 
     def __init__(self, graph: Graph, *, whole: bool = False) -> None:
         self._graph, self._whole = graph, whole  # whole: an input is one row
-        self._start: list[int] = []
-        total = 0
+        self.cuts = {} if whole else find(graph)
+        self._decide()
+        kept = {i: cut for i, cut in self.cuts.items() if all(map(self._in_rows, cut.pieces))}
+        if len(kept) < len(self.cuts):
+            self.cuts = kept
+            self._decide()
+
+    def _in_rows(self, piece: int) -> bool:
+        """Is all of a window a row?"""
+        many = base_name(self._graph.node(piece).op) == "unfold"
+        return all(self.row_dims(piece)[many:])
+
+    def _decide(self) -> None:
+        graph, total = self._graph, 0
         self._ports: list[list[int]] = []
         for node in graph:
             ports = []
@@ -40,6 +53,7 @@ class Dims:
             self._ports.append(ports)
         self._parent = list(range(total))
         self._evidence = [0] * total
+        self._pieces = {piece for cut in self.cuts.values() for piece in cut.pieces}
         for node in graph:
             self._visit(node)
         self._merge_evidence()
@@ -109,6 +123,8 @@ class Dims:
                 self.mark(self.at((node.id, 0), -1), WEAK)
             return
         name = base_name(node.op)
+        if node.id in self._pieces:
+            return _piece(self, node)
         _RULES.get(name, _generic if name not in POINTWISE_OPS else _pointwise)(self, node)
 
 
@@ -369,6 +385,27 @@ def _scatter(d: Dims, node: Node) -> None:
             d.tie(d.at(piece, i - (i > dim)), d.at(out, i))
 
 
+def _piece(d: Dims, node: Node) -> None:
+    """A window of an input has a dimension of its own."""
+    source, out = node.operands[0], (node.id, 0)
+    many = base_name(node.op) == "unfold"
+    for i in range(1, len(d.shape(source))):
+        d.tie(d.at(source, i), d.at(out, i))
+    d.mark(d.at(source, 0), STEP)
+    if many:
+        d.mark(d.at(out, 0), STEP)
+
+
+def _unfold(d: Dims, node: Node) -> None:
+    source, out = node.operands[0], (node.id, 0)
+    dim = argument(node, 1, "dim") % max(len(d.shape(source)), 1)
+    for i in range(len(d.shape(source))):
+        d.tie(d.at(source, i), d.at(out, i))
+    if dim == 0 and len(d.shape(source)) > 1:
+        d.mark(d.at(out, dim), STEP)
+    d.mark(d.at(out, -1), WEAK)
+
+
 def _convolution(d: Dims, node: Node) -> None:
     """Along one dimension it is time, unless windows are long or of bare numbers."""
     x, weight, out = node.operands[0], node.operands[1], (node.id, 0)
@@ -405,4 +442,5 @@ _RULES: dict[str, Callable[[Dims, Node], None]] = {
     "stack": _stack,
     "flip": _flip,
     "convolution": _convolution,
+    "unfold": _unfold,
 }

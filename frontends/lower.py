@@ -156,6 +156,13 @@ def _lower_op(lw: Lowering, node: Node) -> None:
     if node.id in lw.of_weights:
         lw.weight(node)
         return
+    if node.id in lw.pieces:
+        piece = lw.pieces[node.id]
+        if base_name(node.op) == "unfold":  # its windows' elements come last
+            rank = len(piece.shape)
+            piece = lower_views.permute(lw.emitter, piece, [0, *range(2, rank), 1])
+        lw.values[node.id, 0] = piece
+        return
     name = base_name(node.op)
     rule = _RULES.get(name) or (pointwise if name in POINTWISE_OPS else None)
     results = rule(lw, node) if rule is not None else None
