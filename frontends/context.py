@@ -11,7 +11,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cellc.frontends.dims import Dims, argument, base_name
+from cellc.frontends.arguments import argument, base_name
+from cellc.frontends.dims import Dims
 from cellc.frontends.values import Emitter, Rows, Weight
 from cellc.frontends.windows import Cut
 from cellc.graph import Graph, Node, Ref

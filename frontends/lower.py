@@ -17,8 +17,9 @@ import torch
 
 from cellc.dtypes import TORCH_DTYPES
 from cellc.frontends import lower_conv, lower_math, lower_views
+from cellc.frontends.arguments import argument, base_name, constant
 from cellc.frontends.context import Lowered, Lowering
-from cellc.frontends.dims import POINTWISE_OPS, argument, base_name, constant
+from cellc.frontends.dims import POINTWISE_OPS
 from cellc.frontends.lower_pointwise import number, pointwise
 from cellc.frontends.values import Rows, Weight
 from cellc.graph import Graph, Node, Template

@@ -16,8 +16,8 @@ from itertools import product
 
 import numpy as np
 
+from cellc.frontends.arguments import argument
 from cellc.frontends.context import Lowered, Lowering
-from cellc.frontends.dims import argument
 from cellc.frontends.values import Attrs, Emitter, Rows, Weight
 from cellc.graph import Node
 from cellc.ops import RowType

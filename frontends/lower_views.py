@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cellc.frontends.dims import Dims, argument, base_name, permutation, segments
+from cellc.frontends.arguments import argument, base_name, permutation, segments
+from cellc.frontends.dims import Dims
 from cellc.frontends.values import Emitter, Rows, Weight
 from cellc.graph import Node
 from cellc.ops import RowType, Shape
