@@ -41,12 +41,11 @@ def _build(
 ) -> CallGraph:
     b = _Builder(numbers)
     data = []
-    for leaf, name, type, row_dims in form.data:
+    for leaf, name, type, row_dims, windows in form.data:
         positions = [s for s, r in zip(shapes[leaf], row_dims, strict=True) if not r]
-        count = int(np.prod(positions, dtype=np.int64))
-        data.append(
-            DataSource(leaf, name, b.allocate(("data", leaf), count), count, type, row_dims)
-        )
+        count = math.prod(positions) if windows is None else windows.count(shapes[leaf][0])
+        base = b.allocate(("data", leaf, windows), count)
+        data.append(DataSource(leaf, name, base, count, type, row_dims, windows))
     counts = _counts(form, cells, numbers)
     for g, cell in enumerate(cells):
         for o in range(len(cell.outputs)):

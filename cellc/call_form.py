@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from cellc.calls import CallGraph
 from cellc.ops import RowType
-from cellc.rows import RaggedRefs, Refs
+from cellc.rows import RaggedRefs, Refs, Windows
 
 Floats = npt.NDArray[np.float64]
 Source = tuple[Hashable, ...]
@@ -32,7 +32,7 @@ class CallForm:
     cells: tuple[str, ...]
     columns: tuple[tuple[Source, ...], ...]  # sources of each column's runs
     outputs: tuple[tuple[RowType, tuple[bool, ...]], ...]
-    data: tuple[tuple[int, str, RowType, tuple[bool, ...]], ...]
+    data: tuple[tuple[int, str, RowType, tuple[bool, ...], Windows | None], ...]
 
 
 def describe(graph: CallGraph) -> tuple[CallForm, Floats] | None:
@@ -47,9 +47,8 @@ def describe(graph: CallGraph) -> tuple[CallForm, Floats] | None:
         sources.append(source)
 
     for data in graph.data:
-        put(
-            np.arange(data.base, data.base + data.count), ("data", data.leaf), np.arange(data.count)
-        )
+        rows = np.arange(data.base, data.base + data.count)
+        put(rows, ("data", data.leaf, data.windows), np.arange(data.count))
     known: dict[Source, int] = {}
     for key, value in graph.constants.items():
         source, index = _constant_source(key)
@@ -76,7 +75,7 @@ def describe(graph: CallGraph) -> tuple[CallForm, Floats] | None:
         tuple(g.cell.key for g in graph.groups),
         tuple(columns),
         tuple((o.type, o.row_dims) for o in graph.outputs),
-        tuple((d.leaf, d.name, d.type, d.row_dims) for d in graph.data),
+        tuple((d.leaf, d.name, d.type, d.row_dims, d.windows) for d in graph.data),
     )
     return form, np.array(numbers, float)
 

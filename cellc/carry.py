@@ -121,6 +121,17 @@ class Carry:
         self._items = [(n, p[0][1]) for n, p in self.paths.items() if len(p) == 1]
         self._kept: WeakKeyDictionary[Entry, Kept | None] = WeakKeyDictionary()
 
+    def check_begin(self, initial: Mapping[str, Any], required: Sequence[str]) -> None:
+        """Raises RequestError where a first step would lack what is carried into it."""
+        missing = [n for n in self.paths if n in required and n not in initial]
+        if missing and all(name in self.paths for name in initial):
+            given = ", ".join(f"{name!r}: .." for name in missing)
+            raise RequestError(
+                argument=", ".join(missing),
+                got="no initial value",
+                expected=f"one for the first step: session({{{given}}}); or give it a default",
+            )
+
     def call(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], state: Any
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:

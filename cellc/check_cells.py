@@ -18,6 +18,7 @@ from cellc.comparing import SAME, Comparison, Tolerance, compare_tensors
 from cellc.dtypes import TORCH_DTYPES
 from cellc.errors import CellcError, UnsupportedError
 from cellc.kernels.eager import EagerBackend, EagerKernel
+from cellc.kernels.narrow import CLOSE, Narrowed, narrowed
 from cellc.launch import Backend, Kernel
 from cellc.samples import Sample, outputs
 
@@ -37,7 +38,7 @@ _STEPWISE = frozenset(
 @dataclass(frozen=True)
 class CellCheck:
     """One cell by one backend in one dtype; `left`: it runs through torch, for these operations or
-    as a whole.
+    as a whole. `weights`: those that its products read, where they are narrower than the model's.
     """
 
     cell: str
@@ -46,6 +47,7 @@ class CellCheck:
     batch_sizes: Sequence[int]
     left: Sequence[str]
     found: Comparison
+    weights: str = ""
 
 
 def plan(
@@ -96,26 +98,47 @@ def check_cell(
     backend: Backend,
     batch_sizes: Sequence[int],
     tolerance: Tolerance,
+    weights: str | None = None,
 ) -> CellCheck:
     """Compare one kernel with eager at every batch size, in one step and in two."""
     sample = _retyped(sample, dtype)
     cell, found = sample.cell, SAME
+    narrow = narrowed(cell, weights)
     left = [op.op.removeprefix("aten:") for op in cell.ops if op.op.startswith("aten:")]
     try:
         kernel = backend.kernel(cell, sample.params)
-        reference = EagerBackend().kernel(cell, sample.params)
         if isinstance(kernel, EagerKernel):
-            left = left or ["all of it"]
+            left, narrow = left or ["all of it"], narrowed(cell, None)
+        wanted = _references(sample, narrow, tolerance)
         for size in batch_sizes:
             for steps in (1, 2):
-                found &= _compared(kernel, reference, sample, size, steps, tolerance)
+                for reference, allowed in wanted:
+                    found &= _compared(kernel, reference, sample, size, steps, allowed)
     except UnsupportedError:
         left = left or ["all of it"]
     except (CellcError, RuntimeError) as error:
         found = Comparison(False, float("nan"), f"{type(error).__name__}: {error}"[:300])
-    return CellCheck(
-        cell.name, backend.name, dtype, tuple(batch_sizes), tuple(dict.fromkeys(left)), found
-    )
+    sizes, names = tuple(batch_sizes), tuple(dict.fromkeys(left))
+    return CellCheck(cell.name, backend.name, dtype, sizes, names, found, narrow.kind)
+
+
+def _references(
+    sample: Sample, narrow: Narrowed, tolerance: Tolerance
+) -> list[tuple[Kernel, Tolerance]]:
+    """Torch calls that a kernel is compared with, and how. With narrower weights: with the same
+    ones, which says whether the kernel is right; and with the model's, which says what they cost,
+    but not where a rounding changes a whole result.
+    """
+    cell, eager = sample.cell, EagerBackend()
+    exact = eager.kernel(cell, narrow.widened(sample.params)), replace(tolerance, norm=None)
+    if not narrow.kind:
+        return [exact]
+    if any(_jumps(cell, op) for op in cell.ops):
+        return [(exact[0], Tolerance())]
+    own = tolerance.of(TORCH_DTYPES[own_dtype(cell)])[0]
+    share = CLOSE[narrow.kind] + own if tolerance.rtol is None else tolerance.rtol
+    far = eager.kernel(cell, sample.params), replace(tolerance, norm=share)
+    return [(exact[0], Tolerance()), far]
 
 
 def _compared(

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from cellc import target
 from cellc.check_cells import CellCheck
-from cellc.checking import BATCH_SIZES, CheckReport, RequestCheck, check
+from cellc.checking import BATCH_SIZES, NOTHING, CheckReport, RequestCheck, check
 from cellc.comparing import Comparison
 from cellc.demo_steps import Steps
 from cellc.errors import UsageError
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace, console: Console) -> int:
         batch_sizes=args.batch or BATCH_SIZES,
         rtol=args.rtol,
         atol=args.atol,
+        weights=args.weights,
         step=Steps(Console(stderr=True, highlight=False)).step,
     )
     if args.json:
@@ -58,11 +59,21 @@ def _print(report: CheckReport, text: str, console: Console) -> None:
             f"not run: {name}: {reason.removeprefix(f'backend {name!r}: ')}", markup=False
         )
     for line in report.failures:
-        console.print(f"differs: {line}", markup=False, style="red")
-    good = sum(r.found.equal for r in report.requests), sum(c.found.equal for c in report.cells)
-    console.print(
-        f"{good[0]} of {len(report.requests)} results and {good[1]} of {len(report.cells)} kernels "
-        f"equal PyTorch's"
+        text = line if line == NOTHING else f"differs: {line}"
+        console.print(text, markup=False, style="red")
+    if not report.all_raise:
+        console.print(_counts(report))
+
+
+def _counts(report: CheckReport) -> str:
+    results = [r for r in report.requests if not r.raises]
+    good = sum(r.found.equal for r in results), sum(c.found.equal for c in report.cells)
+    text = f"{good[0]} of {len(results)} results and {good[1]} of {len(report.cells)} kernels "
+    if report.weights is None:
+        return f"{text}equal PyTorch's"
+    return (
+        f"{text}with {report.weights} weights are near PyTorch's; their differences are shares of "
+        "norms"
     )
 
 
@@ -83,9 +94,9 @@ def _requests_table(report: CheckReport, title: str) -> Table:
     for group in shown:
         table.add_row(
             str(group[0].request),
-            escape(_short(group[0].outputs)),
+            escape(_outputs(group[0])),
             *(_difference(r.found) for r in group),
-            *(_verdict(r.found) for r in group),
+            *(_verdict(r.found, "raises, too" if r.raises else "yes") for r in group),
         )
     _say_left(table, len(rows) - len(shown))
     return table
@@ -124,7 +135,11 @@ def _say_left(table: Table, count: int) -> None:
         table.caption, table.caption_justify = f"and {count} more, all equal", "left"
 
 
-def _short(outputs: Sequence[str]) -> str:
+def _outputs(check: RequestCheck) -> str:
+    """Their forms, or what PyTorch raises in their place."""
+    outputs = check.outputs
+    if check.raises:
+        return f"PyTorch raises {check.raises}"
     more = f" and {len(outputs) - 4} more" if len(outputs) > 4 else ""
     return ", ".join(outputs[:4]) + more
 
@@ -133,5 +148,5 @@ def _difference(found: Comparison) -> str:
     return "" if isnan(found.difference) else f"{found.difference:.1e}" if found.difference else "0"
 
 
-def _verdict(found: Comparison) -> str:
-    return "[green]yes[/]" if found.equal else "[red]NO[/]"
+def _verdict(found: Comparison, yes: str = "yes") -> str:
+    return f"[green]{yes}[/]" if found.equal else "[red]NO[/]"

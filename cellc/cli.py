@@ -58,14 +58,19 @@ with all others and alone; then the generated kernel of every cell is launched o
 was given, at several batch sizes and dtypes, against the same cell as torch calls. Exits with 1 if
 anything differs by more than atol + rtol * |value|: 1e-5 and 1e-4 in f32, 1e-9 and 1e-7 in f64,
 2e-2 and 2e-2 in halves, nothing in whole numbers. Where a cell's largest value is above 1, its atol
-is of that value. A request that PyTorch refuses counts as equal where cellc refuses it, too: its
-outputs are empty, and --json says what was raised."""
+is of that value. A request that PyTorch refuses counts as equal where cellc refuses it, too, and
+the table says what was raised; where PyTorch refuses all of them nothing was compared: exit code 1.
+With --weights a kernel is compared with torch calls that have the same weights, as above, and by
+the norm of the difference with those that have the model's: at most 3e-3 of the norm with bf16,
+6e-3 with int8, and results twice as much; --rtol is then in place of these. Whole numbers still
+have to be equal, although one may turn where two choices are close."""
 _CHECK_EPILOG = f"""{_TARGET}
 examples:
   cellc check model.py:model
   cellc check model.py:model --backend cpp --dtype f32 --batch 1 --batch 512
   cellc check model.py:model --input requests.py:requests --rtol 1e-5 --atol 1e-6
   TRITON_INTERPRET=1 cellc check model.py:model --backend triton     without a GPU, slowly
+  cellc check model.py:model --weights int8              as options={{"weights": "int8"}}
   cellc check model.py:model --json
 """
 _KERNELS = """\
@@ -287,6 +292,7 @@ def _add_check(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="B",
         help="rows a step of cells, may be given more than once (default 1, 3, 64)",
     )
+    add_weights(check)
     check.add_argument("--rtol", type=tolerance, metavar="X", help="in place of each dtype's own")
     check.add_argument("--atol", type=tolerance, metavar="X", help="in place of each dtype's own")
     check.add_argument("--json", action="store_true", help="one JSON object in place of tables")

@@ -26,10 +26,13 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Tolerance:
-    """What is asked for, in place of a dtype's own."""
+    """What is asked for, in place of a dtype's own. `norm`: floats are compared as whole tensors,
+    the norm of the difference to that of what is wanted.
+    """
 
     rtol: float | None = None
     atol: float | None = None
+    norm: float | None = None
 
     def of(self, dtype: torch.dtype) -> tuple[float, float]:
         rtol, atol = TOLERANCES.get(dtype, (0.0, 0.0))
@@ -94,7 +97,8 @@ def _leaf(got: Any, want: Any, tolerance: Tolerance) -> Comparison:
         return compare_tensors(got, want, tolerance)
     if isinstance(got, float) and isinstance(want, float):
         a, b = (torch.tensor(x, dtype=torch.float64) for x in (got, want))
-        return compare_tensors(a, b, Tolerance(*tolerance.of(torch.float32)))  # out of a tensor
+        rtol, atol = tolerance.of(torch.float32)  # out of a tensor
+        return compare_tensors(a, b, Tolerance(rtol, atol, tolerance.norm))
     if type(got) is not type(want):
         return _unlike(f"a {_kind(got)} in place of a {_kind(want)}")
     if got is want or got == want:
@@ -117,11 +121,22 @@ def compare_tensors(
         a, b = a.to(torch.int64), b.to(torch.int64)
     elif not want.dtype.is_complex:
         a, b = a.to(torch.float64), b.to(torch.float64)
+    if tolerance.norm is not None and want.dtype.is_floating_point:
+        return _by_norm(a, b, tolerance.norm, atol)
     if scaled:
         finite = b[b.isfinite()].abs()
         atol *= max(1.0, float(finite.max())) if finite.numel() else 1.0
     equal = torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
     return Comparison(equal, _largest(a, b))
+
+
+def _by_norm(a: Tensor, b: Tensor, share: float, atol: float) -> Comparison:
+    """`difference` is a share of the norm."""
+    finite = a.isfinite() & b.isfinite()
+    same = torch.allclose(a[~finite], b[~finite], rtol=0.0, atol=0.0, equal_nan=True)
+    off, norm = float((a - b)[finite].norm()), float(b[finite].norm())
+    equal = same and off <= share * norm + atol
+    return Comparison(equal, off / norm if norm else off)
 
 
 def _largest(a: Tensor, b: Tensor) -> float:

@@ -24,6 +24,7 @@ from cellc.carry import Carry, Late
 from cellc.compiler import Compiler
 from cellc.errors import (
     FORKED,
+    MODEL_CLOSED,
     CellcError,
     ClosedError,
     Overloaded,
@@ -302,6 +303,7 @@ class Compiled:
                 what=f"a session that begins with a {type(initial).__name__}",
                 remedy="give carried arguments by name, as {'state': tensor}",
             )
+        self._carry.check_begin(initial or {}, self._compiler.arguments.required)
         check_seconds(lifetime=lifetime)
         now = time.monotonic()
         if now - self._looked > EXPIRY:
@@ -446,7 +448,7 @@ class Compiled:
         if not self._serving.closed:
             self._serving.close()
             for session in list(self._sessions):
-                session.close()
+                session.end(MODEL_CLOSED)
             self._compiler.kernels.clear()
             self._finalizer()
 

@@ -8,8 +8,11 @@ mean theirs.
 from __future__ import annotations
 
 import builtins
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+MODEL_CLOSED = "its model was closed"
 
 
 class CellcError(Exception):
@@ -69,7 +72,12 @@ class ClosedError(CellcError):
 class SessionClosed(ClosedError):
     """A session was used after it was closed, or after it expired."""
 
-    template = "this session is closed ({why}); open another with session()"
+    template = "this session is closed ({why}); {remedy}"
+
+    def __init__(self, why: str) -> None:
+        model = why == MODEL_CLOSED
+        remedy = "call cellc.compile again" if model else "open another with session()"
+        super().__init__(why=why, remedy=remedy)
 
 
 class SessionBusy(CellcError):
@@ -166,6 +174,17 @@ class UsageError(CellcError):
 FORKED = UnsupportedError(
     what="a compiled model in a forked process", remedy="call cellc.compile in the child process"
 )
+
+
+def hint(wrong: str, names: Iterable[str]) -> str:
+    """What was meant, where a name is like it; else what there is.
+
+    >>> hint("polcy", ["policy", "weights"])
+    'did you mean policy?'
+    """
+    names = list(names)
+    near = difflib.get_close_matches(wrong, names)
+    return f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(names)}"
 
 
 def twin(error: BaseException) -> BaseException:

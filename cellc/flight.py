@@ -158,8 +158,8 @@ class Flight:
             for rows in ticket.entry.plan.data:
                 if rows.leaf < 0:
                     continue  # carried from the leg before
-                one = rows.count == 1
-                key = (rows.leaf, rows.type, rows.row_dims, rows.bound, rows.name, one)
+                one, form = rows.count == 1, (rows.row_dims, rows.windows)
+                key = (rows.leaf, rows.type, form, rows.bound, rows.name, one)
                 if key not in alike:
                     alike[key] = (rows, [], [], [])
                 _, members, starts, tensors = alike[key]

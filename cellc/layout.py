@@ -15,12 +15,19 @@ import numpy.typing as npt
 import torch
 
 from cellc.plan import OutputRows, ragged_range
+from cellc.rows import Windows
 
 
 def as_rows(
-    tensor: torch.Tensor, row_dims: tuple[bool, ...], shape: tuple[int, ...]
+    tensor: torch.Tensor,
+    row_dims: tuple[bool, ...],
+    shape: tuple[int, ...],
+    windows: Windows | None = None,
 ) -> torch.Tensor:
-    """[rows, *shape]: positions flattened, in row-major order."""
+    """[rows, *shape]: positions flattened, in row-major order; or windows."""
+    if windows is not None:
+        pieces = tensor[windows.start :].unfold(0, windows.size, windows.step)
+        return pieces.movedim(-1, 1)
     if any(row_dims) and not all(row_dims):
         order = [i for i, r in enumerate(row_dims) if not r]
         order += [i for i, r in enumerate(row_dims) if r]

@@ -78,7 +78,7 @@ BINARY = frozenset(
 TERNARY = frozenset(["where"])
 POINTWISE = UNARY | BINARY | COMPARE | TERNARY
 REDUCE = frozenset("sum mean amax amin prod any all argmax argmin".split())
-VIEWS = frozenset("reshape permute expand slice flip".split())
+VIEWS = frozenset("reshape permute expand slice flip window".split())
 # The operand of a ragged reduction is a variable-length vector of rows; it reduces over that
 # vector.
 RAGGED = frozenset(
@@ -119,6 +119,14 @@ def _slice(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     return (*shapes[0][:dim], len(range(start, stop, step)), *shapes[0][dim + 1 :])
 
 
+def _window(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
+    dim, size, step, spread = (attrs[k] for k in ("dim", "size", "step", "spread"))
+    assert isinstance(dim, int) and isinstance(size, int)
+    assert isinstance(step, int) and isinstance(spread, int)
+    count = (shapes[0][dim] - (size - 1) * spread - 1) // step + 1
+    return (*shapes[0][:dim], count, *shapes[0][dim + 1 :], size)
+
+
 def _cat(shapes: Sequence[Shape], attrs: Attrs) -> Shape:
     dim = attrs["dim"]
     assert isinstance(dim, int)
@@ -143,6 +151,8 @@ _SHAPES: dict[str, Callable[[Sequence[Shape], Attrs], Shape]] = {
     "permute": _permute,  # (x) attrs dims
     "slice": _slice,  # (x) attrs dim, start, stop, step > 0
     "flip": lambda s, a: s[0],  # (x) attrs dims
+    # (x) attrs dim, size, step, spread: out[.., i, .., k] is x[.., i step + k spread, ..]
+    "window": _window,
     "cat": _cat,  # (x...) attrs dim
     "linear": lambda s, a: (*s[0][:-1], s[1][1]),  # (x[.., K], weight[K, N], bias[N]?)
     "matmul": lambda s, a: (
@@ -167,8 +177,10 @@ def result_shape(op: str, shapes: Sequence[Shape], attrs: Attrs) -> Shape:
 
 def flops(op: str, shapes: Sequence[Shape], out: Shape) -> int:
     """Floating-point operations of one call: 2 a multiply-add, 1 a pointwise or reduced element, 0
-    a move.
+    a move. What runs through torch counts where it is a product.
     """
+    if op.startswith("aten:"):
+        return _torch_flops(op.removeprefix("aten:").partition(".")[0], shapes, out)
     if op == "linear":
         return 2 * math.prod(out) * shapes[0][-1]
     if op == "matmul":
@@ -177,4 +189,15 @@ def flops(op: str, shapes: Sequence[Shape], out: Shape) -> int:
         return 0 if op == "cast" else math.prod(out)
     if op in REDUCE or op in RAGGED:
         return math.prod(shapes[0])
+    return 0
+
+
+def _torch_flops(name: str, shapes: Sequence[Shape], out: Shape) -> int:
+    if name == "convolution":
+        x, weight = shapes[:2]
+        if x[1] == weight[0] != out[1]:  # transposed
+            return 2 * math.prod(x) * math.prod(weight[1:])
+        return 2 * math.prod(out) * math.prod(weight[1:])
+    if name in ("mm", "bmm", "mv"):
+        return 2 * math.prod(out) * shapes[0][-1]
     return 0

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from cellc.errors import UnsupportedError
+from cellc.errors import UnsupportedError, hint
 from cellc.kernels.narrow import check_weights
 from cellc.policies import MAX_AGE, POLICIES, Policy
 from cellc.wants import check_seconds
@@ -50,13 +50,16 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
     known = {f.name for f in fields(Options)}
     unknown = set(options or {}) - known
     if unknown:
-        raise TypeError(f"unknown options {sorted(unknown)}; there are {sorted(known)}")
+        wrong, *more = sorted(unknown, key=str)
+        also = f" (nor {', '.join(map(repr, more))})" if more else ""
+        raise TypeError(f"there is no option {wrong!r}{also}; {hint(str(wrong), sorted(known))}")
     chosen = Options(**(options or {}))
     named = isinstance(chosen.policy, str)
     if chosen.policy not in POLICIES if named else not _picks(chosen.policy):
         raise UnsupportedError(
             what=f"policy {chosen.policy!r}",
-            remedy=f"use {', '.join(POLICIES)}, or an object with a method pick(ready, turn)",
+            remedy=f"{_meant(chosen.policy)}use {', '.join(POLICIES)}, or an object with a method "
+            "pick(ready, turn)",
         )
     check_counts(
         memory_limit=chosen.memory_limit,
@@ -74,6 +77,11 @@ def make_options(options: Mapping[str, Any] | None) -> Options:
     if not isinstance(chosen.tf32, bool):
         raise UnsupportedError(what=f"tf32={chosen.tf32!r}", remedy="use True or False")
     return chosen
+
+
+def _meant(policy: object) -> str:
+    text = hint(policy, POLICIES) if isinstance(policy, str) else ""
+    return f"{text} " if text.startswith("did") else ""
 
 
 def _picks(policy: object) -> bool:

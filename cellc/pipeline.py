@@ -103,7 +103,7 @@ class Pipeline:
             with TRACING, evaluating(self.model):
                 return trace(self.forward, self.params.base, modules, args, kwargs, names, values)
         except ForwardError as error:
-            raise self._blame(error, args, kwargs) from error
+            raise self._blame(error, args, kwargs) from error.__cause__
 
     def _note(self, traced: Trace) -> None:
         self.params.base.update(traced.captured)

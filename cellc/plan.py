@@ -22,6 +22,7 @@ import numpy.typing as npt
 from cellc.cells import Cell
 from cellc.ops import RowType
 from cellc.regions import size_class
+from cellc.rows import Windows
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -52,6 +53,7 @@ class DataRows:
     type: int
     row_dims: tuple[bool, ...]
     bound: int | None  # every element must be an index in [0, bound)
+    windows: Windows | None = None  # of which each is a row
 
 
 @dataclass(eq=False)  # not frozen: a new structure makes many, and a frozen one takes longer

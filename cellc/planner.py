@@ -222,7 +222,16 @@ class _Planner:
             starts[type, owner] = start + source.count
             firsts.append(start)
             bound = limits[i] if limits[i] < _NO_BOUND else None
-            key = (source.leaf, source.name, start, source.count, type, source.row_dims, bound)
+            key = (
+                source.leaf,
+                source.name,
+                start,
+                source.count,
+                type,
+                source.row_dims,
+                bound,
+                source.windows,
+            )
             rows_of = known.get(key)
             if rows_of is None:
                 rows_of = known[key] = DataRows(*key)

@@ -7,9 +7,11 @@ are its data; everything else about it (shapes, dtypes, the pytree, Python value
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -81,7 +83,8 @@ class Arguments:
         ) and bool(kinds)
         self._num = len(kinds)
         given = self._signature.parameters.values() if self._signature else ()
-        self._required = sum(p.default is inspect.Parameter.empty for p in given)
+        self.required = [p.name for p in given if p.default is inspect.Parameter.empty]
+        self._required = len(self.required)
         self.steering: Steering | None = None  # see `skeleton.flatten`
         self.names = list(self._signature.parameters) if self._signature else []
 
@@ -239,16 +242,46 @@ def unlike(value: Any, good: tuple[Any, ...]) -> str | None:
     return None
 
 
+LONGEST, DEEPEST = 120, 5  # of what is said of a value
+_BRACKETS: Mapping[type[Any], str] = {dict: "{}", list: "[]", tuple: "()"}
+
+
 def describe(value: Any) -> str:
-    """`f32[3, 4]`, or a Python value as it prints."""
-    if not isinstance(value, torch.Tensor):
-        try:
-            text = repr(value)
-        except RecursionError:
-            text = f"a deep {type(value).__name__}"
-        return text if len(text) <= 60 else f"{text[:57]}..."
-    name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
-    return f"{name}[{', '.join(map(str, value.shape))}]"
+    """`f32[3, 4]`, or a Python value as it prints, its tensors so, too."""
+    text = _said(value, 0)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _said(value: Any, depth: int) -> str:
+    if isinstance(value, torch.Tensor):
+        name = DTYPE_NAMES.get(value.dtype, str(value.dtype))
+        return f"{name}[{', '.join(map(str, value.shape))}]"
+    kind = type(value)
+    inside = _BRACKETS.get(kind, "")
+    fields = [f.name for f in dataclasses.fields(value)] if _is_record(value) else None
+    if depth >= DEEPEST and (inside or fields):
+        return f"a {kind.__name__}"
+    if kind is dict:
+        parts = [f"{k!r}: {_said(v, depth + 1)}" for k, v in islice(value.items(), LONGEST)]
+    elif inside:
+        parts = [_said(v, depth + 1) for v in islice(value, LONGEST)]
+    elif fields is not None:
+        parts = [f"{n}={_said(getattr(value, n, None), depth + 1)}" for n in fields]
+        inside = f"{kind.__name__}()"
+    else:
+        return _printed(value)
+    return f"{inside[:-1]}{', '.join(parts)}{',' * (parts[1:] == [] and kind is tuple)}{inside[-1]}"
+
+
+def _is_record(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _printed(value: Any) -> str:
+    try:
+        return repr(value)
+    except RecursionError:
+        return f"a deep {type(value).__name__}"
 
 
 def as_call(request: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -12,7 +12,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -65,9 +65,23 @@ class RowNode:
     origin: str
 
 
+class Windows(NamedTuple):
+    """Pieces along a tensor's first dimension: piece i is x[start + i step :][:size]."""
+
+    start: int
+    step: int
+    size: int
+
+    def count(self, length: int) -> int:
+        """How many fit into a tensor that is so long."""
+        return max(0, (length - self.start - self.size) // self.step + 1)
+
+
 @dataclass(frozen=True)
 class DataSource:
-    """A request tensor: its rows are values base..base + count - 1, in row-major order."""
+    """A request tensor: its rows are values base..base + count - 1, in row-major order. With
+    `windows` its pieces are, each a row.
+    """
 
     leaf: int  # which tensor leaf of the request
     name: str
@@ -75,6 +89,7 @@ class DataSource:
     count: int
     type: RowType
     row_dims: tuple[bool, ...]  # per tensor dimension: part of a row, or a position
+    windows: Windows | None = None
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ class Session(Steps):
         with self._lock:
             late = self._lifetime is not None and time.monotonic() - self.used > self._lifetime
             if late and not self._busy:
-                self._close("it was idle for longer than its lifetime")
+                self.end("it was idle for longer than its lifetime")
 
     def reset(self) -> None:
         """Begin anew, with the initial state."""
@@ -240,9 +240,10 @@ class Session(Steps):
 
     def close(self) -> None:
         """Free the state. Calling it again does nothing."""
-        self._close("close() was called")
+        self.end("close() was called")
 
-    def _close(self, why: str) -> None:
+    def end(self, why: str) -> None:
+        """Close it, and say why to whoever asks for a step."""
         with self._lock:
             if self._closed is not None:
                 return

@@ -184,9 +184,10 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         Returns the positions of those that hold an index outside [0, bound).
         """
         type = self._types[rows.type]
-        if len(tensors) > FEW and self._views[rows.type] is not None and rows.count == 1:
+        single = rows.count == 1 and rows.windows is None
+        if len(tensors) > FEW and self._views[rows.type] is not None and single:
             return self._write_together(rows, starts, tensors)
-        flat = [as_rows(t, rows.row_dims, type.shape) for t in tensors]
+        flat = [as_rows(t, rows.row_dims, type.shape, rows.windows) for t in tensors]
         view = self._views[rows.type]
         if view is None or not all(t.is_cpu for t in flat):
             slots = torch.from_numpy(ranges(starts, flat)).to(self._device)
@@ -296,7 +297,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         not to be had so.
         """
         view = self._views[rows.type]
-        if view is None or rows.count != 1 or rows.bound is not None:
+        if view is None or rows.count != 1 or rows.bound is not None or rows.windows is not None:
             return False
         members: dict[int, list[int]] = {}
         for k, block in enumerate(blocks):

@@ -324,11 +324,22 @@ class Structures:
     @staticmethod
     def _reads_and(reason: str, place: str) -> CellcError:
         """Why a forward that reads values cannot be run."""
+        for words, remedy in _REMEDIES.items():
+            if words in reason:
+                return UnsupportedError(what=f"a forward where {reason}", remedy=remedy)
         return UnsupportedError(
             what=f"a forward that reads a value ({place}) and where {reason}",
             remedy="do what is named before the call and pass what it gives, move it into a method "
             "without reads, or return new values instead of changing old ones",
         )
+
+
+_REMEDIES = {
+    "numpy()": "take numbers out by item() or tolist(), write it with torch operations, or do it "
+    "with what the forward returns",
+    "reads a value": "the shape of what it gives depends on data: do it before the call and pass "
+    "what it gives, or take a mask or torch.sort, whose results have known shapes",
+}
 
 
 def _shapes_of(args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ from cellc.compiler import Compiler
 from cellc.errors import UnsupportedError, ValueReadError
 from cellc.export import CellBox, CellEdge, CellGraph
 from cellc.forests import Wanted
+from cellc.kernels.tile_roots import unsupported
 from cellc.legs import Entry
 from cellc.plan import CELL
 from cellc.request import as_call
@@ -103,7 +104,7 @@ def survey(compiled: Compiled, requests: Sequence[Any]) -> Survey:
         model_name(compiler.model),
         nodes,
         edges,
-        coverage([(view.cell, calls[number]) for number, view in views.items()]),
+        coverage([(v.cell, calls[n], _generated(compiler, n, v.cell)) for n, v in views.items()]),
         reports,
         unfold,
         {name: cell.bytes_per_row for name, cell in cells.items()},
@@ -202,22 +203,36 @@ def _fastest(work: Callable[[], T]) -> tuple[T, float]:
 # -- coverage --------------------------------------------------------------------------------------
 
 
-def coverage(calls: Sequence[tuple[Cell, int]]) -> float:
-    """Share of the FLOPs that lies in generated operations of cells with weights; 1 of nothing."""
+def coverage(calls: Sequence[tuple[Cell, int, bool]]) -> float:
+    """Share of the FLOPs that lies in cells with weights whose kernel is generated; 1 of nothing.
+    One operation without a rule is enough for all of its cell to run through torch.
+    """
     total = covered = 0
-    for cell, count in calls:
-        for op in cell.ops:
-            cost = count * op_flops(cell, op)
-            total += cost
-            covered += cost if cell.params and not _left(op) else 0
+    for cell, count, generated in calls:
+        cost = count * sum(op_flops(cell, op) for op in cell.ops)
+        total += cost
+        covered += cost if cell.params and generated else 0
     return covered / total if total else 1.0
 
 
+def _generated(compiler: Compiler, number: int, cell: Cell) -> bool:
+    """Is its kernel? Where all run through torch, since no other backend is there or was asked
+    for: could it be?
+    """
+    if compiler.backend.name == "eager":
+        return unsupported(cell) is None
+    kind: str = getattr(compiler.kernel(number), "backend", compiler.backend.name)
+    return kind != "eager"
+
+
 def op_flops(cell: Cell, op: CellOp) -> int:
-    """FLOPs of one call of an operation; of a leftover, one for each element read or made."""
+    """FLOPs of one call of an operation; of a leftover that is no product, one for each element
+    read or made.
+    """
     shapes = [cell.shape_of(operand) for operand in op.operands]
-    if not _left(op):
-        return ops.flops(op.op, shapes, op.type.shape)
+    cost = ops.flops(op.op, shapes, op.type.shape)
+    if cost or not _left(op):
+        return cost
     return max(prod(shape) for shape in [*shapes, *(t.shape for t in op.types)])
 
 

@@ -11,8 +11,10 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cellc.frontends.dims import Dims, argument, base_name
+from cellc.frontends.arguments import argument, base_name
+from cellc.frontends.dims import Dims
 from cellc.frontends.values import Emitter, Rows, Weight
+from cellc.frontends.windows import Cut
 from cellc.graph import Graph, Node, Ref
 from cellc.ops import RowType, Shape
 from cellc.params import Params
@@ -35,6 +37,7 @@ class Lowering:
         self.emitter = Emitter(self.rows, params)
         self.dims = Dims(graph, whole=whole)
         self.values: dict[Ref, Lowered] = {}
+        self.pieces: dict[int, Rows] = {}  # what operations take of an input that is cut
         self._expanded: dict[str, Lowered] = {}  # an expanded weight: what it repeats
         self.of_weights = self._fold(data_points)
 
@@ -75,6 +78,9 @@ class Lowering:
         return not self.dims.row_dims(node.id)[0] and shape[0] <= SMALL_ROWS
 
     def input(self, node: Node, leaf: int) -> None:
+        cut = self._windows(node, leaf)
+        if cut is not None and not cut.whole:
+            return  # nothing else reads it
         shape, dtype = node.outputs[0]
         row_dims = self.dims.row_dims(node.id)
         positions = tuple(s for s, r in zip(shape, row_dims, strict=True) if not r)
@@ -84,6 +90,27 @@ class Lowering:
         self.rows.data.append(DataSource(leaf, node.name, base, count, type, row_dims))
         refs = np.arange(base, base + count, dtype=np.int64).reshape(positions)
         self.values[node.id, 0] = Rows(refs, row_dims, type, shape)
+
+    def _windows(self, node: Node, leaf: int) -> Cut | None:
+        """Rows of an input that is cut."""
+        cut = self.dims.cuts.get(node.id)
+        if cut is None:
+            return None
+        shape, dtype = node.outputs[0]
+        type = RowType((cut.windows.size, *shape[1:]), dtype)
+        count = cut.windows.count(shape[0])
+        base = self.rows.allocate(count, type)
+        row_dims = (True,) * len(shape)
+        source = DataSource(leaf, node.name, base, count, type, row_dims, cut.windows)
+        self.rows.data.append(source)
+        for piece, (first, number) in cut.pieces.items():
+            refs = np.arange(base + first, base + first + abs(number), dtype=np.int64)
+            if number < 0:
+                self.pieces[piece] = Rows(refs.reshape(()), row_dims, type, type.shape)
+            else:
+                shape = (number, *type.shape)
+                self.pieces[piece] = Rows(refs, (False, *row_dims), type, shape)
+        return cut
 
     def weight(self, node: Node) -> None:
         names = []

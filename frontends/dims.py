@@ -15,12 +15,14 @@ of a float tensor: row; else position.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
+from cellc.frontends.arguments import argument, base_name, permutation, segments, tensors
+from cellc.frontends.windows import find
 from cellc.graph import Graph, Node, Ref
 
 STRONG, STEP, WEAK = 4, 2, 1
+STEPS = 32  # positions in a window of a convolution along them
 
 
 class Dims:
@@ -28,8 +30,20 @@ class Dims:
 
     def __init__(self, graph: Graph, *, whole: bool = False) -> None:
         self._graph, self._whole = graph, whole  # whole: an input is one row
-        self._start: list[int] = []
-        total = 0
+        self.cuts = {} if whole else find(graph)
+        self._decide()
+        kept = {i: cut for i, cut in self.cuts.items() if all(map(self._in_rows, cut.pieces))}
+        if len(kept) < len(self.cuts):
+            self.cuts = kept
+            self._decide()
+
+    def _in_rows(self, piece: int) -> bool:
+        """Is all of a window a row?"""
+        many = base_name(self._graph.node(piece).op) == "unfold"
+        return all(self.row_dims(piece)[many:])
+
+    def _decide(self) -> None:
+        graph, total = self._graph, 0
         self._ports: list[list[int]] = []
         for node in graph:
             ports = []
@@ -39,6 +53,7 @@ class Dims:
             self._ports.append(ports)
         self._parent = list(range(total))
         self._evidence = [0] * total
+        self._pieces = {piece for cut in self.cuts.values() for piece in cut.pieces}
         for node in graph:
             self._visit(node)
         self._merge_evidence()
@@ -108,36 +123,9 @@ class Dims:
                 self.mark(self.at((node.id, 0), -1), WEAK)
             return
         name = base_name(node.op)
+        if node.id in self._pieces:
+            return _piece(self, node)
         _RULES.get(name, _generic if name not in POINTWISE_OPS else _pointwise)(self, node)
-
-
-def base_name(op: str) -> str:
-    """`aten.addmm.default` -> `addmm`."""
-    return op.split(".")[1]
-
-
-def constant(template: Any) -> Any:
-    """Python value of an argument template without tensors."""
-    kind, value = template
-    if kind == "l":
-        return [constant(x) for x in value]
-    return value
-
-
-def argument(node: Node, index: int, name: str, default: Any = None) -> Any:
-    """A non-tensor argument by position or name."""
-    if index < len(node.args):
-        return constant(node.args[index])
-    return next((constant(v) for k, v in node.kwargs if k == name), default)
-
-
-def tensors(template: Any, operands: Sequence[Ref]) -> list[Ref]:
-    kind, value = template
-    if kind == "t":
-        return [operands[value]]
-    if kind == "l":
-        return [v for x in value for v in tensors(x, operands)]
-    return []
 
 
 POINTWISE_OPS = frozenset(
@@ -291,48 +279,6 @@ def _permute(d: Dims, node: Node) -> None:
         d.tie(d.at(source, i), d.at(out, position))
 
 
-def permutation(node: Node, rank: int) -> list[int]:
-    """Source dimension of every dimension of a permute, transpose or t."""
-    name = base_name(node.op)
-    if name == "permute":
-        return [i % rank for i in argument(node, 1, "dims")]
-    order = list(range(rank))
-    if name == "t":
-        return order[::-1]
-    a, b = argument(node, 1, "dim0") % rank, argument(node, 2, "dim1") % rank
-    order[a], order[b] = order[b], order[a]
-    return order
-
-
-def segments(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Split a reshape into its smallest independent pieces; dimensions of size 1 are left out.
-
-    >>> segments((6, 4), (2, 3, 4))
-    [([0], [0, 1]), ([1], [2])]
-    """
-    a = [i for i, size in enumerate(source) if size != 1]
-    b = [i for i, size in enumerate(target) if size != 1]
-    out: list[tuple[list[int], list[int]]] = []
-    i = j = 0
-    while i < len(a) or j < len(b):
-        left, right = [a[i]] if i < len(a) else [], [b[j]] if j < len(b) else []
-        x, y = (source[a[i]] if left else 1), (target[b[j]] if right else 1)
-        i, j = i + 1, j + 1
-        while x != y and (i < len(a) or j < len(b)):
-            if x < y and i < len(a):
-                x *= source[a[i]]
-                left.append(a[i])
-                i += 1
-            elif j < len(b):
-                y *= target[b[j]]
-                right.append(b[j])
-                j += 1
-            else:
-                break
-        out.append((left, right))
-    return out
-
-
 def _view(d: Dims, node: Node) -> None:
     source, out = node.operands[0], (node.id, 0)
     if 0 in d.shape(source):
@@ -368,6 +314,42 @@ def _scatter(d: Dims, node: Node) -> None:
             d.tie(d.at(piece, i - (i > dim)), d.at(out, i))
 
 
+def _piece(d: Dims, node: Node) -> None:
+    """A window of an input has a dimension of its own."""
+    source, out = node.operands[0], (node.id, 0)
+    many = base_name(node.op) == "unfold"
+    for i in range(1, len(d.shape(source))):
+        d.tie(d.at(source, i), d.at(out, i))
+    d.mark(d.at(source, 0), STEP)
+    if many:
+        d.mark(d.at(out, 0), STEP)
+
+
+def _unfold(d: Dims, node: Node) -> None:
+    source, out = node.operands[0], (node.id, 0)
+    dim = argument(node, 1, "dim") % max(len(d.shape(source)), 1)
+    for i in range(len(d.shape(source))):
+        d.tie(d.at(source, i), d.at(out, i))
+    if dim == 0 and len(d.shape(source)) > 1:
+        d.mark(d.at(out, dim), STEP)
+    d.mark(d.at(out, -1), WEAK)
+
+
+def _convolution(d: Dims, node: Node) -> None:
+    """Along one dimension it is time, unless windows are long or of bare numbers."""
+    x, weight, out = node.operands[0], node.operands[1], (node.id, 0)
+    rank, sizes = len(d.shape(out)), d.shape(weight)
+    if len(d.shape(x)) != rank or len(sizes) != rank:
+        return _generic(d, node)
+    d.tie(d.at(x, 0), d.at(out, 0))
+    for value in (x, out):
+        d.mark(d.at(value, 1), STRONG)
+    steps = rank == 3 and sizes[2] <= STEPS and sizes[1] > 1
+    for dim in range(2, rank):
+        d.tie(d.at(x, dim), d.at(out, dim))
+        d.mark(d.at(out, dim), STEP if steps else WEAK)
+
+
 def _flip(d: Dims, node: Node) -> None:
     for i in range(len(d.shape((node.id, 0)))):
         d.tie(d.at(node.operands[0], i), d.at((node.id, 0), i))
@@ -388,4 +370,6 @@ _RULES: dict[str, Callable[[Dims, Node], None]] = {
     "cat": _cat,
     "stack": _stack,
     "flip": _flip,
+    "convolution": _convolution,
+    "unfold": _unfold,
 }

@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
-from cellc.frontends import lower_math, lower_views
+from cellc.frontends import lower_conv, lower_math, lower_views
+from cellc.frontends.arguments import argument, base_name, constant
 from cellc.frontends.context import Lowered, Lowering
-from cellc.frontends.dims import POINTWISE_OPS, argument, base_name, constant
+from cellc.frontends.dims import POINTWISE_OPS
 from cellc.frontends.lower_pointwise import number, pointwise
 from cellc.frontends.values import Rows, Weight
 from cellc.graph import Graph, Node, Template
@@ -135,6 +136,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys("mm bmm mv".split(), lower_math.matrix),
     **dict.fromkeys("embedding index_select".split(), _embedding),
     "index": _index,
+    "convolution": lower_conv.convolution,
 }
 
 
@@ -154,6 +156,13 @@ def _lower_op(lw: Lowering, node: Node) -> None:
     lw.emitter.at(node.point, node.origin)
     if node.id in lw.of_weights:
         lw.weight(node)
+        return
+    if node.id in lw.pieces:
+        piece = lw.pieces[node.id]
+        if base_name(node.op) == "unfold":  # its windows' elements come last
+            rank = len(piece.shape)
+            piece = lower_views.permute(lw.emitter, piece, [0, *range(2, rank), 1])
+        lw.values[node.id, 0] = piece
         return
     name = base_name(node.op)
     rule = _RULES.get(name) or (pointwise if name in POINTWISE_OPS else None)

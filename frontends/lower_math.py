@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from cellc.frontends import lower_views
+from cellc.frontends.arguments import argument, base_name
 from cellc.frontends.context import Lowered, Lowering, common_dims
-from cellc.frontends.dims import argument, base_name
 from cellc.frontends.values import Rows, Weight
 from cellc.graph import Node
 from cellc.ops import RowType, Shape

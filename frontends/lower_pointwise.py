@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
+from cellc.frontends.arguments import argument, base_name
 from cellc.frontends.context import Lowered, Lowering, common_dims
-from cellc.frontends.dims import argument, base_name
 from cellc.frontends.values import Rows, Weight
 from cellc.graph import Node
 from cellc.ops import COMPARE, RowType, Shape

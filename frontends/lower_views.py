@@ -12,7 +12,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from cellc.frontends.dims import Dims, argument, base_name, permutation, segments
+from cellc.frontends.arguments import argument, base_name, permutation, segments
+from cellc.frontends.dims import Dims
 from cellc.frontends.values import Emitter, Rows, Weight
 from cellc.graph import Node
 from cellc.ops import RowType, Shape
@@ -175,6 +176,22 @@ def _unbind(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Resu
     ]
 
 
+def _unfold(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result:
+    value = _rows(e, dims, node, 0, operands[0])
+    if not value.shape or 0 in value.shape:
+        return None
+    dim, size, step = (argument(node, i, "") for i in (1, 2, 3))
+    dim, shape = dim % len(value.shape), node.outputs[0][0]
+    row_dims = (*value.row_dims, value.row_dims[dim])
+    if value.row_dims[dim]:
+        attrs = (("dim", sum(value.row_dims[:dim])), ("size", size), ("step", step), ("spread", 1))
+        return [e.row_op(value, "window", attrs, shape, row_dims)]
+    axis = _axis(value, dim)
+    windows = np.lib.stride_tricks.sliding_window_view(value.refs, size, axis)
+    taken = [slice(None)] * axis + [slice(None, None, step)]
+    return [Rows(windows[tuple(taken)], row_dims, value.type, shape)]
+
+
 def _flip(e: Emitter, dims: Dims, node: Node, operands: list[Lowered]) -> Result:
     value = _rows(e, dims, node, 0, operands[0])
     gone = [d % len(value.shape) for d in argument(node, 1, "dims")]
@@ -287,6 +304,7 @@ RULES: dict[str, Callable[[Emitter, Dims, Node, list[Lowered]], Result]] = {
     "select": _select,
     "unbind": _unbind,
     "flip": _flip,
+    "unfold": _unfold,
     "cat": _cat,
     "stack": _stack,
 }

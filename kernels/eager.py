@@ -225,6 +225,12 @@ def _simple(function: Callable[..., Tensor]) -> Callable[[Args, Mapping[str, Any
     return lambda args, attrs, op: function(*args)
 
 
+def _window(args: Args, attrs: Mapping[str, Any], op: CellOp) -> Tensor:
+    size, spread = attrs["size"], attrs["spread"]
+    reach = (size - 1) * spread + 1
+    return args[0].unfold(1 + attrs["dim"], reach, attrs["step"])[..., ::spread]
+
+
 _F = torch.nn.functional
 _TORCH = (
     "neg exp log log1p expm1 sqrt rsqrt abs sin cos tan atan tanh sigmoid relu erf reciprocal sign "
@@ -247,6 +253,7 @@ FUNCTIONS: dict[str, Callable[[Args, Mapping[str, Any], CellOp], Tensor]] = {
     "permute": lambda args, attrs, op: args[0].permute(0, *_dims(attrs)),
     "flip": lambda args, attrs, op: args[0].flip(_dims(attrs)),
     "slice": _slice,
+    "window": _window,
     "cat": _cat,
     "linear": _linear,
     "matmul": lambda args, attrs, op: torch.matmul(*_aligned(args)),

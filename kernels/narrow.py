@@ -23,6 +23,8 @@ from cellc.ops import RowType
 
 WEIGHTS = ("bf16", "int8")
 """What weights may be, other than what the model has."""
+CLOSE = {"bf16": 3e-3, "int8": 6e-3}
+"""How far a step is off, as a share of its norm, at most: with weights as torch draws them."""
 _SCALE = ".scale"
 _FLOATS = ("f32", "bf16", "f16")  # of products whose weights are narrowed
 
@@ -44,6 +46,15 @@ class Narrowed:
             elif param.name not in made and param.name in given:
                 made[param.name] = given[param.name]
         return made
+
+    def widened(self, given: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The old cell's parameters, with the numbers that products multiply with."""
+        made, one = self.params(given), torch.ones(())
+        wide = {
+            name: (made[name].float() * made.get(name + _SCALE, one.to(made[name].device)))
+            for name in self.names
+        }
+        return {name: wide[name].to(p.dtype) if name in wide else p for name, p in given.items()}
 
 
 def check_weights(kind: str | None) -> None:

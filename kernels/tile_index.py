@@ -54,6 +54,11 @@ def moved_back(
         dim, start, step = attrs["dim"], attrs["start"], attrs["step"]
         assert isinstance(dim, int) and isinstance(start, int) and isinstance(step, int)
         return tuple((at * step).shift(start) if d == dim else at for d, at in enumerate(index))
+    if op.op == "window":
+        dim, step, spread = attrs["dim"], attrs["step"], attrs["spread"]
+        assert isinstance(dim, int) and isinstance(step, int) and isinstance(spread, int)
+        *outer, within = index
+        return tuple(at * step + within * spread if d == dim else at for d, at in enumerate(outer))
     assert op.op == "reshape", op.op
     return _split(offset_of(index, op.type.shape, zero), shape, space)
 

@@ -197,7 +197,7 @@ def test_wrong_lengths(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_unknown_workload(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "lstm-257"]) == 2
-    assert "there are lstm-256" in capsys.readouterr().err
+    assert "did you mean lstm-256" in capsys.readouterr().err
 
 
 def test_help_names_every_workload(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,8 @@ from cellc.cells import Cell
 from cellc.cli import main
 from cellc.comparing import Tolerance, compare, compare_tensors
 from cellc.errors import BackendError, UsageError
+from cellc.kernels import narrow
+from cellc.kernels.cpp import CppBackend
 from cellc.kernels.eager import EagerBackend
 from cellc.launch import Kernel, Launch
 from cellc.ops import RowType
@@ -111,8 +113,45 @@ def test_what_the_forward_takes_from_outside_differs() -> None:
 
 
 def test_requests_that_fail() -> None:
-    report = cellc.check(Tagger(), [torch.tensor([3, 99])], backends=["eager"])
+    outside = torch.tensor([3, 99])
+    report = cellc.check(Tagger(), [outside, torch.arange(3)], backends=["eager"])
     assert report.equal and "PyTorch raises, too: IndexError" in report.requests[0].found.problem
+    assert report.requests[0].raises.startswith("IndexError") and not report.requests[1].raises
+    assert str(report).startswith("Tagger: 1 results and 0 kernels compared, all equal")
+
+
+def test_nothing_is_compared_where_every_request_fails() -> None:
+    report = cellc.check(Tagger(), [torch.tensor([99]), torch.tensor([77])], backends=["eager"])
+    assert not report and report.all_raise and report.failures == [checking.NOTHING]
+
+
+def grown(cell: Cell, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters whose matrices are off by half a per cent."""
+    return {p.name: params[p.name] * (1.005 if len(p.type.shape) == 2 else 1) for p in cell.params}
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_with_narrower_weights(weights: str) -> None:
+    report = cellc.check(Tagger(), requests(), weights=weights, dtypes=["f32"])
+    assert report and "weights='" in report.skipped["eager"]
+    assert {c.weights for c in report.cells} == {weights} and report.as_json()["weights"] == weights
+    for found in [*(r.found for r in report.requests), *(c.found for c in report.cells)]:
+        assert 1e-5 < found.difference <= 2 * narrow.CLOSE[weights]
+    strict = cellc.check(Tagger(), requests(), weights=weights, dtypes=["f32"], rtol=1e-5)
+    assert len(strict.failures) == len(strict.requests) + len(strict.cells)
+
+
+def test_narrower_weights_that_are_too_far_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that multiplies with others than those that it should, and whole results."""
+    right = CppBackend.kernel
+
+    def wrong(self: CppBackend, cell: Cell, params: Mapping[str, Tensor]) -> Kernel:
+        return right(self, cell, grown(cell, params))
+
+    monkeypatch.setattr(CppBackend, "kernel", wrong)
+    report = cellc.check(Tagger(), requests(), weights="int8", dtypes=["f32"])
+    assert all(r.found.equal for r in report.requests)  # 1.2e-2 of their norm are allowed
+    assert report.cells and not any(c.found.equal for c in report.cells)
 
 
 def test_generators_of_both_kinds() -> None:
@@ -272,6 +311,8 @@ def example_inputs():
 
 
 none = []
+wrong = [torch.ones(2, 5), torch.ones(3, 6)]
+mixed = [torch.ones(2, 5), torch.ones(2, 4)]
 """
 
 
@@ -334,6 +375,29 @@ def test_a_backend_that_cannot_run_is_wrong_use(
     monkeypatch.setattr(checking, "make_backend", refuse)
     assert main(["check", "tagger.py:model", "--backend", "triton"]) == 2
     assert "no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("folder")
+def test_command_where_requests_raise(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["check", "tagger.py:model", "--backend", "eager", "--input"]
+    assert main([*argv, "tagger.py:wrong"]) == 1
+    out = capsys.readouterr().out
+    assert "PyTorch raises RuntimeError" in out and checking.NOTHING in out and "0 of 0" not in out
+    assert main([*argv, "tagger.py:mixed"]) == 0
+    out = capsys.readouterr().out
+    assert "raises, too" in out and "1 of 1 results" in out
+    assert main([*argv, "tagger.py:wrong", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert not found["equal"] and found["requests"][0]["raises"].startswith("RuntimeError")
+
+
+@pytest.mark.usefixtures("folder")
+def test_command_with_narrower_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["check", "tagger.py:model", "--weights", "int8"]
+    assert main([*argv, "--dtype", "f32"]) == 0
+    assert "with int8 weights are near" in capsys.readouterr().out
+    assert main([*argv, "--backend", "eager"]) == 1
+    assert "use backend='cpp' or 'triton'" in capsys.readouterr().err
 
 
 def test_check_help(capsys: pytest.CaptureFixture[str]) -> None:

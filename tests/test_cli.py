@@ -142,7 +142,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_leftovers_are_not_covered(capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["inspect", "tagger.py:summing", "--input", "tagger.py:vectors", "--backend", "eager"]
     assert main([*argv, "--json"]) == 0
-    assert 0.8 < json.loads(capsys.readouterr().out)["coverage"] < 1
+    assert json.loads(capsys.readouterr().out)["coverage"] == 0  # all of its one cell runs there
     assert main(argv) == 0
     out = capsys.readouterr().out
     assert "left to torch: cumsum" in out and "operator-level tracing" in out

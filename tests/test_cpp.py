@@ -210,7 +210,7 @@ def random_cell(seed: int) -> Cell:
 
     def grow() -> kc.Operand | None:
         x = values[rng.integers(len(values))]
-        dims, kind = shape(x), rng.integers(12)
+        dims, kind = shape(x), rng.integers(13)
         d = int(rng.integers(len(dims))) if dims else 0
         if kind < 2:
             return b(str(rng.choice(["tanh", "sigmoid", "neg", "abs", "relu", "sin"])), x)
@@ -235,6 +235,9 @@ def random_cell(seed: int) -> Cell:
             return b.slice(x, int(rng.integers(dims[d] - 1)), dims[d], d, int(rng.integers(1, 3)))
         if kind == 9:
             return b("cat", x, b("neg", x), x, dim=d)
+        if kind == 12 and dims[d] > 2:
+            step, spread = (int(n) for n in rng.integers(1, 3, 2))
+            return b("window", x, dim=d, size=2, step=step, spread=spread)
         if kind == 10:
             name = str(rng.choice(["sum", "mean", "amax", "amin", "argmax"]))
             y = b(name, x, dims=(d,))

@@ -84,6 +84,17 @@ def test_views_cost_nothing() -> None:
     assert (index.const, index.coefs) == (4, (-2, 6))
 
 
+def test_windows_are_views() -> None:
+    b = kc.Builder()
+    x = b.input("x", 9, 4)
+    windows = b("window", x, dim=0, size=3, step=2, spread=2)  # [3, 4, 3]
+    program = schedule(b.cell("windows", b("tanh", windows)))
+    (stage,) = program.stages
+    assert isinstance(stage, Map) and stage.space == (3, 4, 3) and not program.buffers
+    ((_, index),) = stage.reads()
+    assert (index.const, index.coefs) == (0, (8, 1, 8))
+
+
 def test_dimensions_are_merged_and_cat_is_written_in_parts() -> None:
     b = kc.Builder()
     x, y = b.input("x", 3, 4), b.input("y", 2, 4)

@@ -33,7 +33,7 @@ from cellc.bench.online_figures import OnlineOutcome
 from cellc.bench.sheets import Sheet, as_table, online_sheet, sheets_of
 from cellc.bench.user_model import is_target, target_case
 from cellc.bench.workloads import MEMORY, NAMES, Settings, cases_of
-from cellc.errors import UsageError
+from cellc.errors import UsageError, hint
 
 T = TypeVar("T", Outcome, OnlineOutcome)
 
@@ -144,7 +144,7 @@ def _asked(args: argparse.Namespace) -> Asked:
     """
     for name in args.workload:
         if name not in NAMES and not is_target(name):
-            raise UsageError(f"workload {name!r} is not known; there are {', '.join(NAMES)}")
+            raise UsageError(f"workload {name!r} is not known; {hint(name, NAMES)}")
     if args.workload or args.given:
         names = list(dict.fromkeys(args.workload))
         if args.online:

@@ -26,7 +26,7 @@ from cellc.bench.online_workloads import (
 )
 from cellc.bench.user_model import is_target
 from cellc.bench.workloads import Settings
-from cellc.errors import UsageError
+from cellc.errors import UsageError, hint
 
 
 def _recurrent(kind: Any, hidden: int, lengths: Sequence[int]) -> list[Workload]:
@@ -87,7 +87,7 @@ def check(args: argparse.Namespace, served: Sequence[str]) -> None:
     """Raises UsageError for what does not go together; `served` are the names of what is served."""
     for name in served:
         if not is_target(name) and name not in WORKLOADS:
-            raise UsageError(f"{name} is not served online; there are {', '.join(WORKLOADS)}")
+            raise UsageError(f"{name} is not served online; {hint(name, WORKLOADS)}")
     for option, value in (("--loads", args.loads), ("--trace", args.trace)):
         if value is not None and not served:
             raise UsageError(f"{option} is for --online, or a TARGET")
