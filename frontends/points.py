@@ -38,6 +38,8 @@ _MACHINERY = {  # files whose frames are no part of a program point
     ),
 }
 
+_REPLAYING = ("cellc.pipeline", "cellc.templates")  # run the operations of a forward once more
+
 
 class Points:
     """The place where a trace is now."""
@@ -96,7 +98,7 @@ class Points:
             path = frame.f_code.co_filename
             if not path.startswith(TORCH):
                 last = last or f"{os.path.basename(path)}:{frame.f_lineno}"
-                if not path.startswith(HERE):
+                if not _is_ours(frame):
                     return f"{os.path.basename(path)}:{frame.f_lineno}"
         return self._origin or last
 
@@ -106,10 +108,17 @@ def where(error: BaseException) -> str:
     found, tb = "", error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if not (path.startswith((TORCH, HERE)) or is_generated(tb.tb_frame.f_code)):
+        ours = path.startswith(TORCH) or _is_ours(tb.tb_frame)
+        if not (ours or is_generated(tb.tb_frame.f_code)):
             found = f"{os.path.basename(path)}:{tb.tb_lineno}"
         tb = tb.tb_next
     return found
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Does it trace or replay code of the user's?"""
+    path = frame.f_code.co_filename
+    return path.startswith(HERE) or frame.f_globals.get("__name__") in _REPLAYING
 
 
 def is_generated(code: CodeType) -> bool:
