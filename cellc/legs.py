@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from cellc.forests import Unfolded, Wanted
 from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
+from cellc.frontends.points import told
 from cellc.frontends.reads import OPEN, Answer
 from cellc.frontends.segments import LEAF
 from cellc.frontends.unfold import Returned
@@ -287,7 +288,7 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         yields=yields,
         final=final,
         open=run.open,
-        error=run.error,
+        error=run.error and told(run.error),
         carried=tuple(run.carried),
         output_rows=tuple(output_rows),
         generates=run.generates,

@@ -19,6 +19,8 @@ from types import CodeType, FrameType
 
 import torch
 
+from cellc.errors import CellcError, ForwardError
+
 TORCH = os.path.dirname(torch.__file__)
 HERE = os.path.dirname(os.path.abspath(__file__))
 _MACHINERY = {  # files whose frames are no part of a program point
@@ -113,6 +115,25 @@ def where(error: BaseException) -> str:
             found = f"{os.path.basename(path)}:{tb.tb_lineno}"
         tb = tb.tb_next
     return found
+
+
+def told(error: Exception) -> Exception:
+    """What the caller of a forward gets: what the forward's own code raised, as it is; of what
+    torch refused, an error that names the forward's line.
+    """
+    last, tb = None, error.__traceback__
+    while tb is not None:
+        last, tb = tb.tb_frame, tb.tb_next
+    if last is None or isinstance(error, CellcError):
+        return error
+    origin, module = where(error), last.f_globals.get("__name__")
+    if not origin or module == "cellc.frontends.reads":  # a number of Python's
+        return error
+    if not (last.f_code.co_filename.startswith(TORCH) or _is_ours(last)):
+        return error
+    made = ForwardError(str(error), kind=type(error).__name__, origin=origin)
+    made.__cause__ = error
+    return made.with_traceback(error.__traceback__)
 
 
 def _is_ours(frame: FrameType) -> bool:
