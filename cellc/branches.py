@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cellc.forests import Wanted
+from cellc.frontends.points import told
 from cellc.frontends.stub import CannotUnfold
 from cellc.kernels.native import find_arithmetic
 from cellc.legs import Branch, make_branch, make_leg
@@ -79,7 +80,8 @@ class Branches(Structures):
                 continue
             if run.failed and not run.raises:
                 reason = run.reason or "recurses too deep"
-                found[ask] = run.error or self._reads_and(reason, ask.place)
+                raised = run.error and told(run.error)
+                found[ask] = raised or self._reads_and(reason, ask.place)
                 continue
             root = ask.leg.root.plain() if plainly else ask.leg.root
             leg = make_leg(run, root, want.script, plan, self.unfolder.epoch)

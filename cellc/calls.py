@@ -75,7 +75,9 @@ class Forest:
     """Call graphs of several requests side by side in one, each call the request it belongs to.
 
     `owners[g]` has the request of every call of group g, ascending; data sources and outputs have
-    one owner each. Constants belong to all.
+    one owner each. Constants belong to all. Where values are read, `when` has for every call of a
+    group the first row of what it is part of, `answered` for every request the first row that is
+    made after a question which is still open.
     """
 
     graph: CallGraph
@@ -84,6 +86,8 @@ class Forest:
     data_owners: list[int]
     output_owners: list[int]
     rows: list[Refs] | None = None  # where values are read: for every request's rows their values
+    when: list[Refs] | None = None
+    answered: Refs | None = None
 
     @classmethod
     def of(cls, graph: CallGraph) -> Forest:

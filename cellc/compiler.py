@@ -59,7 +59,7 @@ class Compiler(Branches):
 
     def known(self, args: tuple[Any, ...]) -> Entry | None:
         """The entry of a call with all arguments given and nothing but tensors, if it has one."""
-        if not self.arguments.takes(len(args)):
+        if self.arguments.identity or not self.arguments.takes(len(args)):
             return None
         key: list[Any] = [len(args)]
         for x in args:

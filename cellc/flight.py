@@ -331,7 +331,7 @@ class Flight:
         self.leaving = tickets
         for ticket in tickets:
             del self.live[ticket.number]
-            if ticket.streams or ticket.held is not None:
+            if ticket.streams or ticket.number in self._onward.held:
                 self._onward.release(ticket)
             self._numbers.append(ticket.number)
         self.live_bytes -= sum(t.nbytes for t in tickets)

@@ -61,7 +61,8 @@ class Unfolded:
     reason: str | None = None  # why it cannot be unfolded, where that is why
     start: int = 0  # questions that were answered before what is wanted of it
     asked: list[Asked] = field(default_factory=list)
-    yields: list[tuple[int, Returned]] = field(default_factory=list)
+    yields: list[tuple[int, int, Returned]] = field(default_factory=list)
+    # ^ (questions asked before, first row that is made after, what was yielded)
     generates: bool = False  # its forward is a generator
     draws: list[Draw] = field(default_factory=list)  # random numbers, in order
     plain: bool = False  # see `Wanted`
@@ -105,7 +106,7 @@ class Unfolded:
     @property
     def given(self) -> list[Returned]:
         """What it yielded and returned."""
-        out = [piece for _, piece in self.yields]
+        out = [piece for _, _, piece in self.yields]
         return out if self.returned is None else [*out, self.returned]
 
     @property
@@ -113,7 +114,7 @@ class Unfolded:
         """What it yielded after the cut, and returned."""
         if self.failed and not self.raises:
             return []
-        out = [piece for before, piece in self.yields if before >= self.start]
+        out = [piece for before, _, piece in self.yields if before >= self.start]
         return out if self.returned is None else [*out, self.returned]
 
     @property
@@ -214,9 +215,9 @@ def make_forest(
         final[rows] = values
     while alias and not np.array_equal(following := final[final], final):
         final = following
-    groups, all_owners = [], []
+    groups, all_owners, all_when = [], [], []
     for _, parts in sorted(pieces.items()):  # in one order, whatever came first
-        group, owners = _joined(parts)
+        group, owners, when = _joined(parts)
         if alias:
             group.inputs = [
                 RaggedRefs(c.offsets, final[c.refs]) if isinstance(c, RaggedRefs) else final[c]
@@ -224,6 +225,7 @@ def make_forest(
             ]
         groups.append(group)
         all_owners.append(owners)
+        all_when.append(when)
     data, data_owners, output_owners = [], [], []
     result_rows: list[int] = []
     forms: list[tuple[int, OutType]] = []
@@ -261,8 +263,11 @@ def make_forest(
         outputs.append(_output(refs[at : at + size], out))
         at += size
     graph = CallGraph(groups, data, constants, outputs, next_value)
-    rows_of = window.rows(moved, final) if window.steered else None
-    return Forest(graph, len(starts), all_owners, data_owners, output_owners, rows_of)
+    forest = Forest(graph, len(starts), all_owners, data_owners, output_owners)
+    if window.steered:
+        forest.rows = window.rows(moved, final)
+        forest.when, forest.answered = all_when, window.answered
+    return forest
 
 
 class _Window:
@@ -279,6 +284,8 @@ class _Window:
             self._cuts = np.concatenate([np.array([run.cut for run in runs], np.int64), whole])
             ends = [last if run.end is None else run.end for run in runs]
             self._ends = np.concatenate([np.array(ends, np.int64), np.full(len(whole), last)])
+            sure = [run.asked[run.start].until if run.asked[run.start :] else last for run in runs]
+            self.answered = np.concatenate([np.array(sure, np.int64), np.full(len(whole), last)])
 
     def instances(self, segment: Segment) -> tuple[Refs, Refs]:
         """(rows read, first rows made) of the instances that are wanted."""
@@ -352,7 +359,7 @@ def _copies(group: CallGroup, values: Refs) -> CallGroup:
     return CallGroup(group.cell, [column(c) for c in group.inputs], outputs)
 
 
-def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, Refs]:
+def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, Refs, Refs]:
     """One group of a cell's calls from all segments, request by request, in time order."""
     first, owners, when = parts[0]
     group = CallGroup(first.cell, list(first.inputs), list(first.outputs))
@@ -364,8 +371,8 @@ def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, R
         order = np.argsort(when, kind="stable")
         group.inputs = [take(c, order) for c in group.inputs]
         group.outputs = [o[order] for o in group.outputs]
-        owners = owners[order]
-    return group, owners
+        owners, when = owners[order], when[order]
+    return group, owners, when
 
 
 @functools.cache

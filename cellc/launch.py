@@ -7,7 +7,7 @@ what an earlier one wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
@@ -61,11 +61,20 @@ class Launch:
         return len(self.steps) - 1
 
 
+class Invalid(list[int]):
+    """Positions of invalid rows; `errors`: what was raised for some of them."""
+
+    def __init__(self, positions: Iterable[int], errors: Mapping[int, Exception]) -> None:
+        super().__init__(positions)
+        self.errors = errors
+
+
 class Kernel(Protocol):
     """A compiled cell. Calling it runs a launch to completion (CPU) or submits it (GPU).
 
-    Returns the positions of rows in the launch whose data was invalid (an index outside its table),
-    usually empty; such rows hold unspecified values, all other rows are right.
+    Returns the positions of rows in the launch whose data was invalid (an index outside its table,
+    or, in an `Invalid`, what an operation of torch refuses), usually empty; such rows hold
+    unspecified values, all other rows are right.
     """
 
     source: str

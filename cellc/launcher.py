@@ -18,15 +18,16 @@ import torch
 
 from cellc import log, pacing
 from cellc.costs import GUESS, Costs
+from cellc.faults import Failure
 from cellc.launch import EVERYBODY, Crew, Kernel, Launch, Prepared, Ragged
 from cellc.machines import num_threads, place
 from cellc.onward import Onward
 from cellc.pacing import SHARED, SMOOTH
-from cellc.plan import ragged_range
+from cellc.plan import I64, ragged_range
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
-from cellc.ticket import Counters, bad_index
+from cellc.ticket import Counters, invalid_error
 
 MAX_MEASURED = 1 << 14
 TIMED = 4  # launches of one size that are waited for where a device runs them by itself
@@ -167,8 +168,8 @@ class Launcher:
 
         return max(_STEPS, key=useful)
 
-    def run(self, batch: Batch, launch: Launch) -> dict[int, BaseException]:
-        """Run a batch; returns the requests that failed, with why."""
+    def run(self, batch: Batch, launch: Launch) -> dict[int, Failure]:
+        """Run a batch; returns the requests of which calls failed."""
         return self.end(self.begin(batch, launch, beside=False))
 
     def begin(self, batch: Batch, launch: Launch, *, beside: bool = True) -> Running:
@@ -237,14 +238,13 @@ class Launcher:
         self.blocked += time.perf_counter() - start
         self._scheduler.note_ran(running.batch)
 
-    def end(self, running: Running) -> dict[int, BaseException]:
-        """After it has run: the requests that failed, with why."""
+    def end(self, running: Running) -> dict[int, Failure]:
+        """After it has run: the requests of which calls failed."""
         batch = running.batch
         self._scheduler.note_read(batch)
         if running.error is not None:
             self._note(batch, running.start, running.seconds, repr(running.error))
-            requests = self._scheduler.requests_of(batch.calls)
-            return dict.fromkeys(np.unique(requests).tolist(), running.error)
+            return self._failures(batch.calls, [running.error] * len(batch.calls))
         self._measure(batch, running.seconds)
         if self._counters.timeline is not None:
             self._note(batch, running.start, running.seconds)
@@ -257,9 +257,17 @@ class Launcher:
             log.info("schedule", f"{name}: {rows} rows in {steps} steps, {took}")
         if not len(running.invalid):
             return {}
-        requests = self._scheduler.requests_of(batch.calls)
-        wrong = bad_index(self._compiler.by_number[batch.cell])
-        return dict.fromkeys(np.unique(requests[np.asarray(running.invalid)]).tolist(), wrong)
+        invalid, cell = running.invalid, self._compiler.by_number[batch.cell]
+        errors = [invalid_error(cell, invalid, i) for i in range(len(invalid))]
+        return self._failures(batch.calls[np.asarray(invalid)], errors)
+
+    def _failures(self, calls: I64, errors: Sequence[Exception]) -> dict[int, Failure]:
+        """By request."""
+        made: dict[int, Failure] = {}
+        requests = self._scheduler.requests_of(calls).tolist()
+        for request, call, error in zip(requests, calls.tolist(), errors, strict=True):
+            made.setdefault(request, {})[call] = error
+        return made
 
     def _note(self, batch: Batch, start: float, took: float, failed: str | None = None) -> None:
         """On the timeline, where there is one."""

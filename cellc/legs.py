@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from cellc.forests import Unfolded, Wanted
 from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
+from cellc.frontends.points import told
 from cellc.frontends.reads import OPEN, Answer
 from cellc.frontends.segments import LEAF
 from cellc.frontends.unfold import Returned
@@ -120,6 +121,7 @@ class Yield:
     """A piece that the forward yields, after `before` of its questions."""
 
     before: int
+    at: int  # first row that is made after it
     outputs: slice  # of the plan's
     result: Result
     makers: tuple[int, ...]  # local calls that make its rows
@@ -213,6 +215,11 @@ class Leg(Entry):
         made = [np.array(y.makers, np.int64) for y in self.yields.values() if y.before <= number]
         return [self.asking[: number - self.first], *made]
 
+    @cached_property
+    def ends(self) -> list[int]:
+        """Of each question, from the request's begin, the first row that is made after it."""
+        return [q.until for q in self.asked]
+
     def script_to(self, number: int, answer: Answer) -> tuple[Answer, ...]:
         """Answers up to that of a question."""
         return (*[q.answer for q in self.asked[:number]], answer)
@@ -234,11 +241,15 @@ class Branch:
 def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, epoch: int) -> Leg:
     """The leg that a run on stubs was; rows are numbered from the run's first on."""
     own = run.own(np.array([q.row for q in run.asked], np.int64)).tolist()
+    ends = run.own(np.array([q.until for q in run.asked], np.int64)).tolist()
     asked = tuple(
-        [replace(q, row=row, live=frozenset()) for q, row in zip(run.asked, own, strict=True)]
+        [
+            replace(q, row=row, until=end, live=frozenset())
+            for q, row, end in zip(run.asked, own, ends, strict=True)
+        ]
     )
-    places = plan.places
-    assert places is not None
+    assert plan.places is not None
+    places = replace(plan.places, when=run.own(plan.places.when))
     first = len(script)
     events: list[tuple[int, ...]] = []
     for number in range(first, len(asked)):
@@ -249,7 +260,7 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         events.append((*map(int, event), expected, number))
     yields: dict[int, Yield] = {}
     final = 0
-    for number, (before, piece) in enumerate(run.yields):
+    for number, (before, at, piece) in enumerate(run.yields):
         if before < run.start:
             continue
         count = len(piece.tensors)
@@ -257,17 +268,18 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         calls = places.calls[run.own(rows[rows >= 0])]
         makers = np.unique(calls[calls >= 0]).tolist()
         outputs = slice(final, final + count)
-        yields[number] = Yield(before, outputs, Result.of(piece), tuple(makers))
+        end = int(run.own(np.array([at]))[0])
+        yields[number] = Yield(before, end, outputs, Result.of(piece), tuple(makers))
         final += count
         events += [(call, YIELDED, 0, 0, UNEXPECTED, number) for call in makers]
     events.sort()
     result = Result((), None) if run.returned is None else Result.of(run.returned)
     output_rows = []
     for given, _ in run.returned.tensors if run.returned is not None else []:
-        at = np.array(given, np.int64)
-        output_rows.append(np.where(at < 0, -1, run.own(at)))
+        rows = np.array(given, np.int64)
+        output_rows.append(np.where(rows < 0, -1, run.own(rows)))
     return Leg(
-        replace(plan, events=np.array(events, np.int64).reshape(-1, 6)),  # type: ignore[arg-type]
+        replace(plan, events=np.array(events, np.int64).reshape(-1, 6), places=places),  # type: ignore[arg-type]
         result,
         root=root,
         script=script,
@@ -276,7 +288,7 @@ def make_leg(run: Unfolded, root: Root, script: tuple[Answer, ...], plan: Plan, 
         yields=yields,
         final=final,
         open=run.open,
-        error=run.error,
+        error=run.error and told(run.error),
         carried=tuple(run.carried),
         output_rows=tuple(output_rows),
         generates=run.generates,

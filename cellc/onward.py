@@ -1,8 +1,9 @@
 """Onward: requests whose forwards read values or yield, from one leg to the next.
 
 Duty: after a launch, see which requests were answered otherwise than their legs expect, find where
-they go on once all they need has run, and hand on what is yielded. The engine moves them. Stands
-between `cellc.answers` and `cellc.engine`.
+they go on once all they need has run, and hand on what is yielded. The engine moves them. A request
+of which a call failed fails once all that its forward asked before that call was answered as
+expected; else the call was run in vain. Stands between `cellc.answers` and `cellc.engine`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import TypeAlias
 
 from cellc.answers import read_events
 from cellc.errors import StepsError
+from cellc.faults import Failure, fault_of
 from cellc.legs import Branch, Leg
 from cellc.paths import Ask
 from cellc.plan import I64
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
-from cellc.ticket import NOTHING, Ticket
+from cellc.ticket import NOTHING, Ticket, error_of
 
 Going: TypeAlias = list[tuple[Ticket, Branch]]
 Failed: TypeAlias = list[tuple[Ticket, Exception]]
@@ -35,8 +37,7 @@ class Onward:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._max_steps = max_steps
         self._streaming: set[int] = set()  # numbers of requests whose forwards yield
-        self.held: dict[int, Ticket] = {}  # whose answers were unexpected
-        self.failing: dict[int, BaseException] = {}  # once the launch that was begun is read
+        self.held: dict[int, Ticket] = {}  # whose answers were unexpected, or whose calls failed
         self.stopping = 0.0  # share of answers that are unexpected, averaged
 
     def enter(self, ticket: Ticket) -> None:
@@ -57,7 +58,7 @@ class Onward:
         self.stopping += (share - self.stopping) / 16
         for number, (question, value) in events.unexpected.items():
             ticket = live.get(number)
-            if ticket is None or number in self.failing:
+            if ticket is None:
                 continue
             if ticket.held is None or question < ticket.held[0]:
                 ticket.held = (question, value)
@@ -68,21 +69,40 @@ class Onward:
                 live[number].unmade[piece] -= 1
         if self._streaming:
             for number in self._streaming.intersection(batch.answering.tolist()):
-                if number not in self.failing:
-                    self._flush(live[number])
+                self._flush(live[number])
         return self.settle() if self.held else ([], [])
+
+    def note(self, failures: Mapping[int, Failure], live: Mapping[int, Ticket]) -> None:
+        """Calls of a launch failed, whose events are not read yet."""
+        for number, failure in failures.items():
+            ticket = live.get(number)
+            if ticket is None:
+                continue
+            first = self._scheduler.first_call(number)
+            failed = {call - first: error for call, error in failure.items()}
+            fault, known = fault_of(ticket.entry, failed), ticket.fault
+            if known is None or fault[:2] < known[:2]:
+                ticket.fault = fault
+            self.held[number] = ticket
 
     def settle(self) -> tuple[Going, Failed]:
         """Held requests that can go on now, and those that failed: what they yielded before that is
         handed on first.
         """
+        for ticket in self.held.values():
+            fault, held = ticket.fault, ticket.held
+            if fault is not None and held is not None and held[0] < fault.questions:
+                ticket.fault = None  # the forward does not come there
         self._find()
         going: Going = []
         failed: Failed = []
         for number, ticket in self.held.items():
             if self._scheduler.runs(number):
                 continue  # its rows are in use, or its answers not read
-            if ticket.branch is not None:
+            if ticket.fault is not None:
+                if self._ran(number, ticket.fault.needs):
+                    failed.append((ticket, error_of(ticket, ticket.fault.error, ticket.fault.call)))
+            elif ticket.branch is not None:
                 if self._ran(number, ticket.branch.needs):
                     going.append((ticket, ticket.branch))
             elif ticket.failure is not None and self._ran(number, self._before(ticket)):
@@ -103,27 +123,25 @@ class Onward:
 
     def release(self, ticket: Ticket) -> None:
         """It goes on, or ended."""
-        if ticket.held is not None:
-            self.held.pop(ticket.number, None)
-            ticket.held = ticket.branch = ticket.failure = None
+        if self.held.pop(ticket.number, None) is not None:
+            ticket.held = ticket.branch = ticket.failure = ticket.fault = None
         if ticket.streams:
             self._streaming.discard(ticket.number)
 
     def clear(self) -> None:
         """All requests are forgotten."""
         self.held.clear()
-        self.failing.clear()
         self._streaming.clear()
 
     def _find(self) -> None:
         """Find where held requests go."""
         asks: dict[int, Ask] = {}
         for number, ticket in self.held.items():
+            if ticket.fault or ticket.branch is not None or ticket.failure is not None:
+                continue
             leg = ticket.entry
             assert ticket.held is not None and isinstance(leg, Leg)
             question, value = ticket.held
-            if ticket.branch is not None or ticket.failure is not None:
-                continue
             if not self._ran(number, leg.earlier(question)):
                 continue
             asked = leg.asked[question]
@@ -161,6 +179,8 @@ class Onward:
             if piece is None or ticket.unmade[ticket.next_piece] > 0:
                 break
             if ticket.held is not None and ticket.held[0] < piece.before:
+                break
+            if ticket.fault is not None and ticket.fault.row < piece.at:
                 break
             earlier = leg.asking[: max(0, piece.before - leg.first)]
             if len(earlier) and not self._scheduler.ran(ticket.number, earlier):

@@ -101,7 +101,8 @@ class Pipeline:
         modules = module_names(self.model)
         try:
             with TRACING, evaluating(self.model):
-                return trace(self.forward, self.params.base, modules, args, kwargs, names, values)
+                given = self.forward, self.params.base, modules, args, kwargs, names, values
+                return trace(*given, identity=self.arguments.identity)
         except ForwardError as error:
             raise self._blame(error, args, kwargs) from error.__cause__
 
@@ -209,7 +210,14 @@ class Pipeline:
 
     def own_result(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What the model itself gives, on a copy of the request on the device."""
-        call = Copier(lambda leaf, _: leaf.to(self.device, copy=True)).call(args, kwargs)
+        made: dict[int, torch.Tensor] = {}
+
+        def copy(leaf: torch.Tensor, _: Any) -> torch.Tensor:
+            if id(leaf) not in made:  # else it is one in the copy, too
+                made[id(leaf)] = leaf.to(self.device, copy=True)
+            return made[id(leaf)]
+
+        call = Copier(copy).call(args, kwargs)
         with TRACING, evaluating(self.model), torch.no_grad(), self._placing():
             result = self.forward(*call[0], **call[1])
             if not inspect.isgenerator(result):

@@ -53,6 +53,7 @@ class DataRows:
     type: int
     row_dims: tuple[bool, ...]
     bound: int | None  # every element must be an index in [0, bound)
+    ahead: int | None = None  # as must those be that are read, which is known when they were
     windows: Windows | None = None  # of which each is a row
 
 
@@ -84,6 +85,7 @@ class Places:
     slots: I64  # -1: nowhere
     owned: I64  # 1 in the request's region, 0 a constant's own slot
     calls: I64  # local numbers of the calls that make them; -1: none does
+    when: I64  # by local call: first row of what it is part of
 
 
 @dataclass(eq=False)  # nobody writes to it: see `OutputRows`

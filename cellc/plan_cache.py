@@ -66,6 +66,11 @@ class PlanCache(OrderedDict[Hashable, Entry]):
             self._calls -= entry.plan.num_calls
             self._used.discard(id(entry))
 
+    def refuse(self, structure: Structure) -> None:
+        """Forget a structure, and what its family showed."""
+        self._drop(structure.key)
+        self._families.pop(structure.family, None)
+
     def forget(self) -> None:
         """All entries, and what was learned of families."""
         self.clear()

@@ -7,10 +7,11 @@ request or for all of a forest at once, by numpy alone. Comes in from `cellc.com
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from cellc.arithmetic import Arithmetic, Numpy
 from cellc.calls import CallGraph, CallGroup, Forest
@@ -70,6 +71,12 @@ class _Planner:
             for type, made in zip(group.cell.output_types, group.outputs, strict=True):
                 self.producer[made] = calls
                 self.type_of[made] = tables.type(type)
+        self.ahead: list[npt.NDArray[np.bool_]] | None = None  # calls that may run in vain
+        if forest.when is not None and forest.answered is not None:
+            answered, self.when = forest.answered, np.zeros(self.total, np.int64)
+            self.ahead = [w >= answered[o] for w, o in zip(forest.when, self.owners, strict=True)]
+            for calls, when in zip(self.calls_of, forest.when, strict=True):
+                self.when[calls] = when
         self.slot = np.full(graph.num_values, -1, np.int64)
         self.owned = np.ones(graph.num_values, np.int64)
         self.num_slots: dict[int, I64] = {}
@@ -204,13 +211,13 @@ class _Planner:
         offsets = np.cumsum(counts) - counts
         filled = np.flatnonzero(counts)  # reduceat knows no empty parts
         used = np.zeros(len(sources), bool)
-        bounds = np.full(len(sources), _NO_BOUND, np.int64)
+        limits: list[tuple[int | None, int | None]] = [(None, None)] * len(sources)
         if len(filled):
             used[filled] = np.logical_or.reduceat(self.used[rows], offsets[filled])
-            bounds[filled] = np.minimum.reduceat(self._bounds()[rows], offsets[filled])
+            for i, limit in zip(filled.tolist(), self._limits(rows, offsets[filled]), strict=True):
+                limits[i] = limit
         used |= np.array([s.leaf < 0 for s in sources])  # later legs may read what is carried
         kept = np.flatnonzero(used).tolist()
-        limits = bounds.tolist()
         owners = self.forest.data_owners
         starts: dict[tuple[int, int], int] = {}
         types = [self.tables.type(sources[i].type) for i in kept]
@@ -221,17 +228,8 @@ class _Planner:
             start = starts.get((type, owner), 0)
             starts[type, owner] = start + source.count
             firsts.append(start)
-            bound = limits[i] if limits[i] < _NO_BOUND else None
-            key = (
-                source.leaf,
-                source.name,
-                start,
-                source.count,
-                type,
-                source.row_dims,
-                bound,
-                source.windows,
-            )
+            place = source.leaf, source.name, start, source.count, type, source.row_dims
+            key = (*place, *limits[i], source.windows)
             rows_of = known.get(key)
             if rows_of is None:
                 rows_of = known[key] = DataRows(*key)
@@ -246,10 +244,27 @@ class _Planner:
         self.type_of[values] = np.repeat(np.array(types, np.int64), counts[chosen])
         return placed
 
-    def _bounds(self) -> I64:
-        """For every value: the smallest table that it indexes as it is."""
+    def _limits(self, rows: I64, starts: I64) -> Iterator[tuple[int | None, int | None]]:
+        """`bound` and `ahead` of sources whose values begin at these of `rows`."""
+        sure, most = self._bounds()
+        bounds = np.minimum.reduceat(most[rows], starts)
+        least = np.maximum.reduceat(sure[rows], starts)
+        largest = np.maximum.reduceat(np.where(most < _NO_BOUND, most, 0)[rows], starts)
+        for bound, all_, highest in np.stack([bounds, least, largest], 1).tolist():
+            if bound == _NO_BOUND:
+                yield None, None
+            elif all_ == bound:  # whatever is outside is an error
+                yield bound, None
+            else:
+                yield None, bound if highest == bound else None
+
+    def _bounds(self) -> tuple[I64, I64]:
+        """For every value the smallest table that it indexes as it is: in calls that do not run
+        ahead of answers, and in all.
+        """
         bounds = np.full(self.graph.num_values, _NO_BOUND, np.int64)
-        for group in self.graph.groups:
+        sure = bounds if self.ahead is None else bounds.copy()
+        for g, group in enumerate(self.graph.groups):
             for op in group.cell.ops:
                 if op.op != "embedding":
                     continue
@@ -260,7 +275,10 @@ class _Planner:
                     values = group.input_values(index.index)
                     size = group.cell.params[table.index].type.shape[0]
                     bounds[values] = np.minimum(bounds[values], size)
-        return bounds
+                    if self.ahead is not None:
+                        values = values[~self.ahead[g]]
+                        sure[values] = np.minimum(sure[values], size)
+        return sure, bounds
 
     def _place_made(self, chain: I64) -> None:
         reads = np.bincount(self._read_values(), minlength=self.graph.num_values)
@@ -310,7 +328,8 @@ class _Planner:
     def _places(self) -> list[Places]:
         """Where the rows of each request are, where its forward reads values."""
         out = []
-        for values, start in zip(self.forest.rows or [], self.call_starts.tolist(), strict=False):
+        starts = self.call_starts.tolist()
+        for r, values in enumerate(self.forest.rows or []):
             known = values >= 0
             at = np.where(known, values, 0)
             maker = np.where(known, self.producer[at], -1)
@@ -319,7 +338,8 @@ class _Planner:
                     self.type_of[at],
                     np.where(known, self.slot[at], -1),
                     self.owned[at],
-                    np.where(maker >= 0, maker - start, -1),
+                    np.where(maker >= 0, maker - starts[r], -1),
+                    self.when[starts[r] : starts[r + 1]],
                 )
             )
         return out

@@ -20,6 +20,7 @@ import torch
 
 from cellc import log
 from cellc.cells import Cell
+from cellc.faults import Failure
 from cellc.flight import Flight
 from cellc.launch import Bindable, Kernel, Launch
 from cellc.launcher import Launcher
@@ -29,7 +30,7 @@ from cellc.pacing import ALONE
 from cellc.replica import Learned
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
-from cellc.ticket import Counters, Ticket, bad_index
+from cellc.ticket import Counters, Ticket, error_of, invalid_error
 from cellc.timeline import Timeline
 
 MAX_REPLAYS = 512
@@ -118,24 +119,25 @@ class Replays:
         self,
         ticket: Ticket,
         bases: npt.NDArray[np.int64],
-        run: Callable[[], BaseException | None],
+        run: Callable[[], Exception | None],
     ) -> tuple[BaseException | None, Sequence[torch.Tensor]]:
         """Copy in, run, read."""
         errors = self._flight.copy_in([ticket], bases)
-        error = errors[0] if errors else run()
-        if error is not None:
-            return error, []
+        if errors:
+            return errors[0], []
+        if (error := run()) is not None:
+            return error_of(ticket, error), []
         outputs = ticket.entry.plan.outputs
         return None, self._arenas.read([(o, int(bases[0, o.type])) for o in outputs])
 
-    def _record(self, ticket: Ticket, bases: npt.NDArray[np.int64]) -> BaseException | None:
+    def _record(self, ticket: Ticket, bases: npt.NDArray[np.int64]) -> Exception | None:
         """Run one admitted request by itself, keeping its launches."""
         scheduler, entry = self._scheduler, ticket.entry
         number = self._flight.number()
         self._flight.give_back(number)
         start = time.perf_counter()
         launches: list[Bound] = []
-        failed: dict[int, BaseException] = {}
+        failed: Sequence[Failure] = ()
         if entry.plan.num_calls:
             scheduler.add([entry.plan], [number], bases)
             try:
@@ -144,7 +146,7 @@ class Replays:
                     if batch is None:
                         break
                     launch = self._launcher.tables(batch)
-                    failed = self._launcher.run(batch, launch)
+                    failed = list(self._launcher.run(batch, launch).values())
                     kernel = self._compiler.kernel(batch.cell)
                     cell = self._compiler.by_number[batch.cell]
                     launches.append(Bound.of(cell, kernel, launch, self._arenas))
@@ -154,9 +156,9 @@ class Replays:
             scheduler.cancel([number])
         if not failed and time.perf_counter() - start < 2 * ALONE:
             self._put(Recording(entry, self._arenas.generation, bases, launches))
-        return next(iter(failed.values()), None)
+        return next((error for failure in failed for error in failure.values()), None)
 
-    def _replay(self, known: Recording) -> BaseException | None:
+    def _replay(self, known: Recording) -> Exception | None:
         counters = self._flight.counters
         if log.enabled("schedule"):
             log.info("schedule", f"alone: {len(known.launches)} launches made before")
@@ -164,8 +166,8 @@ class Replays:
             return self._noted(known, counters, counters.timeline)
         start = time.perf_counter()
         for bound in known.launches:
-            if len(bound.run()):
-                return bad_index(bound.cell)
+            if len(invalid := bound.run()):
+                return invalid_error(bound.cell, invalid, 0)
             counters.rows += bound.rows
             counters.steps += bound.steps
         counters.seconds += time.perf_counter() - start
@@ -173,7 +175,7 @@ class Replays:
         return None
 
     @staticmethod
-    def _noted(known: Recording, counters: Counters, timeline: Timeline) -> BaseException | None:
+    def _noted(known: Recording, counters: Counters, timeline: Timeline) -> Exception | None:
         """`_replay`, each launch on the timeline."""
         for bound in known.launches:
             start = time.perf_counter()
@@ -185,7 +187,7 @@ class Replays:
             counters.steps += bound.steps
             counters.seconds += took
             if len(invalid):
-                return bad_index(bound.cell)
+                return invalid_error(bound.cell, invalid, 0)
         return None
 
     def _get(self, entry: Entry) -> Recording | None:

@@ -51,6 +51,7 @@ class Request:
     steering: Steering | None = None  # what numbers decided when it was flattened
     generators: Sequence[torch.Generator] = ()
 
+    aliased: bool = False  # are some of its tensors one, and does that matter
     entry: Any = None  # its plan, where that is known
     _key: Hashable = None
 
@@ -86,6 +87,7 @@ class Arguments:
         self.required = [p.name for p in given if p.default is inspect.Parameter.empty]
         self._required = len(self.required)
         self.steering: Steering | None = None  # see `skeleton.flatten`
+        self.identity = False  # which tensors are one is part of a request's structure
         self.names = list(self._signature.parameters) if self._signature else []
 
     def takes(self, count: int) -> bool:
@@ -123,6 +125,18 @@ class Arguments:
         self, args: tuple[Any, ...], kwargs: dict[str, Any], *, exact: bool = False
     ) -> Request:
         """A bound call as data and structure; `exact`: Python numbers are structure."""
+        request = self._flattened(args, kwargs, exact)
+        if self.identity:
+            first: dict[int, int] = {}
+            given = request.tensors[: request.given if request.given >= 0 else None]
+            alike = [first.setdefault(id(t), i) for i, t in enumerate(given)]
+            if len(first) < len(alike):
+                tokens: Any = request.tokens
+                tokens = (tokens,) if type(tokens) is int else tokens
+                request.tokens, request.aliased = (*tokens, ("one", *alike)), True
+        return request
+
+    def _flattened(self, args: tuple[Any, ...], kwargs: dict[str, Any], exact: bool) -> Request:
         if not kwargs and all(isinstance(a, torch.Tensor) for a in args):
             return Request(list(args), len(args))
         steering = None if exact else self.steering

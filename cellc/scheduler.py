@@ -262,6 +262,10 @@ class Scheduler:
             done.ready if hold else _NO_CALLS,
         )
 
+    def first_call(self, request: int) -> int:
+        """Number of the first call of its plan."""
+        return self._requests[request][1]
+
     def requests_of(self, calls: npt.NDArray[np.int64]) -> I32:
         """The request of each call."""
         requests: I32 = self._table.data[calls, REQUEST]

@@ -188,14 +188,16 @@ def plain_tokens(args: tuple[Any, ...]) -> tuple[Hashable, ...] | None:
     least one of those; None of others.
     """
     tokens: list[Hashable] = [len(args)]
-    known = False
+    known: list[Any] = []
     for x in args:
         kind = type(x)
         if kind is torch.Tensor:
             tokens.append(TENSOR)
         elif kind in _ARRAYS and x.__dict__.keys() <= kind.array_names:
-            known = True
-            tokens.append(x)
+            same = next((i for i, y in enumerate(known) if y is x), None)
+            tokens += [x] if same is None else [REF, same]
+            if same is None:
+                known.append(x)
         else:
             return None
     return tuple(tokens) if known else None
@@ -257,6 +259,11 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
             tensors.append(x)
         elif kind in _ARRAYS:
             structured = nested = True
+            if id(x) in seen:
+                emit(REF)
+                emit(seen[id(x)])
+                continue
+            seen[id(x)] = len(seen)
             emit(x)
             tokens += _beside(x)
         elif kind in VALUES:
@@ -288,6 +295,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
                 if getattr(kind, "structured", False) is True:
                     _ARRAYS.add(kind)
                     structured = nested = True
+                    seen[id(x)] = len(seen)
                     emit(x)
                     tokens += _beside(x)
                     continue

@@ -23,6 +23,7 @@ from cellc.cell_store import CellStore
 from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, UnsupportedError
 from cellc.forests import Wanted
+from cellc.frontends.effects import asks_for_identity
 from cellc.frontends.stub import CannotUnfold
 from cellc.graph import Graph
 from cellc.kernels.native import find_arithmetic
@@ -62,6 +63,8 @@ class Structures:
         self.store = CellStore(backend, self.params, self._lock)
         self.pipeline = Pipeline(model, self.params, device, options, self.store)
         self.forward, self.arguments = self.pipeline.forward, self.pipeline.arguments
+        self.asks = asks_for_identity(self.forward, named_modules(model).values())  # where
+        self.arguments.identity = self.asks is not None
         self._stages = self.pipeline.stages
         self.plans = PlanCache()
         self.paths = Paths()

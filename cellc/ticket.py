@@ -16,8 +16,10 @@ import torch
 from cellc.carry import Carry, Held
 from cellc.cells import Cell
 from cellc.errors import RequestError
+from cellc.faults import Fault, reads
 from cellc.forests import DRAWN
 from cellc.frontends.drawing import Draws
+from cellc.launch import Invalid
 from cellc.legs import Branch, Entry, Leg
 from cellc.timeline import Timeline
 from cellc.urgency import NO_WISH, Wish
@@ -46,6 +48,7 @@ class Ticket:
     ask: Any = None  # what is asked for it
     branch: Branch | None = None  # where that leads
     failure: Exception | None = None  # why it leads nowhere
+    fault: Fault | None = None  # its first call that failed, if it is not run in vain
     call: Any = None  # its arguments, where it may have to be planned anew
     draws: Draws | None = None  # random numbers of its generators
     streams: bool = False  # its forward yields
@@ -115,18 +118,44 @@ def together(counters: Sequence[Counters]) -> Counters:
 
 
 def bad_index(cell: Cell | None) -> RequestError:
+    found = [op.origin for op in (cell.ops if cell else ()) if op.op == "embedding"]
+    lines = dict.fromkeys(line for line in found if line)
     return RequestError(
         argument=f"cell {cell.name}" if cell else "a cell",
         got="an index outside its table",
         expected="computed indices that the weights have",
-        origin=next((op.origin for op in (cell.ops if cell else ()) if op.op == "embedding"), None),
+        origin=" or ".join(lines) or None,
     )
 
 
-def out_of_range(name: str, bound: int | None, tensor: torch.Tensor) -> RequestError:
+def invalid_error(cell: Cell | None, invalid: Sequence[int], number: int) -> Exception:
+    """Why one of the invalid rows of a launch of a cell is."""
+    raised = invalid.errors.get(invalid[number]) if isinstance(invalid, Invalid) else None
+    return raised or bad_index(cell)
+
+
+def error_of(ticket: Ticket, error: Exception, call: int | None = None) -> Exception:
+    """What a request fails with of which a call (or, where that is not known, some call) failed: of
+    an index that is its own data, an error that says which.
+    """
+    plan = ticket.entry.plan
+    for rows in plan.data if isinstance(error, RequestError) else ():
+        if rows.ahead is not None and rows.leaf >= 0:
+            tensor = ticket.tensor(rows.leaf)
+            parts = tensor.detach().cpu().reshape(rows.count, -1)
+            for at in reads(plan, call, rows).tolist():
+                if bool(((parts[at] < 0) | (parts[at] >= rows.ahead)).any()):
+                    return out_of_range(rows.name, rows.ahead, tensor, at * parts.shape[1])
+    return error
+
+
+def out_of_range(
+    name: str, bound: int | None, tensor: torch.Tensor, start: int = 0
+) -> RequestError:
+    """The first index from position `start` on that is outside."""
     assert bound is not None
     flat = tensor.detach().cpu().reshape(-1)
-    at = int(torch.nonzero((flat < 0) | (flat >= bound))[0])
+    at = start + int(torch.nonzero((flat[start:] < 0) | (flat[start:] >= bound))[0])
     return RequestError(
         argument=name,
         got=f"{flat[at].item()} at position {at}",

@@ -15,6 +15,7 @@ from typing import Protocol
 from cellc import pacing
 from cellc.admission import Admission
 from cellc.errors import WorkerError
+from cellc.faults import Failure
 from cellc.flight import Flight, each
 from cellc.launcher import Launcher, Running
 from cellc.moves import Moves
@@ -173,7 +174,7 @@ class Turns:
                 known.clear()
             for ticket in again:
                 ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
-                ticket.held = ticket.branch = ticket.failure = None
+                ticket.held = ticket.branch = ticket.failure = ticket.fault = None
             waiting = list(self._admission.inbox)
             if cause is None:
                 self._admission.queue_first(again)
@@ -191,21 +192,13 @@ class Turns:
         self._launcher.settle()
         self._running = None
         self._scheduler.note_read(None)
-        self._onward.failing.clear()
         try:
             self._flight.fail([(ticket, error) for ticket in self._flight.live.values()])
         except Exception:  # what is known of them is broken, too
             self.restart(error)
 
-    def _complete(self, batch: Batch, failed: dict[int, BaseException]) -> list[Ticket]:
-        failing = self._onward.failing
-        if failed or failing:
-            failed, begun = {**failed, **failing}, self._scheduler.runs  # by the launch after it
-            failing.clear()
-            failing.update({n: error for n, error in failed.items() if begun(n)})
-            ended = [n for n in failed if n not in failing]
-            known = [(self._flight.live.get(number), failed[number]) for number in ended]
-            self._flight.fail([(ticket, error) for ticket, error in known if ticket is not None])
+    def _complete(self, batch: Batch, failed: dict[int, Failure]) -> list[Ticket]:
+        self._onward.note(failed, self._flight.live)
         finished = [self._flight.live[n] for n in batch.finished if n in self._flight.live]
         if len(batch.events) or self._onward.held:
             stay = {id(t) for t in [*self._moves.go_on(batch), *self._onward.held.values()]}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import os
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +23,8 @@ from cellc.frontends.stub import CannotUnfold
 
 _KNOWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
 _SETS = frozenset(["setattr", "__setattr__", "__dict__", "vars"])
+_LOADS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_ATTR LOAD_METHOD".split())
+_IDENTITY = frozenset(["type", "id", "__class__"])
 _MADE_ONCE = frozenset(["__init__", "__setstate__", "__deepcopy__", "reset_parameters"])
 
 
@@ -84,17 +87,42 @@ def asks_what_it_is(forward: Callable[..., Any], modules: Iterable[nn.Module]) -
     it reads are then told at once.
     """
     codes = [c for m in modules for c in codes_of(_class_of(m))]
-    left, seen = [getattr(forward, "__func__", forward)], set()
-    while left:  # functions, and those that they name
+    return any(map(_asks_what_it_is, [*codes, *_reached([forward])]))
+
+
+def asks_for_identity(forward: Callable[..., Any], modules: Iterable[nn.Module]) -> str | None:
+    """file:line where a forward may tell a stand-in from a tensor, or whether two of its arguments
+    are one: by the very type of a value, or by what it is itself.
+    """
+    kinds = dict.fromkeys(map(_class_of, modules))
+    codes = [c for kind in kinds for c in codes_of(kind)]
+    methods = [f for kind in kinds for f in _methods(kind)]
+    return next(
+        filter(None, map(_asks_for_identity, [*codes, *_reached([forward, *methods])])), None
+    )
+
+
+def _methods(kind: Any) -> list[Any]:
+    own = [b for b in kind.__mro__ if b.__module__.split(".")[0] != "torch" and b is not object]
+    return [getattr(f, "__func__", f) for b in own for f in vars(b).values()]
+
+
+def _reached(functions: Iterable[Any]) -> list[types.CodeType]:
+    """Code of functions, and of those that they name, alone or in a module."""
+    codes: list[types.CodeType] = []
+    left, seen = [getattr(f, "__func__", f) for f in functions], set()
+    while left:
         function = left.pop()
-        if function not in seen and isinstance(function, types.FunctionType):
-            seen.add(function)
-            made = _codes(function)
-            codes += made
-            names = {name for code in made for name in code.co_names}
-            known = [function.__globals__.get(name) for name in names]
-            left += [f for f in known if isinstance(f, types.FunctionType) and not _is_torchs(f)]
-    return any(map(_asks_what_it_is, codes))
+        if not isinstance(function, types.FunctionType) or function in seen or _is_torchs(function):
+            continue
+        seen.add(function)
+        made = _codes(function)
+        codes += made
+        names = {name for code in made for name in code.co_names}
+        known = [function.__globals__.get(name) for name in names]
+        packages = [m for m in known if isinstance(m, types.ModuleType)]
+        left += [*known, *[vars(m).get(name) for m in packages for name in names]]
+    return codes
 
 
 def _is_torchs(function: types.FunctionType) -> bool:
@@ -111,6 +139,18 @@ def _asks_what_it_is(code: types.CodeType) -> bool:
             return True
         before = step
     return False
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_for_identity(code: types.CodeType) -> str | None:
+    before, line = "", code.co_firstlineno
+    for step in dis.get_instructions(code):
+        line = step.positions.lineno or line if step.positions else line
+        asks = step.opname in _LOADS and step.argval in _IDENTITY
+        if asks or (step.opname == "IS_OP" and before != "LOAD_CONST"):
+            return f"{os.path.basename(code.co_filename)}:{line}"
+        before = step.opname
+    return None
 
 
 def sets_attributes(modules: Iterable[nn.Module]) -> bool:

@@ -19,6 +19,8 @@ from types import CodeType, FrameType
 
 import torch
 
+from cellc.errors import CellcError, ForwardError
+
 TORCH = os.path.dirname(torch.__file__)
 HERE = os.path.dirname(os.path.abspath(__file__))
 _MACHINERY = {  # files whose frames are no part of a program point
@@ -37,6 +39,8 @@ _MACHINERY = {  # files whose frames are no part of a program point
         )
     ),
 }
+
+_REPLAYING = ("cellc.pipeline", "cellc.templates")  # run the operations of a forward once more
 
 
 class Points:
@@ -96,7 +100,7 @@ class Points:
             path = frame.f_code.co_filename
             if not path.startswith(TORCH):
                 last = last or f"{os.path.basename(path)}:{frame.f_lineno}"
-                if not path.startswith(HERE):
+                if not _is_ours(frame):
                     return f"{os.path.basename(path)}:{frame.f_lineno}"
         return self._origin or last
 
@@ -106,10 +110,36 @@ def where(error: BaseException) -> str:
     found, tb = "", error.__traceback__
     while tb is not None:
         path = tb.tb_frame.f_code.co_filename
-        if not (path.startswith((TORCH, HERE)) or is_generated(tb.tb_frame.f_code)):
+        ours = path.startswith(TORCH) or _is_ours(tb.tb_frame)
+        if not (ours or is_generated(tb.tb_frame.f_code)):
             found = f"{os.path.basename(path)}:{tb.tb_lineno}"
         tb = tb.tb_next
     return found
+
+
+def told(error: Exception) -> Exception:
+    """What the caller of a forward gets: what the forward's own code raised, as it is; of what
+    torch refused, an error that names the forward's line.
+    """
+    last, tb = None, error.__traceback__
+    while tb is not None:
+        last, tb = tb.tb_frame, tb.tb_next
+    if last is None or isinstance(error, CellcError):
+        return error
+    origin, module = where(error), last.f_globals.get("__name__")
+    if not origin or module == "cellc.frontends.reads":  # a number of Python's
+        return error
+    if not (last.f_code.co_filename.startswith(TORCH) or _is_ours(last)):
+        return error
+    made = ForwardError(str(error), kind=type(error).__name__, origin=origin)
+    made.__cause__ = error
+    return made.with_traceback(error.__traceback__)
+
+
+def _is_ours(frame: FrameType) -> bool:
+    """Does it trace or replay code of the user's?"""
+    path = frame.f_code.co_filename
+    return path.startswith(HERE) or frame.f_globals.get("__name__") in _REPLAYING
 
 
 def is_generated(code: CodeType) -> bool:

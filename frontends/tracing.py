@@ -74,8 +74,10 @@ def trace(
     kwargs: dict[str, Any],
     names: list[str],
     values: Iterable[Any] | None = None,
+    identity: bool = False,
 ) -> Trace:
-    """Trace one request. `values`: what its forward will read (see `reading`).
+    """Trace one request. `values`: what its forward will read (see `reading`); `identity`: tensors
+    that are one are so in the trace.
 
     Every tensor in it is replaced by a placeholder of its shape and dtype; `names` gives their
     names, in walking order. Raises ForwardError, ValueReadError or UnsupportedError with the user's
@@ -84,10 +86,14 @@ def trace(
     tracer = Tracer(params, modules)
     tracer.values, tracer.reading = deque(values or ()), values is not None
     names = list(names)[::-1]
+    made: dict[int, Placeholder] = {}  # of tensors, by id
 
     def placeholder(leaf: torch.Tensor, _: Any) -> Placeholder:
         node = tracer.graph.add_input(names.pop(), tuple(leaf.shape), dtype_name(leaf.dtype))
-        return tracer.new(row_major(leaf.shape, leaf.dtype, leaf.device), (node, 0))
+        if not identity or id(leaf) not in made:
+            new = tracer.new(row_major(leaf.shape, leaf.dtype, leaf.device), (node, 0))
+            made[id(leaf)] = new
+        return made[id(leaf)]
 
     call_args, call_kwargs = Copier(placeholder).call(args, kwargs)
     codes = CodesSeen(_TRUSTED)
@@ -110,6 +116,7 @@ def trace(
             kept.append(("v", leaf))
     tracer.graph.outputs = outputs
     leaf = result = None
+    made.clear()
     del call_args, call_kwargs, out_leaves
     return Trace(
         tracer.graph,
@@ -117,7 +124,7 @@ def trace(
         tracer.captured,
         tracer.reads_weights,
         codes.may_branch(),
-        any(made() is not None for made in tracer.made),
+        any(one() is not None for one in tracer.made),
     )
 
 

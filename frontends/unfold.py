@@ -57,7 +57,8 @@ class Recorder(Recording):
     def __init__(self, study: StudyAlone, device: torch.device) -> None:
         super().__init__(study, device)
         self.generates = False  # does the forward yield
-        self.yields: list[tuple[int, Returned]] = []  # (questions asked before, what was yielded)
+        self.yields: list[tuple[int, int, Returned]] = []
+        # ^ (questions asked before, first row that is made after, what was yielded)
         self._sets_attributes: bool | None = None  # may the model's code
 
     @contextmanager
@@ -110,7 +111,8 @@ class Recorder(Recording):
         for piece in result:
             if stubs.current.ended is not None:
                 return None
-            self.yields.append((len(self.asked), self._returned(piece)))
+            at = self.next_row
+            self.yields.append((len(self.asked), at, self._returned(piece)))
             pieces = self.yields
             if len(pieces) > MAX_PIECES and pieces[-MAX_PIECES][0] == len(self.asked):
                 raise CannotUnfold(f"{MAX_PIECES:,} pieces are yielded in a row: it may never end")

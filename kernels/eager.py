@@ -16,7 +16,8 @@ import torch
 
 from cellc import ops
 from cellc.cells import Cell, CellOp, Operand
-from cellc.launch import Index, Launch, Ragged
+from cellc.errors import ForwardError
+from cellc.launch import Index, Invalid, Launch, Ragged
 from cellc.ops import RowType
 
 Tensor = torch.Tensor
@@ -59,12 +60,14 @@ class EagerKernel:
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, Tensor]) -> Sequence[int]:
         bad: list[int] = []
+        errors: dict[int, Exception] = {}
         with torch.inference_mode():
             for start, stop in zip(launch.steps[:-1], launch.steps[1:], strict=True):
                 if stop > start:
-                    rows = _Step(self, launch, arenas, int(start), int(stop)).run()
-                    bad += (rows + int(start)).tolist()
-        return bad
+                    step = _Step(self, launch, arenas, int(start), int(stop))
+                    bad += (step.run() + int(start)).tolist()
+                    errors.update({row + int(start): e for row, e in step.errors.items()})
+        return Invalid(bad, errors) if errors else bad
 
 
 class _Step:
@@ -81,6 +84,7 @@ class _Step:
         self.kernel, self.cell, self.launch, self.arenas = kernel, kernel.cell, launch, arenas
         self.start, self.stop, self.num_rows = start, stop, stop - start
         self.bad = np.zeros(self.num_rows, bool)
+        self.errors: dict[int, Exception] = {}  # by row
         self.inputs: list[Tensor] = []
         self.lengths: dict[int, Tensor] = {}
         self.results: list[tuple[Tensor, ...]] = []
@@ -134,7 +138,7 @@ class _Step:
         if vector is not None:
             args = [self._along(vector, x, a) for x, a in zip(op.operands, args, strict=True)]
         if op.op.startswith("aten:"):
-            results = fallback(op, args)
+            results = self._fallback(op, args, vector)
         elif op.op in ops.RAGGED:
             along = self.cell.vector_of(op.operands[0])
             assert along is not None
@@ -149,6 +153,34 @@ class _Step:
                 args = _aligned(args)
             results = (FUNCTIONS[op.op](args, op.attributes, op),)
         return tuple(r.to(DTYPES[t.dtype]) for r, t in zip(results, op.types, strict=True))
+
+    def _fallback(self, op: CellOp, args: Args, vector: int | None) -> tuple[Tensor, ...]:
+        """Call an aten operator that has no row operation, once a row, and stack its results: of a
+        row that it refuses, zeros.
+        """
+        rows = []
+        for i in range(max((a.shape[0] for a in args if a.ndim), default=1)):
+            try:
+                rows.append(
+                    fallback(op, [a[i if a.shape[0] > 1 else 0] if a.ndim else a for a in args])
+                )
+            except Exception as error:
+                self._refused(op, i, vector, error)
+                zeros = [torch.zeros(t.shape, dtype=DTYPES[t.dtype]) for t in op.types]
+                device = args[0].device if args else None
+                rows.append(tuple([z.to(device) for z in zeros]))
+        return tuple(torch.stack(port) for port in zip(*rows, strict=True))
+
+    def _refused(self, op: CellOp, row: int, vector: int | None, error: Exception) -> None:
+        told = ForwardError(str(error), kind=type(error).__name__, origin=op.origin or None)
+        told.__cause__ = error
+        calls = np.arange(self.num_rows)
+        if vector is not None:
+            calls = np.repeat(calls, self.lengths[vector].cpu())
+        for call in calls[row : row + 1].tolist() if len(calls) > 1 else calls.tolist():
+            if not self.bad[call]:  # else it may be of what was invalid
+                self.errors[call] = told
+                self.bad[call] = True
 
     def _embedding(self, table: Tensor, index: Tensor, vector: int | None) -> Tensor:
         wrong = (index < 0) | (index >= table.shape[1])
@@ -271,18 +303,14 @@ def ragged(name: str, rows: Tensor, lengths: Tensor) -> Tensor:
     return torch.stack([function(p, 0) for p in parts])
 
 
-def fallback(op: CellOp, args: Args) -> tuple[Tensor, ...]:
-    """Call an aten operator that has no row operation, once a row, and stack its results."""
+def fallback(op: CellOp, row: Args) -> tuple[Tensor, ...]:
+    """Call an aten operator that has no row operation on one row."""
     name, _, overload = op.op.removeprefix("aten:").partition(".")
     function = getattr(getattr(torch.ops.aten, name), overload or "default")
     template: Any = op.attributes["args"]
     keywords: Any = op.attributes.get("kwargs", ())
-    rows = []
-    for i in range(max((a.shape[0] for a in args if a.ndim), default=1)):
-        row = [a[i if a.shape[0] > 1 else 0] if a.ndim else a for a in args]
-        result = function(*_fill(template, row), **{k: _fill(v, row) for k, v in keywords})
-        rows.append(tuple(result) if isinstance(result, tuple | list) else (result,))
-    return tuple(torch.stack(port) for port in zip(*rows, strict=True))
+    result = function(*_fill(template, row), **{k: _fill(v, row) for k, v in keywords})
+    return tuple(result) if isinstance(result, tuple | list) else (result,)
 
 
 def _fill(template: Any, row: Args) -> Any:

@@ -302,6 +302,36 @@ def test_failing_fails(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> Non
         check(compiled, model)
 
 
+@pytest.mark.parametrize("reads", [False, True])
+def test_what_torch_refuses_fails_alone(reads: bool) -> None:
+    """With the line of the operation; also where the launch was recorded."""
+
+    def forward(x: Tensor, at: Tensor) -> Tensor:
+        if reads and x[0] > 0:
+            x = x + 1
+        return torch.tanh(x).gather(0, at[None])
+
+    given = [(torch.randn(4), torch.tensor(n % 6)) for n in range(24)]
+    with cellc.compile(forward) as compiled:
+        for found in (
+            compiled.map(given, return_exceptions=True),
+            *[[outcome(compiled, *x) for x in given] for _ in range(2)],
+        ):
+            for (x, at), got in zip(given, found, strict=True):
+                if at < 4:
+                    torch.testing.assert_close(got, forward(x, at))
+                else:
+                    assert isinstance(got, cellc.ForwardError), got
+                    assert got.origin == f"test_faults.py:{forward.__code__.co_firstlineno + 3}"
+
+
+def outcome(compiled: cellc.Compiled, *args: Tensor) -> Any:
+    try:
+        return compiled(*args)
+    except cellc.CellcError as error:
+        return error
+
+
 # -- cancelling
 
 

@@ -389,13 +389,20 @@ def test_indices_know_their_table() -> None:
         return Cell("emb", (CellInput("i", word),), (table,), (op,), (Operand("op", 0),))
 
     data = [DataSource(0, "words", 0, 4, word, (False,)), DataSource(1, "x", 4, 1, row, (True,))]
-    groups = [
-        CallGroup(look_up(10), [np.arange(4)], [5 + np.arange(4)]),
-        CallGroup(look_up(7), [np.arange(2)], [9 + np.arange(2)]),
-    ]
-    outputs = [RowOutput(np.arange(4, 11), row, (7, 3), (False, True))]
-    plan = make_plan(CallGraph(groups, data, {}, outputs, 11), Tables())
-    assert [(d.name, d.bound) for d in plan.data] == [("words", 7), ("x", None)]
+
+    def limits(*looked_up: tuple[int, int]) -> tuple[int | None, int | None]:
+        groups, at = [], 5
+        for size, count in looked_up:
+            groups.append(CallGroup(look_up(size), [np.arange(count)], [at + np.arange(count)]))
+            at += count
+        outputs = [RowOutput(np.arange(4, at), row, (at - 4, 3), (False, True))]
+        words, x = make_plan(CallGraph(groups, data, {}, outputs, at), Tables()).data
+        assert (words.name, x.name, x.bound, x.ahead) == ("words", "x", None, None)
+        return words.bound, words.ahead
+
+    assert limits((10, 4), (7, 4)) == (7, None)
+    assert limits((7, 2)) == (None, 7)  # the others may be anything
+    assert limits((10, 4), (7, 2)) == (None, None)
 
 
 def test_calls_that_wait_for_each_other() -> None:

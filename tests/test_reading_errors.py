@@ -128,3 +128,69 @@ def test_a_large_tensor_in_an_error_is_refused_with_its_line() -> None:
     ):
         compiled(torch.tensor([1]))
     assert compiled._engine._arenas.idle()
+
+
+class Refused(nn.Module):
+    """What torch refuses comes after an answer."""
+
+    def __init__(self, wrong: Callable[..., Any]) -> None:
+        super().__init__()
+        self.cell, self.out, self.wrong = nn.GRUCell(H, H), nn.Linear(H + 1, 2), wrong
+
+    def forward(self, h: Tensor) -> Any:
+        h = self.cell(h)
+        if h.sum() < 100:
+            return self.wrong(self, h)
+        return h
+
+
+class RefusedLater(Refused):
+    def forward(self, h: Tensor) -> Any:
+        yield h
+        if h[0] < 100:
+            yield self.wrong(self, h)
+
+
+WRONG: list[Callable[..., Any]] = [
+    lambda self, h: self.out(h),
+    lambda self, h: h + torch.ones(3),
+    lambda self, h: h.reshape(3, -1),
+    lambda self, h: h[H],
+    lambda self, h: self.cell(h, torch.zeros(5)),
+]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("kind", [Refused, RefusedLater])
+def test_what_torch_refuses_names_the_models_line(
+    kind: type[Refused], wrong: Callable[..., Any]
+) -> None:
+    requests = [torch.randn(H) for _ in range(5)]
+    with cellc.compile(kind(wrong).eval(), backend="eager") as compiled:
+        for _ in range(2):
+            errors = compiled.map(requests, return_exceptions=True)
+            assert len({id(e) for e in errors}) == len(errors)
+            for error in errors:
+                assert isinstance(error, cellc.ForwardError)
+                line = wrong.__code__.co_firstlineno
+                assert error.origin == f"test_reading_errors.py:{line}" and error.origin in str(
+                    error
+                )
+                frames, tb = [], error.__traceback__
+                while tb is not None:
+                    frames.append(tb.tb_frame.f_code)
+                    tb = tb.tb_next
+                assert wrong.__code__ in frames
+                assert type(error.__cause__).__name__ == error.kind
+        assert compiled._engine._arenas.idle()
+
+
+def own(self: Any, h: Tensor) -> Any:
+    raise RuntimeError("mine")
+
+
+@pytest.mark.parametrize("kind", [Refused, RefusedLater])
+def test_what_a_forward_raises_itself_comes_as_it_is(kind: type[Refused]) -> None:
+    with cellc.compile(kind(own).eval(), backend="eager") as compiled:
+        for error in compiled.map([torch.randn(H)] * 3, return_exceptions=True):
+            assert type(error) is RuntimeError and error.args == ("mine",)
