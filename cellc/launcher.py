@@ -22,7 +22,7 @@ from cellc.faults import Failure
 from cellc.launch import EVERYBODY, Crew, Kernel, Launch, Prepared, Ragged
 from cellc.machines import num_threads, place
 from cellc.onward import Onward
-from cellc.pacing import SHARED, SMOOTH
+from cellc.pacing import SHARED, SMOOTH, Pacer, learned, size_of
 from cellc.plan import I64, ragged_range
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
@@ -65,9 +65,8 @@ class Launcher:
     ) -> None:
         self._compiler, self._scheduler, self._arenas = compiler, scheduler, arenas
         self._onward, self._counters, self._crew = onward, counters, crew
-        self._max_batch, self.blocked = max_batch, 0.0
+        self.blocked = 0.0
         self.running: Running | None = None
-        self._answering: set[int] = set()  # cells that answer requests
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
         self._wait: Callable[[], None] | None = None  # for launches that were only submitted
         if compiler.device.type == "cuda":
@@ -75,7 +74,7 @@ class Launcher:
         self._timed: Counter[tuple[int, int]] = Counter()
         where = place(compiler.backend.name, compiler.device, crew.threads)
         self._costs = Costs(where)  # before that
-        self._host_seconds = 0.0  # of a turn of the loop, kernels aside, averaged
+        self._pacer = Pacer(scheduler, self.step_seconds, max_batch, self._ahead)
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
 
     def next(
@@ -99,31 +98,15 @@ class Launcher:
 
     def note_host(self, seconds: float) -> None:
         """What a turn cost, kernels aside."""
-        self._host_seconds = pacing.averaged(self._host_seconds, seconds)
+        self._pacer.note_host(seconds)
 
     def schedule(self, *, joined: bool, waited: bool, beside: bool = False) -> Batch | None:
-        self._scheduler.turn.patience = pacing.patience(joined=joined)
-        self._scheduler.max_batch = self._max_batch or pacing.most_rows(joined=joined)
-        chosen = self._scheduler.peek()
-        if chosen is None:
-            return None
-        cell, rows = chosen
-        if beside and not self.busy and cell in self._answering and rows >= 2 * pacing.ROWS_BESIDE:
-            rows = (rows + 1) // 2  # the answers of one half are read while the other runs
-            self._scheduler.max_batch = rows
-        seconds = self.step_seconds(cell, rows)
-        steps = pacing.num_steps(seconds, self._host_seconds, shared=joined or waited)
-        if self._compiler.paths.on:
-            steps = min(steps, self.ahead(seconds))
-        batch = self._scheduler.next(steps, hold=beside)
-        if batch is not None and len(batch.events):
-            self._answering.add(cell)
-        return batch
+        busy = self.busy
+        return self._pacer.schedule(joined=joined, waited=waited, beside=beside, busy=busy)
 
     def worth_beside(self) -> bool:
         """Would the next launch keep the machine busy while the host does its part?"""
-        chosen = self._scheduler.peek()
-        return chosen is not None and self.step_seconds(*chosen) >= 0.5 * self._host_seconds
+        return self._pacer.worth_beside()
 
     def next_rows(self) -> int:
         """Rows of a step of the next launch; 0 where nothing is ready."""
@@ -152,9 +135,12 @@ class Launcher:
             fewer = [s for bits, s in known if bits < size.bit_length()]
             more = known[0][1] * size / (1 << known[0][0]) if known else GUESS
             step = fewer[-1] if fewer else more
-        host = self._host_seconds
+        host = self._pacer.host_seconds
         each = step + host / pacing.num_steps(step, host, shared=True)
         return max(each * max(1.0, rows / most), 1e-7)
+
+    def _ahead(self, seconds: float) -> int | None:
+        return self.ahead(seconds) if self._compiler.paths.on else None
 
     def ahead(self, seconds: float) -> int:
         """How many steps a launch may run beyond questions that are not answered: most useful steps
@@ -174,7 +160,7 @@ class Launcher:
 
     def begin(self, batch: Batch, launch: Launch, *, beside: bool = True) -> Running:
         """Run a batch, or, where that is worth it, let it run beside the caller (`beside`)."""
-        expected = launch.num_steps * self.step_seconds(batch.cell, int(batch.steps[1]))
+        expected = self._pacer.expected(batch)
         running = self.running = Running(batch, launch, expected, time.perf_counter())
         self._scheduler.note_begun(batch)
         try:
@@ -198,7 +184,7 @@ class Launcher:
     def _run_now(self, kernel: Kernel, running: Running) -> None:
         """To its end; or submit it."""
         wait = self._wait
-        if wait is not None and self._timed[_size(running.batch)] >= TIMED:
+        if wait is not None and self._timed[size_of(running.batch)] >= TIMED:
             wait = None
         if wait is not None:
             wait()  # for what was submitted before
@@ -303,7 +289,7 @@ class Launcher:
         counters.rows += len(batch.calls)
         counters.steps += len(batch.steps) - 1
         counters.seconds += took
-        key = _size(batch)
+        key = size_of(batch)
         if self._wait is not None:
             if self._timed[key] >= TIMED:
                 return  # that is how long it took to submit it
@@ -311,11 +297,4 @@ class Launcher:
         if len(self._seconds) > MAX_MEASURED:
             self._seconds.clear()
             self._timed.clear()
-        known = self._seconds.get(key)
-        step = took / (len(batch.steps) - 1)
-        self._seconds[key] = step if known is None else min(step, 0.8 * known + 0.2 * step)
-
-
-def _size(batch: Batch) -> tuple[int, int]:
-    """What launches are measured by: (cell, log2 rows of the first step)."""
-    return batch.cell, int(batch.steps[1]).bit_length()
+        self._seconds[key] = learned(self._seconds.get(key), took / (len(batch.steps) - 1))

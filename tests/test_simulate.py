@@ -24,8 +24,9 @@ from cellc.plan import CELL, CHAIN, EDGES, MISSING, NUM_SUCCESSORS, SUCCESSOR
 from cellc.simulation import applications, measured, runs
 from cellc.simulation.command import work_of
 from cellc.simulation.curves import CostTable, Host, roofline_curves
-from cellc.simulation.measured import least_squares
+from cellc.simulation.fitting import fit, least_squares
 from cellc.simulation.servers import Cellular, Work, alone
+from cellc.simulation.watch import Seen, Watch
 
 NAMES = ("lstm", "seq2seq", "treelstm")
 HOST = Host(turn=50e-6, request=20e-6)
@@ -246,10 +247,10 @@ def test_requests_that_come_meanwhile_cost_kernels_time() -> None:
 
 def test_requests_that_come_late_are_late() -> None:
     """Latencies count from when they were due; what disturbs turns makes them longer, too."""
-    work = loaded("lstm", 2000.0)
+    work, now_and_then = loaded("lstm", 2000.0), ((0.0, 0.0), (0.0, 0.0), (0.0, 2e-3))
     plain, lagging, disturbed = (
         runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, **given)), work)[0]
-        for given in ({}, {"lag": (5e-3,)}, {"spread": ((0.0, 0.0, 2e-3),) * 5})
+        for given in ({}, {"lag": (5e-3,)}, {"spread": (now_and_then,) * 5})
     )
     assert lagging == pytest.approx(plain + 5e-3)
     assert np.quantile(disturbed, 0.9) > np.quantile(plain, 0.9) + 5e-4
@@ -297,7 +298,8 @@ def test_who_can_make_it_is_told_by_turns_as_they_were() -> None:
     server.add(np.arange(8))
     server.turn(0.0)
     turn = HOST.turn + 0.5e-3  # of one, which is half of it: more would hold up the others
-    assert server._host_seconds == pytest.approx(HOST.turn + (turn - HOST.turn) / pacing.SMOOTH)
+    averaged = HOST.turn + (turn - HOST.turn) / pacing.SMOOTH
+    assert server._pacer.host_seconds == pytest.approx(averaged)
     assert server._seconds(0, 8) > before
 
 
@@ -305,12 +307,12 @@ def test_what_disturbs_turns_of_some_length_disturbs_no_others() -> None:
     work = loaded("lstm", 2000.0)
     plain, disturbed = (
         runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, spread=spread)), work)[0]
-        for spread in (((),) * 5, ((),) * 4 + ((1.0,),))
+        for spread in (((),) * 5, ((),) * 4 + (((0.0, 1.0),),))
     )
     assert np.array_equal(plain, disturbed)
 
 
-def _seen(turns: int, seed: int = 0) -> list[measured._Seen]:
+def _seen(turns: int, seed: int = 0) -> list[Seen]:
     """50 us a launch, 20 a request, 30 of the host and 10 of kernels for each that is sent; a
     launch of 70 us; steps of some sizes take twice, others three times what their curve says; every
     tenth turn 5 ms more.
@@ -322,9 +324,7 @@ def _seen(turns: int, seed: int = 0) -> list[measured._Seen]:
         host = 50e-6 + requests * 20e-6 + sent * 30e-6
         kernels = 70e-6 + float(told @ (2, 2, 3, 3, 3)) + sent * 10e-6
         disturbed = 5e-3 if turn % 10 == 0 else 0.0
-        found.append(
-            measured._Seen(host, host / 4, kernels + disturbed, told, float(requests), sent)
-        )
+        found.append(Seen(host, host / 4, kernels + disturbed, told, float(requests), sent, sent))
     return found
 
 
@@ -332,7 +332,7 @@ def test_turns_are_taken_apart() -> None:
     """Each part is found; what is left stands in the order it was seen, and sums to nothing."""
     turns = [t._replace(kernels=t.kernels - 5e-3 * (i % 10 == 0)) for i, t in enumerate(_seen(400))]
     curve = Curve((1, 8, 512), (1e-5, 2e-5, 4e-4), 1e-6)
-    found = measured.fit(turns, {0: curve})
+    found = fit(turns, {0: curve})
     host = found.host
     assert (host.turn, host.request, host.locked, host.beside) == pytest.approx(
         (50e-6, 20e-6, 30e-6, 10e-6)
@@ -340,21 +340,21 @@ def test_turns_are_taken_apart() -> None:
     assert host.after == pytest.approx(0.25)
     assert found.curves[0].launch == pytest.approx(70e-6)
     assert found.curves[0].seconds == pytest.approx((2e-5, 4e-5, 12e-4))
-    assert max(abs(s) for span in host.spread for s in span) < 1e-9
+    assert max(abs(s) for span in host.spread for both in span for s in both) < 1e-9
 
 
 def test_what_disturbs_is_kept_in_its_order() -> None:
-    spread = measured.fit(_seen(400), {0: Curve((1, 512), (1e-5, 4e-4))}).host.spread
+    spread = fit(_seen(400), {0: Curve((1, 512), (1e-5, 4e-4))}).host.spread
     assert sum(map(len, spread)) == 400
     for span in spread:
         assert len(span) < 4 or list(span) != sorted(span)
-    assert sum(s > 3e-3 for span in spread for s in span) == 40
+    assert sum(kernels > 3e-3 > host for span in spread for host, kernels in span) == 40
 
 
 def test_steps_of_a_size_never_seen_are_as_the_nearest() -> None:
     turns = [t for t in _seen(400) if t.told[:3].sum() == 0 and t.told.sum() > 0]
     turns = [t._replace(kernels=70e-6 + float(t.told.sum()) * 3 + t.sent * 10e-6) for t in turns]
-    found = measured.fit(turns, {0: Curve((1, 512), (1e-5, 4e-4))})
+    found = fit(turns, {0: Curve((1, 512), (1e-5, 4e-4))})
     assert found.curves[0].seconds == pytest.approx((3e-5, 12e-4))
 
 
@@ -365,9 +365,9 @@ def test_an_engine_is_watched() -> None:
     curves = dict.fromkeys(cells.values(), Curve((1, 8), (1e-5, 2e-5)))
     with torch.no_grad(), compile(app(name).model, max_batch=512, backend="eager") as compiled:
         compiled.map(list(app(name).requests))
-        watch = measured._Watch(compiled, cells, curves)
-        before = compiled._engine.counters.seconds
         submit = measured.submitting(compiled)
+        watch = Watch(compiled, cells, curves)
+        before = compiled._engine.counters.seconds
         for future in [submit(request) for request in app(name).requests]:
             future.result()
         compiled.close()

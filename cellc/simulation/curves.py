@@ -27,13 +27,18 @@ SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: shorter ones are disturb
 
 @dataclass(frozen=True)
 class Host:
-    """Seconds of the host, kernels aside: of every launch, of every request, and until it begins
-    where it had nothing to do. `after`: the share of it that comes when the kernel has run.
+    """Seconds of the host, kernels aside: of every launch, of every request (half when it is
+    admitted, half when it is answered), and until it begins where it had nothing to do; more of
+    turns that admit (`admitting`) or answer (`answering`) any. `after`: the share of it that comes
+    when the kernel has run.
+    `apart`: the share of their speed that kernels have while the host does something else, as
+    launches run beside its work; 0: they do not. `starting`: what such a launch takes more.
     `beside` and `locked`: what kernels and the host lose to each request that is sent meanwhile:
-    the thread that sends it takes a processor from the former, Python's lock from the latter.
-    `spread`: what turns took beyond all that, in the order they were seen, as what disturbs one
-    lasts; by what they should have taken (SPANS). `lag`: until the sending thread wakes when a
-    request is due, as often one as another.
+    the thread that sends it takes a processor from the former, Python's lock from the latter, which
+    loses `waking` more in turns in which anyone is sent.
+    `spread`: what turns took beyond all that on the host and in kernels, in the order they were
+    seen, as what disturbs one lasts; by what they should have taken (SPANS). `lag`: until the
+    sending thread wakes when a request is due, as often one as another.
     """
 
     turn: float
@@ -42,8 +47,13 @@ class Host:
     after: float = 0.0
     beside: float = 0.0
     locked: float = 0.0
-    spread: tuple[tuple[float, ...], ...] = ((),) * (len(SPANS) + 1)
+    spread: tuple[tuple[tuple[float, float], ...], ...] = ((),) * (len(SPANS) + 1)
     lag: tuple[float, ...] = ()
+    admitting: float = 0.0
+    answering: float = 0.0
+    apart: float = 0.0
+    starting: float = 0.0
+    waking: float = 0.0
 
     @property
     def sending(self) -> float:

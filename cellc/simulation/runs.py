@@ -17,7 +17,8 @@ from cellc.arithmetic import Arithmetic
 from cellc.bench.arrivals import Load
 from cellc.bench.batch_server import Policy as BatchPolicy
 from cellc.bench.measure import percentiles
-from cellc.policies import Policy
+from cellc.policies import Policy, takes_deadlines
+from cellc.simulation.beside import Beside
 from cellc.simulation.clock import Clock, Counts, Server
 from cellc.simulation.curves import CostTable
 from cellc.simulation.servers import Cellular, Padded, Profiles, WholeRequests, Work
@@ -104,7 +105,8 @@ def _server(batching: str, setting: Setting, work: Work) -> Server:
     if ours(batching):
         policy = setting.policy if batching == OWN else OURS[batching]
         assert policy is not None
-        return Cellular(*what, policy=copy.deepcopy(policy))
+        beside = setting.costs.host.apart > 0 and not takes_deadlines(policy)
+        return (Beside if beside else Cellular)(*what, policy=copy.deepcopy(policy))
     if batching == WHOLE:
         return WholeRequests(*what)
     profiles = Profiles.of(work, len(setting.costs.curves), setting.max_batch, setting.arithmetic)

@@ -1,7 +1,8 @@
 """Servers of a simulation: one device each, with cellc's batching or what others would do.
 
 Duty: answer `turn`: what runs now, and until when. `Cellular` asks the real scheduler, and sizes
-launches by the engine's own rule; `WholeRequests` merges requests into one graph and runs it to its
+launches by the engine's own rule (where they run beside the host's work: `beside.py`);
+`WholeRequests` merges requests into one graph and runs it to its
 end (Fold, DyNet); `Padded` runs the rule of `cellc.bench.batch_server`. All run the same cells at
 the same costs. No torch.
 """
@@ -59,7 +60,6 @@ class _Scheduled:
         policy: str | Policy,
     ) -> None:
         self._work, self._costs, self.counts = work, costs, Counts()
-        self._host_seconds = costs.host.turn  # of a turn, averaged
         self._scheduler = Scheduler(
             max_batch=max_batch,
             policy=policy,
@@ -68,16 +68,22 @@ class _Scheduled:
         )
         self._scheduler.record_lengths = dict.fromkeys(costs.curves, 0)  # no kernel reads slots
         self._scheduler.priority = work.priority
+        self._pacer = pacing.Pacer(self._scheduler, self._step, max_batch)
+        self._pacer.host_seconds = costs.host.turn
         self._waiting: deque[I64] = deque()
         self._num_waiting = 0
 
+    def _step(self, cell: int, num_rows: int) -> float:
+        """What a step is expected to take."""
+        return self._costs.step(cell, num_rows)
+
     def _seconds(self, cell: int, num_rows: int) -> float:
         """Of a step, with its share of the host's part."""
-        most = self._scheduler.max_batch
+        most, host = self._scheduler.max_batch, self._pacer.host_seconds
         launches = num_rows / most if num_rows > most else 1.0
         step = self._costs.step(cell, min(num_rows, most))
-        steps = pacing.num_steps(step, self._host_seconds, shared=True)
-        return launches * (step + self._host_seconds / steps)
+        steps = pacing.num_steps(step, host, shared=True)
+        return launches * (step + host / steps)
 
     def add(self, requests: I64) -> None:
         self._waiting.append(requests)
@@ -128,23 +134,24 @@ class Cellular(_Scheduled):
         policy: str | Policy = "cellular",
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, policy)
-        self._scheduler.turn.patience = pacing.patience(joined=True)
         self._rested = True
         self._sent = -math.inf  # requests that came until then are there
         self._draw = random.Random(0)
         self._runs = [(0, 0)] * len(costs.host.spread)  # of each span: where, and turns left
 
-    def _spread(self, took: float) -> float:
-        """What a turn takes beyond what it should: RUN in a row of those that were seen."""
+    def _spread(self, took: float) -> tuple[float, float]:
+        """What a turn takes beyond what it should, on the host and in kernels: RUN in a row of
+        those that were seen.
+        """
         span = bisect_right(SPANS, took)
         seen = self._costs.host.spread[span]
         if not seen:
-            return 0.0
+            return 0.0, 0.0
         at, left = self._runs[span]
         if not left:
             at, left = self._draw.randrange(len(seen)), RUN
         self._runs[span] = (at + 1) % len(seen), left - 1
-        return max(seen[at], -took / 2)
+        return seen[at]
 
     def _num_sent(self, now: float) -> int:
         """How many of those that wait are there. Who sends them needs Python's lock, which this
@@ -204,15 +211,12 @@ class Cellular(_Scheduled):
         if urgency is not None:
             shed += scheduler.late()
             scheduler.cancel(shed)  # of those that wait it knows nothing
-        chosen = scheduler.peek()
-        if chosen is None:
+        batch = self._pacer.schedule(joined=True, waited=False)
+        if batch is None:
             rested, self._rested = self._rested, True
             if shed:
                 return Turn(now, shed=shed)
             return REST if rested or not self._num_waiting else self.turn(now)
-        step = self._costs.step(*chosen)
-        batch = scheduler.next(pacing.num_steps(step, self._host_seconds, shared=True))
-        assert batch is not None
         took = self._seconds_of(batch, now, admitted)
         self.counts.busy += took
         if urgency is not None:
@@ -225,14 +229,15 @@ class Cellular(_Scheduled):
         """Of a turn."""
         host = self._costs.host
         on_host = host.turn + (admitted + len(batch.finished)) / 2 * host.request
+        on_host += bool(admitted) * host.admitting + bool(batch.finished) * host.answering
         took = on_host + self._run(batch)
-        took += self._spread(took)
+        took += max(sum(self._spread(took)), -took / 2)
         if self._rested:
             took += host.wake + min(admitted * host.sending, SWITCH)
             self._rested = False
         num_sent = self._sending(now + took - on_host * host.after)
         locked = num_sent * host.locked
-        self._host_seconds = pacing.averaged(self._host_seconds, on_host + locked)
+        self._pacer.note_host(on_host + locked)
         return took + num_sent * host.beside + locked
 
 

@@ -30,9 +30,9 @@ from cellc.simulation.curves import CostTable
 from cellc.simulation.servers import Work
 
 THROUGHPUT, P90 = 0.15, 0.25  # a prediction may miss by
-SHARES, SECONDS, ROUNDS = (0.3, 0.6, 0.85), 1.0, 5
+SHARES, SECONDS, ROUNDS = (0.3, 0.6, 0.85), 0.6, 11
 BURST = 1024  # requests at once
-PATIENCE = 60.0  # seconds, for rounds in place of disturbed ones
+PATIENCE = 20.0  # seconds, for rounds in place of disturbed ones
 
 
 @dataclass(frozen=True)
@@ -83,13 +83,13 @@ def validate(app: Application, shares: tuple[float, ...], seed: int, steps: Step
         with steps.step("rounds", ROUNDS) as done:
 
             def one_round() -> list[tuple[float, ...]]:
-                costs = meter.measure()
+                costs = meter.measure(SECONDS)
                 table = CostTable(costs.curves, costs.host, ROWS)
                 setting, drawn = runs.Setting(table, find_arithmetic(), ROWS), next(seeds)
                 done()
                 return [_both(meter, setting, work, rate, drawn) for rate in rates]
 
-            kept = alternate([one_round], ROUNDS, 2 * ROUNDS, Patience(PATIENCE))
+            kept = alternate([one_round], ROUNDS, ROUNDS + 4, Patience(PATIENCE))
     checks = []
     for i, rate in enumerate(rates):
         middle = [statistics.median(x) for x in zip(*(r.results[0][i] for r in kept), strict=True)]
