@@ -24,13 +24,13 @@ SIZES = (4, 16, 64, 256)  # rows of steps: fewer ones take longer than their cur
 
 
 class Seen(NamedTuple):
-    """A turn of the loop: seconds beside kernels, with those until the host has Python's lock again
-    after them, and those of it after them; seconds of kernels that ended in it, and what curves say
-    of these, by the rows of steps (SIZES); requests that it admitted or answered, half each; those
-    that were sent while the host worked, and while it was in kernels. `launched`, `ended`:
-    launches; `begun`: those of the latter that ran beside the host's work; `admits`, `answers`: did
-    it do that at all; `apart`: seconds that other threads ran kernels while the host worked;
-    `joined`: it was with each before it ended.
+    """A turn of the loop: seconds beside kernels, with those that the host waits for Python's lock
+    after them and after the turn before, and those of it after them; seconds of kernels that ended
+    in it, and what curves say of these, by the rows of steps (SIZES); requests that it admitted or
+    answered, half each; those that were sent while the host worked, and while it was in kernels.
+    `launched`, `ended`: launches; `begun`: those of the latter that ran beside the host's work;
+    `admits`, `answers`: did it do that at all; `apart`: seconds that other threads ran kernels
+    while the host worked; `joined`: it was with each before it ended.
     """
 
     host: float
@@ -80,6 +80,7 @@ class Watch:
 
         engine._turns.step = turn  # type: ignore[method-assign]
         self._ended, self._known = 0.0, self._num_sent
+        self._left: float | None = None  # when a turn ended that left work to the next one
         self._begin()
 
     def _hook(self, name: str, wrapper: Callable[..., Any]) -> None:
@@ -96,7 +97,7 @@ class Watch:
         if not self._live:
             self.began = time.perf_counter()
         self._told, self._kernels, self._apart, self._joined = _nothing(), 0.0, 0.0, True
-        self._late = 0.0
+        self._late = time.perf_counter() - self._left if self._left is not None else 0.0
         self._num_launched = self._num_ended = self._num_begun = self._met = 0
         if self.beside:  # who was sent since the last turn took nothing from the host
             self._known = self._num_sent
@@ -154,6 +155,8 @@ class Watch:
         )
         self._known = self._num_sent
         note_host(seconds)
+        left_work = self._live - left + came > 0 or self._engine.num_waiting > 0
+        self._left = time.perf_counter() if left_work else None
 
 
 def _nothing() -> F64:
