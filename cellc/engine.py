@@ -368,7 +368,7 @@ class Engine:
 
     def _alone(self, ticket: Ticket) -> bool:
         """Run the only request there is by itself. False where the loop has to do it."""
-        if isinstance(ticket.entry, Leg) or ticket.wish.due < math.inf:
+        if isinstance(ticket.entry, Leg) or ticket.wish.due < math.inf or ticket.trial:
             return False
         with self._turn:
             if len(self._inbox) != 1 or self._inbox[0] is not ticket or not self._arenas.idle():

@@ -123,7 +123,11 @@ class Graph:
 
     def _add_leaf(self, kind: Kind, name: str, shape: Sequence[int], dtype: str) -> int:
         outputs = ((tuple(shape), dtype),)
-        return self._append(Node(len(self._nodes), kind, self._unique(name), outputs))
+        if kind == "param":  # found by its name, whatever else has that
+            self._names.add(name)
+        else:
+            name = self._unique(name)
+        return self._append(Node(len(self._nodes), kind, name, outputs))
 
     def _append(self, node: Node) -> int:
         self._nodes.append(node)

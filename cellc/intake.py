@@ -240,7 +240,7 @@ class Intake:
         before = compiler.counts["plans_traced"]
         entry = self._entry(structure, call)
         traced = compiler.counts["plans_traced"] != before
-        if compiler.asks is None or not traced or isinstance(entry, Exception):
+        if compiler.asks.any is None or not traced or isinstance(entry, Exception):
             return entry
         ticket = owned(Ticket(entry, request.tensors, trial=True))
         try:
@@ -255,7 +255,7 @@ class Intake:
             "one, and by that gives another result than in PyTorch",
             remedy="write isinstance(x, torch.Tensor) for type(x) is torch.Tensor, and pass an "
             "argument that says which are one",
-            origin=compiler.asks,
+            origin=compiler.asks.any,
         )
 
     def _agrees(self, requests: Sequence[Wanted]) -> bool:

@@ -63,8 +63,8 @@ class Structures:
         self.store = CellStore(backend, self.params, self._lock)
         self.pipeline = Pipeline(model, self.params, device, options, self.store)
         self.forward, self.arguments = self.pipeline.forward, self.pipeline.arguments
-        self.asks = asks_for_identity(self.forward, named_modules(model).values())  # where
-        self.arguments.identity = self.asks is not None
+        self.asks = asks_for_identity(self.forward, named_modules(model).values())
+        self.arguments.identity = self.asks.identity is not None
         self._stages = self.pipeline.stages
         self.plans = PlanCache()
         self.paths = Paths()

@@ -31,15 +31,16 @@ _SAME_DTYPE = (
 
 def verify_graph(graph: Graph, stage: str = "tracing") -> None:
     """Check numbering, names, operands, argument templates and outputs; raises VerifyError."""
-    names: set[str] = set()
+    names: set[tuple[bool, str]] = set()  # parameters have names of their own
     for number, node in enumerate(graph):
         for problem in _node_problems(graph, number, node):
             raise VerifyError(
                 f"node {node.name}: {problem}", stage=stage, origin=node.origin or None
             )
-        if node.name in names:
+        name = node.kind == "param", node.name
+        if name in names:
             raise VerifyError(f"two nodes are named {node.name}", stage=stage)
-        names.add(node.name)
+        names.add(name)
     for value in graph.outputs:
         if problem := _value_problem(graph, value, len(graph)):
             raise VerifyError(f"graph output: {problem}", stage=stage)

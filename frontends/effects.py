@@ -15,7 +15,7 @@ import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -24,7 +24,7 @@ from cellc.frontends.stub import CannotUnfold
 _KNOWN = frozenset(vars(nn.Module()))  # what torch keeps in every module
 _SETS = frozenset(["setattr", "__setattr__", "__dict__", "vars"])
 _LOADS = frozenset("LOAD_GLOBAL LOAD_NAME LOAD_ATTR LOAD_METHOD".split())
-_IDENTITY = frozenset(["type", "id", "__class__"])
+_IDENTITY = {"type": "type", "__class__": "type", "id": "identity"}
 _MADE_ONCE = frozenset(["__init__", "__setstate__", "__deepcopy__", "reset_parameters"])
 
 
@@ -90,15 +90,27 @@ def asks_what_it_is(forward: Callable[..., Any], modules: Iterable[nn.Module]) -
     return any(map(_asks_what_it_is, [*codes, *_reached([forward])]))
 
 
-def asks_for_identity(forward: Callable[..., Any], modules: Iterable[nn.Module]) -> str | None:
-    """file:line where a forward may tell a stand-in from a tensor, or whether two of its arguments
-    are one: by the very type of a value, or by what it is itself.
-    """
+class Asks(NamedTuple):
+    """file:line where a forward asks for the very type of a value, or whether two are one."""
+
+    type: str | None
+    identity: str | None
+
+    @property
+    def any(self) -> str | None:
+        """Where it may tell a stand-in from a tensor."""
+        return self.type or self.identity
+
+
+def asks_for_identity(forward: Callable[..., Any], modules: Iterable[nn.Module]) -> Asks:
+    """What a forward, or what it calls, may ask of its arguments themselves."""
     kinds = dict.fromkeys(map(_class_of, modules))
     codes = [c for kind in kinds for c in codes_of(kind)]
     methods = [f for kind in kinds for f in _methods(kind)]
-    return next(
-        filter(None, map(_asks_for_identity, [*codes, *_reached([forward, *methods])])), None
+    found = [_asks_for_identity(code) for code in (*codes, *_reached([forward, *methods]))]
+    return Asks(
+        next((one.type for one in found if one.type), None),
+        next((one.identity for one in found if one.identity), None),
     )
 
 
@@ -142,15 +154,19 @@ def _asks_what_it_is(code: types.CodeType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _asks_for_identity(code: types.CodeType) -> str | None:
+def _asks_for_identity(code: types.CodeType) -> Asks:
     before, line = "", code.co_firstlineno
+    lines: dict[str, str] = {}
     for step in dis.get_instructions(code):
-        line = step.positions.lineno or line if step.positions else line
-        asks = step.opname in _LOADS and step.argval in _IDENTITY
-        if asks or (step.opname == "IS_OP" and before != "LOAD_CONST"):
-            return f"{os.path.basename(code.co_filename)}:{line}"
+        at = getattr(step, "line_number", step.starts_line)  # Python 3.13 has the former
+        line = at if at is not None else line
+        what = _IDENTITY.get(step.argval) if step.opname in _LOADS else None
+        if step.opname == "IS_OP" and before != "LOAD_CONST":
+            what = "identity"
+        if what is not None:
+            lines.setdefault(what, f"{os.path.basename(code.co_filename)}:{line}")
         before = step.opname
-    return None
+    return Asks(lines.get("type"), lines.get("identity"))
 
 
 def sets_attributes(modules: Iterable[nn.Module]) -> bool:

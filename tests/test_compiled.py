@@ -328,6 +328,27 @@ def test_transposed_weights(backend: BackendName) -> None:
         same(compiled(x), eager(model, x))
 
 
+class Namesakes(nn.Module):
+    """Parameters are called as an argument, and as operations that run before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.x, self.t, self.add = (nn.Parameter(torch.randn(4)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x) + 1
+        return y * self.t + self.add - self.x  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpp"])
+def test_parameters_with_names_of_others(backend: BackendName) -> None:
+    torch.manual_seed(0)
+    model, x = Namesakes().eval(), torch.randn(4)
+    with cellc.compile(model, backend=backend) as compiled:
+        torch.testing.assert_close(compiled(x), model(x).detach(), rtol=1e-4, atol=1e-5)
+
+
 def test_two_pairs_of_products_in_one_cell() -> None:
     a, b, c, d = (nn.Linear(I, H).eval() for _ in range(4))
 
