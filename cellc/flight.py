@@ -271,7 +271,7 @@ class Flight:
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
         first = outputs[0]
-        if first and len(tickets) > 1 and all(given is first for given in outputs):
+        if first and len(tickets) > 1 and all(given == first for given in outputs):
             ((_, bases), *others) = by_bases(tickets)
             if not others:
                 columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]

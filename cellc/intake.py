@@ -33,6 +33,7 @@ from cellc.ticket import Ticket
 
 Begin = Callable[[Sequence[Ticket]], None]
 TOGETHER = 96  # requests that are unfolded while those before them run
+MANY = 1024  # likewise, where no forward has to run for that
 
 
 class Intake:
@@ -150,8 +151,10 @@ class Intake:
         followers: dict[int, list[int]] = {}
         for i, leader in enumerate(leaders):
             followers.setdefault(id(leader), []).append(i)
-        while len(new) > TOGETHER and self._compiler.unfold(new[:TOGETHER]):
-            requests, new = [one.request for one in new[:TOGETHER]], new[TOGETHER:]
+        count = TOGETHER
+        while len(new) > TOGETHER and self._compiler.unfold(new[:count]):
+            requests, new = [one.request for one in new[:count]], new[count:]
+            count = TOGETHER if self._compiler.unfolder.ran else MANY
             unfolded = [request for request in requests if request.entry is not None]
             some = {
                 i: _new_ticket(leader.entry, flat[i], bound[i])
