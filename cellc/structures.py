@@ -108,9 +108,8 @@ class Structures:
         """
         with self._lock:
             steering = self.arguments.steering
-            if steering is None or any(
-                w.request.steering != steering for w in requests if w.request.nested
-            ):
+            others = {id(w.request.steering): w.request for w in requests if w.request.nested}
+            if steering is None or any(r.steering != steering for r in others.values()):
                 return False  # another thread learned something
             before = self.unfolder.generation
             begin = time.perf_counter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -23,6 +24,7 @@ from cellc.plan import NUM_COLUMNS, Plan, record_length
 from cellc.rows import RaggedRefs
 
 _NO_LIMIT = 1 << 40
+USUAL_NODES = 1 << 10  # of a tree, or fewer
 _pack = struct.Struct("11q").pack
 
 
@@ -59,7 +61,8 @@ class Native:
         self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
         self._arrange.argtypes = [pointer, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
-        self._tree.argtypes = [pointer, number, number, pointer]
+        self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
+        self._room = threading.local()  # for what `tree` finds
         self._arrange.restype = self._tree.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
@@ -156,9 +159,16 @@ class Native:
         n, width = children.shape
         if n == 0:
             return None
-        children = np.ascontiguousarray(children)
-        out = np.empty(3 * n - 1, np.int64)
-        root = self._tree(children.ctypes.data, n, width, out.ctypes.data)
+        if n > USUAL_NODES:
+            out = np.empty(3 * n - 1, np.int64)
+            root = self._tree(children.tobytes(), n, width, out.ctypes.data)
+        else:  # looking up an address takes as long as a usual tree
+            room = self._room.__dict__
+            if not room:
+                room["array"] = array = np.empty(3 * USUAL_NODES, np.int64)
+                room["address"] = array.ctypes.data
+            root = self._tree(children.tobytes(), n, width, room["address"])
+            out = room["array"][: 3 * n - 1].copy()
         return None if root < 0 else (out[:n], out[n : 2 * n], out[2 * n :], root)
 
 
