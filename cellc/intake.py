@@ -33,7 +33,7 @@ from cellc.ticket import Ticket
 
 Begin = Callable[[Sequence[Ticket]], None]
 TOGETHER = 96  # requests that are unfolded while those before them run
-MANY = 256  # likewise, where no forward has to run for that
+MANY = 384  # likewise, at most, where no forward has to run for that
 
 
 class Intake:
@@ -105,7 +105,7 @@ class Intake:
             some = self._planned(self._bound(calls[len(found) :][:count]), begin)
             begin([t for t in some if isinstance(t, Ticket) and not t.arrived])
             found += some
-            count = MANY
+            count = min(2 * count, MANY)
         found += self._planned(self._bound(calls[len(found) :]), begin)
         return [Ticket.failed(one) if isinstance(one, Exception) else one for one in found]
 
@@ -167,7 +167,7 @@ class Intake:
         count = TOGETHER
         while len(new) > TOGETHER and self._compiler.unfold(new[:count]):
             requests, new = [one.request for one in new[:count]], new[count:]
-            count = TOGETHER if self._compiler.unfolder.ran else MANY
+            count = TOGETHER if self._compiler.unfolder.ran else min(2 * count, MANY)
             unfolded = [request for request in requests if request.entry is not None]
             some = {
                 i: _new_ticket(leader.entry, flat[i], bound[i])
