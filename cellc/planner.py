@@ -117,17 +117,16 @@ class _Planner:
         counts = [np.bincount(o, minlength=requests) for o in self.forest.owners]
         sizes = np.stack(counts, 1)  # [requests, groups]
         made.table[:, CELL] = np.repeat(np.tile(numbers, requests), sizes.reshape(-1))
-        present = (sizes > 0) | (requests == 1)
-        rows, which = np.unique(present, axis=0, return_inverse=True)
+        present = list(map(tuple, ((sizes > 0) | (requests == 1)).tolist()))
         depths = made.depths.tolist()
-        known = [
-            (
+        known = {
+            there: (
                 tuple([i for i, yes in zip(ids, there, strict=True) if yes]),
                 tuple([d for d, yes in zip(depths, there, strict=True) if yes]),
             )
-            for there in rows.tolist()
-        ]
-        return [known[i] for i in which.reshape(-1).tolist()]
+            for there in set(present)
+        }
+        return [known[there] for there in present]
 
     def _note_sizes(
         self, plans: list[Plan], arrays: Sequence[I32], starts: Sequence[I64], slots: I64
