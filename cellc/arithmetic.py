@@ -2,9 +2,10 @@
 
 Duty: what costs the scheduler and the planner time (`cellc.scheduler` says what the table holds).
 `place` copies blocks of plans into it. `advance`, from the calls that a launch begins with, follows
-their chains, looks up the slots of all rows, tells successors, counts down requests. `depths` are
-of calls that wait for each other, `tree` checks arrays of children. Here by numpy; `kernels.native`
-has the same in C++ for machines with a compiler.
+their chains, looks up the slots of all rows, tells successors, counts down requests. `arrange`
+gives calls of new requests their numbers, places and records (`cellc.arranging`), `tree` checks
+arrays of children. Here by numpy; `kernels.native` has the same in C++ for machines with a
+compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from cellc.arranging import Arranged, Wiring, arrange
 from cellc.plan import (
     CHAIN,
     EDGES,
@@ -66,10 +68,8 @@ class Arithmetic(Protocol):
         """
         ...
 
-    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
-        """(the deepest level of each group's calls, how many calls have a level), where call
-        `targets[i]` waits for call `sources[i]`. Levels end where calls wait in a circle.
-        """
+    def arrange(self, wiring: Wiring) -> Arranged:
+        """See `cellc.arranging`."""
         ...
 
     def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
@@ -112,21 +112,8 @@ class Numpy:
             events = answering = _NONE
         return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
 
-    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
-        total = len(group_of)
-        left = np.bincount(targets, minlength=total)
-        successors, first, counts = by_source(sources, targets, total)
-        ready = np.flatnonzero(left == 0)
-        seen, level = 0, 0
-        depth = np.zeros(groups, np.int64)
-        while len(ready):
-            seen += len(ready)
-            depth[group_of[ready]] = level
-            woken = successors[ragged_range(first[ready], counts[ready])]
-            np.subtract.at(left, woken, 1)
-            ready = np.unique(woken[left[woken] == 0])
-            level += 1
-        return depth, seen
+    def arrange(self, wiring: Wiring) -> Arranged:
+        return arrange(wiring)
 
     def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
         there = children != -1
@@ -138,13 +125,6 @@ class Numpy:
         if len(readers) != n or readers.max() > 1 or not (flat < there.nonzero()[0]).all():
             return None
         return there.sum(1), readers, flat, n - 1
-
-
-def by_source(sources: I64, targets: I64, total: int) -> tuple[I64, I64, I64]:
-    """Edges by source: (targets, where each source's begin, how many it has)."""
-    order = np.argsort(sources, kind="stable")
-    counts = np.bincount(sources, minlength=total)
-    return targets[order], np.cumsum(counts) - counts, counts
 
 
 def _expand(table: I32, heads: I64, max_steps: int | None) -> tuple[I64, I32, I64]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from cellc.cells import Cell
-from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
+from cellc.ops import RowType
+from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput, Windows
 
 
 @dataclass
@@ -71,20 +72,48 @@ class CallGraph:
 
 
 @dataclass
+class DataColumn:
+    """One tensor of several requests: of request `owners[j]`, rows bases[j]..bases[j] + counts[j] -
+    1. See `DataSource`.
+    """
+
+    leaf: int
+    name: str
+    type: RowType
+    row_dims: tuple[bool, ...]
+    bases: Refs
+    counts: Refs
+    owners: Refs
+    windows: Windows | None = None
+
+
+@dataclass
+class OutputColumn:
+    """One tensor that several requests return: of request `owners[j]`, refs[j]. See `RowOutput`."""
+
+    refs: Refs  # [requests, *positions]
+    type: RowType
+    shape: tuple[int, ...]
+    row_dims: tuple[bool, ...]
+    owners: Refs
+
+
+@dataclass
 class Forest:
     """Call graphs of several requests side by side in one, each call the request it belongs to.
 
-    `owners[g]` has the request of every call of group g, ascending; data sources and outputs have
-    one owner each. Constants belong to all. Where values are read, `when` has for every call of a
-    group the first row of what it is part of, `answered` for every request the first row that is
-    made after a question which is still open.
+    `owners[g]` has the request of every call of group g, ascending. What requests are given and
+    return is in columns, and not in the graph; a request has one tensor at most in each. Constants
+    belong to all. Where values are read, `when` has for every call of a group the first row of what
+    it is part of, `answered` for every request the first row that is made after a question which is
+    still open.
     """
 
     graph: CallGraph
     num_requests: int
     owners: list[Refs]
-    data_owners: list[int]
-    output_owners: list[int]
+    data: list[DataColumn]
+    outputs: list[OutputColumn]
     rows: list[Refs] | None = None  # where values are read: for every request's rows their values
     when: list[Refs] | None = None
     answered: Refs | None = None
@@ -93,7 +122,39 @@ class Forest:
     def of(cls, graph: CallGraph) -> Forest:
         """One request."""
         owners = [np.zeros(g.num_calls, np.int64) for g in graph.groups]
-        return cls(graph, 1, owners, [0] * len(graph.data), [0] * len(graph.outputs))
+        only = np.zeros(1, np.int64)
+        data = [
+            DataColumn(
+                *(s.leaf, s.name, s.type, s.row_dims, np.array([s.base]), np.array([s.count])),
+                only,
+                s.windows,
+            )
+            for s in graph.data
+        ]
+        outputs = [
+            OutputColumn(o.refs[None], o.type, o.shape, o.row_dims, only) for o in graph.outputs
+        ]
+        return cls(graph, 1, owners, data, outputs)
+
+    def whole(self) -> CallGraph:
+        """The graph with what all requests are given and return, request by request."""
+        data = [
+            (owner, DataSource(c.leaf, c.name, base, count, c.type, c.row_dims, c.windows))
+            for c in self.data
+            for owner, base, count in zip(
+                c.owners.tolist(), c.bases.tolist(), c.counts.tolist(), strict=True
+            )
+        ]
+        outputs = [
+            (owner, RowOutput(refs, c.type, c.shape, c.row_dims))
+            for c in self.outputs
+            for owner, refs in zip(c.owners.tolist(), c.refs, strict=True)
+        ]
+        return replace(
+            self.graph,
+            data=[s for _, s in sorted(data, key=lambda one: one[0])],
+            outputs=[o for _, o in sorted(outputs, key=lambda one: one[0])],
+        )
 
 
 def _list(values: Sequence[int] | Refs) -> str:

@@ -172,11 +172,14 @@ class Compiled:
         if timed or self._max_queue is not None:  # the time of all begins when all can run
             return self._tickets(calls)
         begun: list[Ticket] = []
+        since = time.perf_counter()
 
         def begin(tickets: Sequence[Ticket]) -> None:
+            nonlocal since
             begun.extend(tickets)
             self._serving.enqueue(tickets)
-            self._serving.nudge()
+            self._serving.nudge(time.perf_counter() - since)  # the next may take as long to make
+            since = time.perf_counter()
 
         self._check_open()
         try:

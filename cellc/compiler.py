@@ -85,7 +85,7 @@ class Compiler(Branches):
         traced, graph = self.pipeline.calls(args, kwargs, names)
         if (roles.version, self.pipeline.shown) != before and self.plans:
             self._forget()
-        self.calls, self.graph = graph, traced.graph
+        self._calls, self.graph = graph, traced.graph
         self.counts["plans_traced"] += 1
         kept, spec = traced.outputs
         bare = (

@@ -118,11 +118,13 @@ class Engine:
         """Block until these queued requests are done, running the loop here if nobody does."""
         self.run_until(lambda: all(t.done for t in tickets), lambda: self._drive(tickets))
 
-    def nudge(self) -> None:
-        """More requests are being made: run beside that what is worth it by now, if nobody does."""
+    def nudge(self, seconds: float) -> None:
+        """More requests are being made, for so long: run beside that what is worth it by now, if
+        nobody does.
+        """
         if self._turns.beside:
             try:  # what was begun goes on
-                self._loop.run(self._turns.nudge, wait=False)
+                self._loop.run(lambda: self._turns.nudge(seconds), wait=False)
             finally:
                 self._hand_over()
 

@@ -154,15 +154,15 @@ class Flight:
                     alike[rows] = (rows, members, starts, tensors)
             return self._write(alike.values())
         first_slots = bases.tolist()
+        known: dict[int, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
         for i, ticket in enumerate(tickets):
             for rows in ticket.entry.plan.data:
                 if rows.leaf < 0:
                     continue  # carried from the leg before
-                one, form = rows.count == 1, (rows.row_dims, rows.windows)
-                key = (rows.leaf, rows.type, form, rows.bound, rows.name, one)
-                if key not in alike:
-                    alike[key] = (rows, [], [], [])
-                _, members, starts, tensors = alike[key]
+                group = known.get(id(rows))
+                if group is None:
+                    group = known[id(rows)] = alike.setdefault(rows.kind, (rows, [], [], []))
+                _, members, starts, tensors = group
                 members.append(i)
                 starts.append(first_slots[i][rows.type] + rows.start)
                 tensors.append(ticket.tensor(rows.leaf))
@@ -271,7 +271,7 @@ class Flight:
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
         first = outputs[0]
-        if first and len(tickets) > 1 and all(given is first for given in outputs):
+        if first and len(tickets) > 1 and all(given == first for given in outputs):
             ((_, bases), *others) = by_bases(tickets)
             if not others:
                 columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]

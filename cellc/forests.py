@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cellc.calls import CallGraph, CallGroup, Forest, join, take
+from cellc.calls import CallGraph, CallGroup, DataColumn, Forest, OutputColumn, join, take
 from cellc.dtypes import DTYPE_NAMES
 from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
@@ -26,7 +26,7 @@ from cellc.frontends.stubbing import Part
 from cellc.frontends.unfold import Recorder, Returned
 from cellc.ops import RowType
 from cellc.request import Request
-from cellc.rows import DataSource, RaggedRefs, Refs, RowOutput
+from cellc.rows import RaggedRefs, Refs
 
 DRAWN = 1 << 20  # leaves from here on are random numbers that the request draws
 
@@ -226,48 +226,87 @@ def make_forest(
         groups.append(group)
         all_owners.append(owners)
         all_when.append(when)
-    data, data_owners, output_owners = [], [], []
-    result_rows: list[int] = []
-    forms: list[tuple[int, OutType]] = []
-    for r, run in enumerate(runs):
-        for leaf, base, kind, count, name in run.data:
-            data.append(_source(leaf, base, kind, count, name))
-            data_owners.append(r)
-        for number, draw in enumerate(run.draws):
-            if draw.row >= run.cut and (run.end is None or draw.row < run.end):
-                data.append(_source(DRAWN + number, draw.row, draw.form, -1, "drawn"))
-                data_owners.append(r)
-        for leaf, base, kind, count in run.carried_data:
-            data.append(_source(leaf, base, kind, count, "carried"))
-            data_owners.append(r)
-        for piece in run.wanted:
-            for returned_rows, out in piece.tensors:
-                result_rows += returned_rows
-                forms.append((len(returned_rows), out))
-                output_owners.append(r)
-    owner = len(runs)
-    for many in stamped:
-        owners_of = range(owner, owner := owner + len(many.requests))
-        for leaf, name, kind, firsts, counts in many.data:
-            data += [
-                _source(leaf, base, kind, count, name)
-                for base, count in zip(firsts.tolist(), counts.tolist(), strict=True)
-            ]
-            data_owners += owners_of
-        result_rows += many.returned.reshape(-1).tolist()
-        forms += many.pattern.forms * len(owners_of)
-        output_owners += [r for r in owners_of for _ in many.pattern.forms]
-    refs = final[values_of(np.array(result_rows, np.int64))]
-    outputs, at = [], 0
-    for size, out in forms:
-        outputs.append(_output(refs[at : at + size], out))
+    graph = CallGraph(groups, [], constants, [], next_value)
+    given, returned = _data_of(runs, stamped), _outputs_of(runs, stamped)
+    rows = np.concatenate([np.zeros(0, np.int64), *[o.refs.reshape(-1) for o in returned]])
+    refs, at = final[values_of(rows)], 0
+    for output in returned:
+        size = output.refs.size
+        output.refs = refs[at : at + size].reshape(output.refs.shape)
         at += size
-    graph = CallGraph(groups, data, constants, outputs, next_value)
-    forest = Forest(graph, len(starts), all_owners, data_owners, output_owners)
+    forest = Forest(graph, len(starts), all_owners, given, returned)
     if window.steered:
         forest.rows = window.rows(moved, final)
         forest.when, forest.answered = all_when, window.answered
     return forest
+
+
+def _data_of(runs: Sequence[Unfolded], stamped: Sequence[Stamped]) -> list[DataColumn]:
+    """What requests are given, those of `runs` first."""
+    found: dict[tuple[int, str, StubType, bool], list[tuple[int, int, int]]] = {}
+    for owner, run in enumerate(runs):
+        given = [*run.data]
+        for number, draw in enumerate(run.draws):
+            if draw.row >= run.cut and (run.end is None or draw.row < run.end):
+                given.append((DRAWN + number, draw.row, draw.form, -1, "drawn"))
+        given += [(*carried, "carried") for carried in run.carried_data]
+        for leaf, base, kind, count, name in given:
+            place = found.setdefault((leaf, name, kind, count < 0), [])
+            place.append((base, count, owner))
+    columns = [
+        _data_column(*key[:3], *np.array(members, np.int64).T) for key, members in found.items()
+    ]
+    first = len(runs)
+    for many in stamped:
+        owners = np.arange(first, first + len(many.requests))
+        columns += [_data_column(*column, owners) for column in many.data]
+        first += len(many.requests)
+    return columns
+
+
+def _data_column(
+    leaf: int, name: str, kind: StubType, bases: Refs, counts: Refs, owners: Refs
+) -> DataColumn:
+    """`counts`: -1 of tensors that are rows themselves."""
+    rows = (True,) * len(kind.shape)
+    if counts[0] >= 0:
+        return DataColumn(leaf, name, _row_type(kind), (False, *rows), bases, counts, owners)
+    return DataColumn(leaf, name, _row_type(kind), rows, bases, np.ones_like(counts), owners)
+
+
+def _outputs_of(runs: Sequence[Unfolded], stamped: Sequence[Stamped]) -> list[OutputColumn]:
+    """What requests return, those of `runs` first: their rows."""
+    found: dict[tuple[int, int, OutType], tuple[list[list[int]], list[int]]] = {}
+    for owner, run in enumerate(runs):
+        tensors = [tensor for piece in run.wanted for tensor in piece.tensors]
+        for number, (rows, out) in enumerate(tensors):
+            members, owners = found.setdefault((number, len(rows), out), ([], []))
+            members.append(rows)
+            owners.append(owner)
+    columns = [
+        _output_column(np.array(rows, np.int64).reshape(len(rows), size), out, np.array(owners))
+        for (_, size, out), (rows, owners) in sorted(found.items(), key=lambda one: one[0][0])
+    ]
+    first = len(runs)
+    for many in stamped:
+        owners_of = np.arange(first, first + len(many.requests))
+        at = 0
+        for size, out in many.pattern.forms:
+            columns.append(_output_column(many.returned[:, at : at + size], out, owners_of))
+            at += size
+        first += len(many.requests)
+    return columns
+
+
+def _output_column(rows: Refs, out: OutType, owners: Refs) -> OutputColumn:
+    """`rows`: [requests, rows]."""
+    shape = out.type.shape
+    if out.rows < 0:
+        rows = rows.reshape(len(rows))
+        return OutputColumn(rows, _row_type(out.type), shape, (True,) * len(shape), owners)
+    dims = (False, *[True] * (len(shape) - 1))
+    type = RowType(shape[1:], DTYPE_NAMES[out.type.dtype])
+    return OutputColumn(rows, type, shape, dims, owners)
 
 
 class _Window:
@@ -378,20 +417,3 @@ def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, R
 @functools.cache
 def _row_type(kind: StubType) -> RowType:
     return RowType(kind.shape, DTYPE_NAMES[kind.dtype])
-
-
-def _source(leaf: int, base: int, kind: StubType, count: int, name: str) -> DataSource:
-    type = _row_type(kind)
-    rows = (True,) * len(kind.shape)
-    if count < 0:
-        return DataSource(leaf, name, base, 1, type, rows)
-    return DataSource(leaf, name, base, count, type, (False, *rows))
-
-
-def _output(refs: Refs, out: OutType) -> RowOutput:
-    shape = out.type.shape
-    if out.rows < 0:
-        return RowOutput(refs.reshape(()), _row_type(out.type), shape, (True,) * len(shape))
-    dims = (False, *[True] * (len(shape) - 1))
-    type = RowType(shape[1:], DTYPE_NAMES[out.type.dtype])
-    return RowOutput(refs, type, shape, dims)

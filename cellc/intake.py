@@ -33,6 +33,7 @@ from cellc.ticket import Ticket
 
 Begin = Callable[[Sequence[Ticket]], None]
 TOGETHER = 96  # requests that are unfolded while those before them run
+MANY = 384  # likewise, at most, where no forward has to run for that
 
 
 class Intake:
@@ -91,19 +92,32 @@ class Intake:
     ) -> list[Ticket]:
         """Tickets in order, those of requests that cannot be planned already failed. Of sizes never
         seen, the extremes are planned first: those between need no tracing. `begin` is given some
-        tickets while others are still to be unfolded.
+        tickets while others are still to be unfolded or, where forwards need not run for that, even
+        to be bound.
         """
         check_outside()
+        unfolder = self._compiler.unfolder
+        found: list[Ticket | Exception] = []
+        count = TOGETHER
+        while begin is not None and unfolder.to_check <= 0 and len(unfolder.patterns):
+            if len(calls) - len(found) <= TOGETHER:
+                break
+            some = self._planned(self._bound(calls[len(found) :][:count]), begin)
+            begin([t for t in some if isinstance(t, Ticket) and not t.arrived])
+            found += some
+            count = min(2 * count, MANY)
+        found += self._planned(self._bound(calls[len(found) :]), begin)
+        return [Ticket.failed(one) if isinstance(one, Exception) else one for one in found]
+
+    def _bound(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
+        """Calls, or what is wrong with them."""
         bound: list[Any] = []
         for call in calls:
             try:
                 bound.append(self._bind(*call))
             except CellcError as error:
                 bound.append(error)
-        return [
-            Ticket.failed(one) if isinstance(one, Exception) else one
-            for one in self._planned(bound, begin)
-        ]
+        return bound
 
     def _planned(
         self, bound: Sequence[Any], begin: Begin | None = None
@@ -120,11 +134,11 @@ class Intake:
                 if isinstance(request, Exception):
                     leaders.append(request)
                     continue
-                leaders.append(firsts.setdefault(request.key, request))
-                if leaders[-1] is request:
-                    request.entry = compiler.cached(request.key)
-                    if request.entry is None:
-                        new.append(Wanted(request, *call))
+                request.entry = compiler.cached(request.key)
+                known = request.entry is not None
+                leaders.append(request if known else firsts.setdefault(request.key, request))
+                if not known and leaders[-1] is request:
+                    new.append(Wanted(request, *call))
             any(compiler.unfolds(one.request) for one in new)  # one may decide for all
             chosen = [one for one in new if compiler.unfolds(one.request)]
             checked = compiler.unfolder.to_check <= 0 and not compiler.arguments.identity
@@ -150,8 +164,10 @@ class Intake:
         followers: dict[int, list[int]] = {}
         for i, leader in enumerate(leaders):
             followers.setdefault(id(leader), []).append(i)
-        while len(new) > TOGETHER and self._compiler.unfold(new[:TOGETHER]):
-            requests, new = [one.request for one in new[:TOGETHER]], new[TOGETHER:]
+        count = TOGETHER
+        while len(new) > TOGETHER and self._compiler.unfold(new[:count]):
+            requests, new = [one.request for one in new[:count]], new[count:]
+            count = TOGETHER if self._compiler.unfolder.ran else min(2 * count, MANY)
             unfolded = [request for request in requests if request.entry is not None]
             some = {
                 i: _new_ticket(leader.entry, flat[i], bound[i])

@@ -208,10 +208,13 @@ class Launcher:
         """Does the last launch run beside the caller?"""
         return self.running is not None and self.running.prepared is not None
 
-    @property
-    def busy_for_long(self) -> bool:
-        """And takes as long as the host takes to make some requests."""
-        return self.busy and self.running.expected > pacing.LONG  # type: ignore[union-attr]
+    def busy_for(self, seconds: float) -> bool:
+        """And that as long as the host is away, or else longer than the next launch would be."""
+        running, chosen = self.running, self._scheduler.peek()
+        if running is None or not self.busy or running.expected <= pacing.LONG:
+            return False
+        following = self.step_seconds(*chosen) if chosen is not None else 0.0
+        return running.expected >= min(seconds, following)
 
     def settle(self) -> None:
         """Wait until the last launch has run. Its rows are there then, and arenas may grow."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cellc import skeleton
 from cellc.forests import Stamped, Unfolded, Wanted
 from cellc.frontends.grove import LEAF, Grove
 from cellc.frontends.pattern import Pattern, learn, stamp
@@ -25,13 +27,19 @@ from cellc.stand_ins import StandIns
 MAX_PATTERNS = 1 << 10
 
 
-class Form(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Form:
     """What calls of one form have: places of their trees in the tokens, and of their tensors among
-    the arguments.
+    the arguments. One object each: equal ones are not the same form.
     """
 
     trees: tuple[int, ...]
     tensors: tuple[Hashable, ...]
+
+    def trees_of(self, requests: Sequence[Request]) -> list[list[Any]]:
+        """Place by place."""
+        tokens: list[Any] = [request.tokens for request in requests]
+        return [[given[at] for given in tokens] for at in self.trees]
 
 
 class Known(NamedTuple):
@@ -86,9 +94,11 @@ class Patterns:
             pattern = self._known.get(self._key(run.request))
             if pattern is None or run.failed:
                 continue
-            trees = self._trees(run.request)
+            form = self._form(run.request)
+            assert form is not None
+            trees = form.trees_of([run.request])
             for fold in pattern.folds:
-                tree = trees[fold.tree]
+                (tree,) = trees[fold.tree]
                 count = int(tree.counts[tree.root])
                 fold.roots.add(LEAF if count == 0 and LEAF in fold.site.rules else count)
 
@@ -120,8 +130,10 @@ class Patterns:
         self, pattern: Pattern, members: list[int], requests: list[Request]
     ) -> tuple[Known | None, list[int]]:
         """Requests on whose trees the pattern is known, and the others."""
-        trees = [self._trees(request) for request in requests]
-        groves = [Grove(column) for column in zip(*trees, strict=True)]
+        form = self._form(requests[0])
+        assert form is not None
+        trees = form.trees_of(requests)
+        groves = [Grove(column) for column in trees]
         lengths = {
             leaf: np.array([r.tensors[leaf].shape[0] for r in requests], np.int64)
             for leaf in pattern.stacks
@@ -137,7 +149,7 @@ class Patterns:
         left = [members[i] for i in np.flatnonzero(strange).tolist()]
         if not good:
             return None, left
-        groves = [Grove(column) for column in zip(*[trees[i] for i in good], strict=True)]
+        groves = [Grove([column[i] for i in good]) for column in trees]
         lengths = {leaf: rows[good] for leaf, rows in lengths.items()}
         return Known(pattern, [members[i] for i in good], groves, lengths), left
 
@@ -147,22 +159,22 @@ class Patterns:
         """
         if request.ints or request.floats or request.generators or not request.structured:
             return None
-        tokens: tuple[Any, ...] = request.tokens  # type: ignore[assignment]
-        named = tuple([type(t) if getattr(type(t), "structured", False) else t for t in tokens])
-        if named not in self._forms:
-            self._forms[named] = _form_of(tokens)
-        form = self._forms[named]
+        form = self._form(request)
         if form is None:
             return None
-        key: list[Hashable] = [named]
+        key: list[Hashable] = [form]
+        is_list = self._stand_ins.is_list
         for tensor, place in zip(request.tensors, form.tensors, strict=True):
-            rows = self._stand_ins.is_list(tensor, place)
-            key += (rows, tensor.dtype, tensor.shape[1:] if rows else tensor.shape)
+            rows, shape = is_list(tensor, place), tensor.shape
+            key += (rows, tensor.dtype, shape[1:] if rows else shape)
         return tuple(key)
 
-    def _trees(self, request: Request) -> list[Any]:
+    def _form(self, request: Request) -> Form | None:
         tokens: tuple[Any, ...] = request.tokens  # type: ignore[assignment]
-        return [t for t in tokens if _is_tree(t)]
+        named = tuple([type(t) if type(t) in skeleton.ARRAYS else t for t in tokens])
+        if named not in self._forms:
+            self._forms[named] = _form_of(tokens)
+        return self._forms[named]
 
     # -- writing --
 
@@ -204,9 +216,10 @@ def _form_of(tokens: tuple[Any, ...]) -> Form | None:
         return None
     trees: list[int] = []
     tensors: list[Hashable] = []
-    for place, token in zip((*range(count), *names), given, strict=True):
+    places = (*range(count), *names)
+    for at, (place, token) in enumerate(zip(places, given, strict=True), 1 + len(names)):
         if _is_tree(token):
-            trees.append(len(trees))
+            trees.append(at)
         elif token == TENSOR:
             tensors.append(("argument", place))
         else:
@@ -222,9 +235,15 @@ def _strange(fold: Any, grove: Grove, lengths: dict[int, np.ndarray]) -> np.ndar
     has_leaves = LEAF in site.rules
     strange = np.zeros(len(grove.structures), bool)
     kinds = grove.kinds(has_leaves)
-    strange[owner[~np.isin(kinds, list(site.rules))]] = True
-    pairs = np.isin(grove.pairs(has_leaves), list(site.pairs))
-    strange[owner.repeat(grove.counts)[~pairs]] = True
+    number = np.full(max(*site.rules, int(kinds.max())) + 2, len(site.rules))
+    number[np.array([*site.rules]) + 1] = np.arange(len(site.rules))
+    numbers = number[kinds + 1]  # of rules; one more for nodes that have none
+    strange[owner[numbers == len(site.rules)]] = True
+    known = np.array([*site.pairs], np.int64).reshape(-1, 2)
+    below = np.zeros((len(site.rules) + 1,) * 2, bool)
+    below[number[known[:, 0] + 1], number[known[:, 1] + 1]] = True
+    fits = below[numbers[grove.children], numbers.repeat(grove.counts)]
+    strange[owner.repeat(grove.counts)[~fits]] = True
     strange |= ~np.isin(kinds[grove.starts + grove.roots], list(fold.roots))
     leaves = grove.num_leaves if has_leaves else np.zeros_like(grove.sizes)
     for leaf in fold.leaves:

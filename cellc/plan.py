@@ -56,6 +56,12 @@ class DataRows:
     ahead: int | None = None  # as must those be that are read, which is known when they were
     windows: Windows | None = None  # of which each is a row
 
+    @cached_property
+    def kind(self) -> tuple[Hashable, ...]:
+        """Equal for tensors that are copied alike, in one go."""
+        form = self.row_dims, self.windows
+        return self.leaf, self.type, form, self.bound, self.name, self.count == 1
+
 
 @dataclass(eq=False)  # not frozen: a new structure makes many, and a frozen one takes longer
 class OutputRows:

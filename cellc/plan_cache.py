@@ -48,8 +48,9 @@ class PlanCache(OrderedDict[Hashable, Entry]):
 
     def keep(self, key: Hashable, entry: Entry) -> None:
         """Where there is no room, the oldest entry goes that nobody asked for lately."""
-        self._drop(key)
-        self[key] = entry
+        if self.setdefault(key, entry) is not entry:
+            self._drop(key)
+            self[key] = entry
         self._calls += entry.plan.num_calls
         while len(self) > MAX_PLANS or (self._calls > MAX_CALLS and len(self) > 1):
             oldest, found = next(iter(self.items()))

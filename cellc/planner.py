@@ -7,38 +7,33 @@ request or for all of a forest at once, by numpy alone. Comes in from `cellc.com
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from itertools import repeat
 
 import numpy as np
-import numpy.typing as npt
 
 from cellc.arithmetic import Arithmetic, Numpy
-from cellc.calls import CallGraph, CallGroup, Forest
-from cellc.dependencies import Dependencies
+from cellc.arranging import RETURNED, Arranged, Wiring
+from cellc.calls import CallGraph, Forest
+from cellc.errors import VerifyError
 from cellc.ops import RowType
 from cellc.plan import (
     CELL,
-    CHAIN,
-    EDGES,
     I32,
     I64,
-    MISSING,
-    NUM_COLUMNS,
-    NUM_SUCCESSORS,
-    RECORD,
-    SUCCESSOR,
     DataRows,
     OutputRows,
     Places,
     Plan,
     Tables,
     ragged_range,
-    record_length,
     table_bytes,
 )
 from cellc.regions import size_classes
-from cellc.rows import RaggedRefs
+
+_NONE = np.zeros(0, np.int64)
 
 
 class _Planner:
@@ -51,107 +46,87 @@ class _Planner:
         self.forest, self.graph, self.tables = forest, graph, tables
         self.arithmetic = arithmetic
         self.num_requests = forest.num_requests
-        self.owners = forest.owners
-        self.counts = np.array(
-            [np.bincount(o, minlength=self.num_requests) for o in self.owners], np.int64
-        ).reshape(len(graph.groups), self.num_requests)
-        self.first_call, self.call_starts = self._layout(self.counts)
-        self.total = int(self.call_starts[-1])
-        self.ranks = [_ranks(o, c) for o, c in zip(self.owners, self.counts, strict=True)]
-        self.calls_of = [
-            first[o] + rank
-            for first, o, rank in zip(self.first_call, self.owners, self.ranks, strict=True)
-        ]
-        self.group_of = np.zeros(self.total, np.int64)
-        self.owner_of = np.repeat(np.arange(self.num_requests), np.diff(self.call_starts))
-        self.producer = np.full(graph.num_values, -1, np.int64)
-        self.type_of = np.full(graph.num_values, -1, np.int64)
-        for g, (group, calls) in enumerate(zip(graph.groups, self.calls_of, strict=True)):
-            self.group_of[calls] = g
-            for type, made in zip(group.cell.output_types, group.outputs, strict=True):
-                self.producer[made] = calls
-                self.type_of[made] = tables.type(type)
-        self.ahead: list[npt.NDArray[np.bool_]] | None = None  # calls that may run in vain
-        if forest.when is not None and forest.answered is not None:
-            answered, self.when = forest.answered, np.zeros(self.total, np.int64)
-            self.ahead = [w >= answered[o] for w, o in zip(forest.when, self.owners, strict=True)]
-            for calls, when in zip(self.calls_of, forest.when, strict=True):
-                self.when[calls] = when
-        self.slot = np.full(graph.num_values, -1, np.int64)
-        self.owned = np.ones(graph.num_values, np.int64)
-        self.num_slots: dict[int, I64] = {}
-
-    @staticmethod
-    def _layout(sizes: I64) -> tuple[I64, I64]:
-        """Sizes [groups, requests], laid out request by request: (first of each, of requests)."""
-        flat = sizes.T.reshape(-1)
-        ends = np.cumsum(flat)
-        first = (ends - flat).reshape(sizes.shape[::-1]).T
-        return first, np.concatenate([[0], np.cumsum(sizes.sum(0))]).astype(np.int64)
+        self.returned = np.concatenate([_NONE, *[o.refs.reshape(-1) for o in forest.outputs]])
+        reads = np.bincount(
+            np.concatenate([_NONE, *_read_values(graph)]), minlength=graph.num_values
+        )
+        reads[self.returned] = RETURNED
+        output_types = [[tables.type(t) for t in g.cell.output_types] for g in graph.groups]
+        self.wiring = Wiring(
+            graph.groups,
+            forest.owners,
+            output_types,
+            reads,
+            np.full(graph.num_values, -1, np.int64),
+            np.full(graph.num_values, -1, np.int64),
+            np.ones(graph.num_values, np.int64),
+            _NONE.reshape(0, 0),
+            forest.rows is not None,  # the forward may go on from any of them
+        )
 
     def plans(self) -> list[Plan]:
-        depend = Dependencies(self.graph, self.calls_of, self.group_of, self.producer)
-        chain, edges = depend.chains()
-        self.used = self.graph.used()
+        wiring = self.wiring
         self._place_constants()
-        data = self._place_data()
-        self._place_made(chain)
-        records, base, record_at, record_starts = self._records()
-        told, first, counts, missing = depend.successors()
-        successors = (told - self.call_starts[self.owner_of[told]]).astype(np.int32)
-        successor_starts = np.append(first, len(successors))[self.call_starts]
+        types = {type: self.tables.type(type) for type in {c.type for c in self.forest.data}}
+        wiring.taken = np.zeros((len(self.tables.types), self.num_requests), np.int64)
+        data = self._place_data(types)
+        made = self.arithmetic.arrange(wiring)
+        circular = len(made.table) - made.seen
+        if circular:
+            raise VerifyError(stage="plan", message=f"{circular} calls wait for each other")
         ids = [self.tables.cell(g.cell) for g in self.graph.groups]
-        table = np.zeros((self.total, NUM_COLUMNS), np.int32)
-        table[:, CELL] = np.array(ids, np.int32)[self.group_of] if ids else 0
-        table[:, MISSING], table[:, CHAIN], table[:, EDGES] = missing, chain, edges
-        table[:, RECORD] = record_at
-        table[:, SUCCESSOR] = first - successor_starts[self.owner_of]
-        table[:, NUM_SUCCESSORS] = counts
-        ready = np.flatnonzero(missing == 0)
-        ready_starts = np.searchsorted(ready, self.call_starts).tolist()
-        local_ready = (ready - self.call_starts[self.owner_of[ready]]).astype(np.int32)
-        num_types = len(self.tables.types)
-        slots = np.zeros((num_types, self.num_requests), np.int64)
-        for type, taken in self.num_slots.items():
-            slots[type] = taken
-        num_slots = slots.T.tolist()
         outputs = self._outputs()
-        depths = depend.depths(self.arithmetic)
-        present = list(map(tuple, (self.counts > 0).T.tolist()))
-        alone = self.num_requests == 1
-        if alone:
-            present = [(True,) * len(ids)]
-        cells = {
+        cells = self._cells(ids, made)
+        places = self._places(made)
+        table, starts = made.table, (made.call_starts, made.record_starts, made.successor_starts)
+        calls_at, records_at, successors_at, ready_at = (
+            s.tolist() for s in (*starts, made.ready_starts)
+        )
+        num_slots = list(map(tuple, wiring.taken.T.tolist()))
+        plans = []
+        for r in range(self.num_requests):
+            plans.append(
+                Plan(
+                    table[calls_at[r] : calls_at[r + 1]],
+                    made.records[records_at[r] : records_at[r + 1]],
+                    made.bases[records_at[r] : records_at[r + 1]],
+                    made.successors[successors_at[r] : successors_at[r + 1]],
+                    made.ready[ready_at[r] : ready_at[r + 1]],
+                    num_slots[r],
+                    data[r],
+                    outputs[r],
+                    *cells[r],
+                    places[r] if places else None,
+                )
+            )
+        if not places:
+            arrays = table, made.records, made.bases, made.successors
+            self._note_sizes(plans, arrays, (starts[0], starts[1], *starts[1:]), wiring.taken)
+        return plans
+
+    def _cells(
+        self, ids: list[int], made: Arranged
+    ) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(cells, their depths) of each request: those that it calls; of one alone, all. Writes
+        them into the table.
+        """
+        numbers = np.array(ids, np.int32)
+        requests = self.num_requests
+        if not ids:
+            return [((), ())] * requests
+        counts = [np.bincount(o, minlength=requests) for o in self.forest.owners]
+        sizes = np.stack(counts, 1)  # [requests, groups]
+        made.table[:, CELL] = np.repeat(np.tile(numbers, requests), sizes.reshape(-1))
+        present = list(map(tuple, ((sizes > 0) | (requests == 1)).tolist()))
+        depths = made.depths.tolist()
+        known = {
             there: (
                 tuple([i for i, yes in zip(ids, there, strict=True) if yes]),
                 tuple([d for d, yes in zip(depths, there, strict=True) if yes]),
             )
             for there in set(present)
         }
-        plans = []
-        places = self._places()
-        calls_at, records_at = self.call_starts.tolist(), record_starts.tolist()
-        successors_at = successor_starts.tolist()
-        for r in range(self.num_requests):
-            plans.append(
-                Plan(
-                    table[calls_at[r] : calls_at[r + 1]],
-                    records[records_at[r] : records_at[r + 1]],
-                    base[records_at[r] : records_at[r + 1]],
-                    successors[successors_at[r] : successors_at[r + 1]],
-                    local_ready[ready_starts[r] : ready_starts[r + 1]],
-                    tuple(num_slots[r]),
-                    tuple(data[r]),
-                    tuple(outputs[r]),
-                    *cells[present[r]],
-                    places[r] if places else None,
-                )
-            )
-        if not places:
-            arrays = table, records, base, successors
-            starts = self.call_starts, record_starts, record_starts, successor_starts
-            self._note_sizes(plans, arrays, starts, slots)
-        return plans
+        return [known[there] for there in present]
 
     def _note_sizes(
         self, plans: list[Plan], arrays: Sequence[I32], starts: Sequence[I64], slots: I64
@@ -173,21 +148,13 @@ class _Planner:
 
     # -- slots --
 
-    def _take(self, type: int, counts: I64) -> I64:
-        """First slot of as many as each request wants."""
-        start = self.num_slots.get(type)
-        if start is None:
-            start = np.zeros(self.num_requests, np.int64)
-        self.num_slots[type] = start + counts
-        return start
-
     def _place_constants(self) -> None:
         for key, value in self.graph.constants.items():
-            type = self.graph_type(value) if self.used[value] else None
+            type = self.graph_type(value) if self.wiring.reads[value] else None
             if type is not None:
-                self.type_of[value] = self.tables.type(type)
-                self.slot[value] = self.tables.constant(type, key)
-                self.owned[value] = 0
+                self.wiring.types[value] = self.tables.type(type)
+                self.wiring.slots[value] = self.tables.constant(type, key)
+                self.wiring.owned[value] = 0
 
     def graph_type(self, value: int) -> RowType | None:
         """Row type of a constant, from whoever reads it."""
@@ -195,75 +162,97 @@ class _Planner:
             for i, spec in enumerate(group.cell.inputs):
                 if (group.input_values(i) == value).any():
                     return spec.type
-        for output in self.graph.outputs:
+        for output in self.forest.outputs:
             if (output.refs == value).any():
                 return output.type
         return None
 
-    def _place_data(self) -> list[list[DataRows]]:
-        placed: list[list[DataRows]] = [[] for _ in range(self.num_requests)]
-        sources = self.graph.data
-        if not sources:
-            return placed
-        bases = np.array([s.base for s in sources])
-        counts = np.array([s.count for s in sources])
+    def _place_data(self, numbers: Mapping[RowType, int]) -> list[tuple[DataRows, ...]]:
+        """Data of each request, type by type side by side, in the order of the columns."""
+        columns = self.forest.data
+        if not columns:
+            return [()] * self.num_requests
+        bases, counts, owners = (
+            np.concatenate([getattr(c, name) for c in columns])
+            for name in ("bases", "counts", "owners")
+        )
+        column = np.repeat(np.arange(len(columns)), [len(c.bases) for c in columns])
+        types = np.array([numbers[c.type] for c in columns])[column]
         rows = ragged_range(bases, counts)
         offsets = np.cumsum(counts) - counts
         filled = np.flatnonzero(counts)  # reduceat knows no empty parts
-        used = np.zeros(len(sources), bool)
-        limits: list[tuple[int | None, int | None]] = [(None, None)] * len(sources)
+        used = np.zeros(len(bases), bool)
+        limits: list[tuple[int | None, int | None]] = [(None, None)] * len(bases)
         if len(filled):
-            used[filled] = np.logical_or.reduceat(self.used[rows], offsets[filled])
-            for i, limit in zip(filled.tolist(), self._limits(rows, offsets[filled]), strict=True):
+            used[filled] = np.logical_or.reduceat(self.wiring.reads[rows] > 0, offsets[filled])
+            for i, limit in zip(filled.tolist(), self._limits(rows, offsets[filled]), strict=False):
                 limits[i] = limit
-        used |= np.array([s.leaf < 0 for s in sources])  # later legs may read what is carried
-        kept = np.flatnonzero(used).tolist()
-        owners = self.forest.data_owners
-        starts: dict[tuple[int, int], int] = {}
-        types = [self.tables.type(sources[i].type) for i in kept]
-        firsts = []
-        known: dict[Hashable, DataRows] = {}
-        for i, type in zip(kept, types, strict=True):
-            source, owner = sources[i], owners[i]
-            start = starts.get((type, owner), 0)
-            starts[type, owner] = start + source.count
-            firsts.append(start)
-            place = source.leaf, source.name, start, source.count, type, source.row_dims
-            key = (*place, *limits[i], source.windows)
-            rows_of = known.get(key)
-            if rows_of is None:
-                rows_of = known[key] = DataRows(*key)
-            placed[owner].append(rows_of)
-        for type in {type for type, _ in starts}:
-            self.num_slots.setdefault(type, np.zeros(self.num_requests, np.int64))
-        for (type, owner), taken in starts.items():
-            self.num_slots[type][owner] = taken
-        chosen = np.flatnonzero(used)
-        values = ragged_range(bases[chosen], counts[chosen])
-        self.slot[values] = ragged_range(np.array(firsts, np.int64), counts[chosen])
-        self.type_of[values] = np.repeat(np.array(types, np.int64), counts[chosen])
-        return placed
+        used |= np.array([c.leaf < 0 for c in columns])[column]  # later legs may read it
+        kept = np.flatnonzero(used)
+        bases, counts, owners, types = bases[kept], counts[kept], owners[kept], types[kept]
+        firsts = self._side_by_side(types, owners, counts)
+        values = ragged_range(bases, counts)
+        self.wiring.slots[values] = ragged_range(firsts, counts)
+        self.wiring.types[values] = np.repeat(types, counts)
+        known: dict[tuple[int, int, int, tuple[int | None, int | None]], int] = {}
+        shared: list[DataRows] = []
+        if len(kept) < len(limits):
+            limits = [limits[i] for i in kept.tolist()]
+        keys = zip(*[a.tolist() for a in (column[kept], firsts, counts)], limits, strict=True)
+        placed: list[list[int]] = [[] for _ in range(self.num_requests)]
+        for owner, key in zip(owners.tolist(), keys, strict=True):
+            number = known.setdefault(key, len(known))
+            if number == len(shared):
+                where, start, count, (bound, ahead) = key
+                c = columns[where]
+                shared.append(
+                    DataRows(
+                        *(c.leaf, c.name, start, count, numbers[c.type], c.row_dims),
+                        *(bound, ahead, c.windows),
+                    )
+                )
+            placed[owner].append(number)
+        which = [*map(tuple, placed)]
+        alike = {some: tuple([shared[n] for n in some]) for some in set(which)}
+        return [alike[some] for some in which]
 
-    def _limits(self, rows: I64, starts: I64) -> Iterator[tuple[int | None, int | None]]:
-        """`bound` and `ahead` of sources whose values begin at these of `rows`."""
-        sure, most = self._bounds()
+    def _side_by_side(self, types: I64, owners: I64, counts: I64) -> I64:
+        """First slots of pieces of the requests' regions."""
+        group = types * self.num_requests + owners
+        order = np.argsort(group, kind="stable")
+        sizes = counts[order]
+        before = np.cumsum(sizes) - sizes
+        first = np.searchsorted(group[order], group[order])  # of the same type and request
+        starts = np.empty_like(counts)
+        starts[order] = before - before[first]
+        np.add.at(self.wiring.taken, (types, owners), counts)
+        return starts
+
+    def _limits(self, rows: I64, starts: I64) -> Iterable[tuple[int | None, int | None]]:
+        """`bound` and `ahead` of data whose values begin at these of `rows`."""
+        found = self._bounds()
+        if found is None:
+            return repeat((None, None))
+        sure, most = found
         bounds = np.minimum.reduceat(most[rows], starts)
         least = np.maximum.reduceat(sure[rows], starts)
         largest = np.maximum.reduceat(np.where(most < _NO_BOUND, most, 0)[rows], starts)
-        for bound, all_, highest in np.stack([bounds, least, largest], 1).tolist():
-            if bound == _NO_BOUND:
-                yield None, None
-            elif all_ == bound:  # whatever is outside is an error
-                yield bound, None
-            else:
-                yield None, bound if highest == bound else None
 
-    def _bounds(self) -> tuple[I64, I64]:
+        def limit(bound: int, all_: int, highest: int) -> tuple[int | None, int | None]:
+            if bound == _NO_BOUND:
+                return None, None
+            if all_ == bound:  # whatever is outside is an error
+                return bound, None
+            return None, bound if highest == bound else None
+
+        return map(limit, bounds.tolist(), least.tolist(), largest.tolist())
+
+    def _bounds(self) -> tuple[I64, I64] | None:
         """For every value the smallest table that it indexes as it is: in calls that do not run
-        ahead of answers, and in all.
+        ahead of answers, and in all. None where there is none.
         """
-        bounds = np.full(self.graph.num_values, _NO_BOUND, np.int64)
-        sure = bounds if self.ahead is None else bounds.copy()
+        when, answered = self.forest.when, self.forest.answered
+        sure = bounds = None
         for g, group in enumerate(self.graph.groups):
             for op in group.cell.ops:
                 if op.op != "embedding":
@@ -272,179 +261,85 @@ class _Planner:
                 while index.kind == "op" and group.cell.ops[index.index].op in ("cast", "reshape"):
                     index = group.cell.ops[index.index].operands[0]
                 if index.kind == "input" and not group.cell.inputs[index.index].ragged:
+                    if bounds is None or sure is None:
+                        bounds = np.full(self.graph.num_values, _NO_BOUND, np.int64)
+                        sure = bounds if when is None else bounds.copy()
                     values = group.input_values(index.index)
                     size = group.cell.params[table.index].type.shape[0]
                     bounds[values] = np.minimum(bounds[values], size)
-                    if self.ahead is not None:
-                        values = values[~self.ahead[g]]
+                    if when is not None and answered is not None:
+                        values = values[when[g] < answered[self.forest.owners[g]]]
                         sure[values] = np.minimum(sure[values], size)
-        return sure, bounds
+        return None if bounds is None or sure is None else (sure, bounds)
 
-    def _place_made(self, chain: I64) -> None:
-        reads = np.bincount(self._read_values(), minlength=self.graph.num_values)
-        if self.graph.outputs:
-            reads[np.concatenate([o.refs.reshape(-1) for o in self.graph.outputs])] = 1 << 30
-        requests = self.num_requests
-        for g, group in enumerate(self.graph.groups):
-            n, owner, rank = group.num_calls, self.owners[g], self.ranks[g]
-            lengths = chain[self.calls_of[g]]
-            chain_start = np.append(True, lengths[1:] != lengths[:-1] - 1)[:n]
-            chains = np.bincount(owner[chain_start], minlength=requests)
-            number = np.cumsum(chain_start) - 1 - (np.cumsum(chains) - chains)[owner]
-            passing = self._passing(group)
-            for o, made in enumerate(group.outputs):
-                type = self.tables.type(group.cell.output_types[o])
-                transient = (passing[o] == reads[made]) & ~((lengths == 1) & (reads[made] > 0))
-                if self.forest.rows is not None:  # the forward may go on from any of them
-                    transient[:] = False
-                place = np.zeros(n, np.int64)
-                if transient.any():
-                    some = np.bincount(owner[transient], minlength=requests) > 0
-                    pairs = self._take(type, 2 * chains * some)
-                    place = pairs[owner] + 2 * number + rank % 2
-                own = np.flatnonzero(~transient)
-                counts = np.bincount(owner[own], minlength=requests)
-                place[own] = self._take(type, counts)[owner[own]] + _ranks(owner[own], counts)
-                self.slot[made] = place
-
-    def _read_values(self) -> I64:
-        parts = [np.zeros(0, np.int64)]
-        for group in self.graph.groups:
-            parts += [group.input_values(i) for i in range(len(group.inputs))]
-        return np.concatenate(parts)
-
-    def _passing(self, group: CallGroup) -> list[I64]:
-        """For each output, how often the next call of the group reads call j's."""
-        n = group.num_calls
-        out = []
-        for made in group.outputs:
-            count = np.zeros(n, np.int64)
-            for column in group.inputs:
-                if isinstance(column, np.ndarray):
-                    count[:-1] += made[:-1] == column[1:]
-            out.append(count)
-        return out
-
-    def _places(self) -> list[Places]:
+    def _places(self, made: Arranged) -> list[Places]:
         """Where the rows of each request are, where its forward reads values."""
-        out = []
-        starts = self.call_starts.tolist()
-        for r, values in enumerate(self.forest.rows or []):
+        if self.forest.rows is None:
+            return []
+        out, wiring, starts = [], self.wiring, made.call_starts.tolist()
+        when = np.zeros(len(made.table), np.int64)
+        for group, first in zip(self.graph.groups, self.forest.when or [], strict=True):
+            when[made.producer[group.outputs[0]]] = first
+        for r, values in enumerate(self.forest.rows):
             known = values >= 0
             at = np.where(known, values, 0)
-            maker = np.where(known, self.producer[at], -1)
+            maker = np.where(known, made.producer[at], -1)
             out.append(
                 Places(
-                    self.type_of[at],
-                    np.where(known, self.slot[at], -1),
-                    self.owned[at],
+                    wiring.types[at],
+                    np.where(known, wiring.slots[at], -1),
+                    wiring.owned[at],
                     np.where(maker >= 0, maker - starts[r], -1),
-                    self.when[starts[r] : starts[r + 1]],
+                    when[starts[r] : starts[r + 1]],
                 )
             )
         return out
 
-    # -- records --
-
-    def _records(self) -> tuple[I32, I32, I64, I64]:
-        """(slots, what to add, where each call's begin in its request's, where each request's do).
-
-        A request's records lie group by group, then the vectors of ragged inputs.
-        """
-        num_types = len(self.tables.types)
-        here, nothing = num_types, num_types + 1
-        groups, requests = self.graph.groups, self.num_requests
-        lengths = np.array([record_length(g.cell) for g in groups], np.int64).reshape(-1, 1)
-        vectors = np.zeros(requests, np.int64)
-        for g, group in enumerate(groups):
-            for column in group.inputs:
-                if isinstance(column, RaggedRefs):
-                    vectors += _sums(np.diff(column.offsets), self.owners[g], requests)
-        sizes = self.counts * lengths
-        starts = np.concatenate([[0], np.cumsum(sizes.sum(0) + vectors)]).astype(np.int64)
-        inner = np.cumsum(sizes, 0) - sizes
-        tail = sizes.sum(0)
-        records = np.zeros(int(starts[-1]), np.int64)
-        bases = np.full(int(starts[-1]), nothing, np.int64)
-        record_at = np.zeros(self.total, np.int64)
-        for g, group in enumerate(groups):
-            n, owner, length = group.num_calls, self.owners[g], int(lengths[g, 0])
-            local = inner[g][owner] + length * self.ranks[g]
-            record_at[self.calls_of[g]] = local
-            block, base = np.zeros((n, length), np.int64), np.full((n, length), nothing, np.int64)
-            k = 0
-            for column in group.inputs:
-                if isinstance(column, RaggedRefs):
-                    sizes_of = np.diff(column.offsets)
-                    before = column.offsets[:-1] - _first_of(column.offsets[:-1], owner, requests)
-                    block[:, k] = tail[owner] + before
-                    base[:, k] = here
-                    block[:, k + 1] = sizes_of
-                    at = ragged_range(starts[owner] + block[:, k], sizes_of)
-                    records[at], bases[at] = self._entries(column.refs, nothing)
-                    tail = tail + _sums(sizes_of, owner, requests)
-                    k += 2
-                else:
-                    block[:, k], base[:, k] = self._entries(column, nothing)
-                    k += 1
-            for made in group.outputs:
-                block[:, k], base[:, k] = self._entries(made, nothing)
-                k += 1
-            where = (starts[owner] + local)[:, None] + np.arange(length)
-            records[where], bases[where] = block, base
-        return records.astype(np.int32), bases.astype(np.int32), record_at, starts
-
-    def _entries(self, values: I64, nothing: int) -> tuple[I64, I64]:
-        base = np.where(self.owned[values] == 1, self.type_of[values], nothing)
-        return self.slot[values], base
-
-    def _outputs(self) -> list[list[OutputRows]]:
+    def _outputs(self) -> list[tuple[OutputRows, ...]]:
+        """Of each request, in the order of the columns."""
         out: list[list[OutputRows]] = [[] for _ in range(self.num_requests)]
-        outputs = self.graph.outputs
-        if not outputs:
-            return out
-        values = np.concatenate([o.refs.reshape(-1) for o in outputs])
-        slots, owned = self.slot[values].astype(np.int32), self.owned[values].astype(np.int32)
-        in_order = np.append(np.diff(slots) == 1, False)
-        own = owned.tolist()
-        numbers = self.tables.types
+        values = self.returned
+        slots = self.wiring.slots[values].astype(np.int32)
+        owned = self.wiring.owned[values].astype(np.int32)
         at = 0
-        for output, owner in zip(outputs, self.forest.output_owners, strict=True):
-            end = at + output.refs.size
-            if end - at == 1:
-                contiguous = own[at] == 1
+        for column in self.forest.outputs:
+            end = at + column.refs.size
+            some, own = slots[at:end], owned[at:end]
+            type, positions = self.tables.type(column.type), column.refs.shape[1:]
+            order = _order(column.row_dims)
+            made: Iterable[OutputRows]
+            if len(some) == len(column.refs):
+                made = [
+                    _one_row(slot, mine, type, positions, order)
+                    for slot, mine in zip(some.tolist(), own.tolist(), strict=True)
+                ]
             else:
-                contiguous = end > at and bool(owned[at:end].all() and in_order[at : end - 1].all())
-            out[owner].append(
-                OutputRows(
-                    slots[at:end],
-                    owned[at:end],
-                    numbers.get(output.type) or self.tables.type(output.type),
-                    output.refs.shape,
-                    _order(output.row_dims),
-                    contiguous,
-                )
-            )
+                shape = len(column.refs), math.prod(positions)
+                some, own = some.reshape(shape), own.reshape(shape)
+                there = shape[1] > 0
+                follows = own.all(1) & (np.diff(some) == 1).all(1) & there
+                alike = repeat(type), repeat(positions), repeat(order)
+                made = map(OutputRows, some, own, *alike, follows.tolist())
+            for owner, rows in zip(column.owners.tolist(), made, strict=False):
+                out[owner].append(rows)
             at = end
-        return out
+        return [*map(tuple, out)]
+
+
+@lru_cache(maxsize=1 << 12)
+def _one_row(
+    slot: int, owned: int, type: int, positions: tuple[int, ...], order: tuple[int, ...] | None
+) -> OutputRows:
+    """One for all requests that return a single row at a place: those are read together."""
+    where, mine = np.array([slot], np.int32), np.array([owned], np.int32)
+    return OutputRows(where, mine, type, positions, order, owned == 1)
 
 
 _NO_BOUND = np.iinfo(np.int64).max
 
 
-def _ranks(owners: I64, counts: I64) -> I64:
-    """Place of each call among those of its owner; owners ascend."""
-    return np.arange(len(owners)) - (np.cumsum(counts) - counts)[owners]
-
-
-def _sums(values: I64, owners: I64, requests: int) -> I64:
-    return np.bincount(owners, values, minlength=requests).astype(np.int64)
-
-
-def _first_of(values: I64, owners: I64, requests: int) -> I64:
-    """The value of the first call of each call's owner; owners ascend."""
-    first = np.searchsorted(owners, np.arange(requests))
-    return values[np.minimum(first, max(len(values) - 1, 0))][owners]
+def _read_values(graph: CallGraph) -> list[I64]:
+    return [g.input_values(i) for g in graph.groups for i in range(len(g.inputs))]
 
 
 @lru_cache(maxsize=1024)

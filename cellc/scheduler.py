@@ -315,12 +315,14 @@ class Scheduler:
         if len(calls) == 0:
             return
         cells = self._table.data[calls, CELL]
-        first = int(cells[0])
-        if (cells == first).all():
-            self._queue(first).push(calls, self._turns)
-            return
-        for cell in np.unique(cells).tolist():
-            self._queue(cell).push(calls[cells == cell], self._turns)
+        while len(calls):
+            cell = cells[0]
+            mine = cells == cell
+            whole = mine.all()
+            self._queue(int(cell)).push(calls if whole else calls[mine], self._turns)
+            if whole:
+                return
+            calls, cells = calls[~mine], cells[~mine]
 
     def _queue(self, cell: int) -> Queue:
         queue = self._queues.get(cell)

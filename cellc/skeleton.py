@@ -180,7 +180,7 @@ def holds_tensors(leaf: Any) -> bool:
     return any(isinstance(x, torch.Tensor) for x in held)
 
 
-_ARRAYS: set[type] = set()  # classes met that hold a structure as arrays (`cellc.trees`)
+ARRAYS: set[type] = set()  # classes met that hold a structure as arrays (`cellc.trees`)
 
 
 def plain_tokens(args: tuple[Any, ...]) -> tuple[Hashable, ...] | None:
@@ -193,7 +193,7 @@ def plain_tokens(args: tuple[Any, ...]) -> tuple[Hashable, ...] | None:
         kind = type(x)
         if kind is torch.Tensor:
             tokens.append(TENSOR)
-        elif kind in _ARRAYS and x.__dict__.keys() <= kind.array_names:
+        elif kind in ARRAYS and x.__dict__.keys() <= kind.array_names:
             same = next((i for i, y in enumerate(known) if y is x), None)
             tokens += [x] if same is None else [REF, same]
             if same is None:
@@ -257,7 +257,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
         elif kind is torch.Tensor:
             emit(TENSOR)
             tensors.append(x)
-        elif kind in _ARRAYS:
+        elif kind in ARRAYS:
             structured = nested = True
             if id(x) in seen:
                 emit(REF)
@@ -293,7 +293,7 @@ def flatten(args: tuple[Any, ...], kwargs: Mapping[str, Any], steers: Steering |
             parts = children(x)
             if parts is None:
                 if getattr(kind, "structured", False) is True:
-                    _ARRAYS.add(kind)
+                    ARRAYS.add(kind)
                     structured = nested = True
                     seen[id(x)] = len(seen)
                     emit(x)

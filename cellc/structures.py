@@ -71,7 +71,7 @@ class Structures:
         self.paths.on = inspect.isgeneratorfunction(self.forward)
         self.counts = {"plan_hits": 0, "plans_traced": 0, "plans_derived": 0, "plans_unfolded": 0}
         self.graph: Graph | None = None  # of the last request
-        self.calls: CallGraph | None = None
+        self._calls: CallGraph | Forest | None = None
         self.unfolder = Unfolder(
             self.pipeline, self.forward, self.arguments.names, named_modules(model), device
         )
@@ -108,9 +108,8 @@ class Structures:
         """
         with self._lock:
             steering = self.arguments.steering
-            if steering is None or any(
-                w.request.steering != steering for w in requests if w.request.nested
-            ):
+            others = {id(w.request.steering): w.request for w in requests if w.request.nested}
+            if steering is None or any(r.steering != steering for r in others.values()):
                 return False  # another thread learned something
             before = self.unfolder.generation
             begin = time.perf_counter()
@@ -184,7 +183,7 @@ class Structures:
         plans = make_plans(forest, self.store.tables, find_arithmetic())
         self.unfolder.stats.planning += time.perf_counter() - start
         self.store.number(forest.graph)
-        self.calls, self.graph = forest.graph, None
+        self._calls, self.graph = forest, None
         self._last = requests[-1].args, requests[-1].kwargs
         stats = self.unfolder.stats
         count = len(found.runs)
@@ -249,6 +248,13 @@ class Structures:
             values = self.pipeline.values_read(args, kwargs) if self.paths.on else None
             self.graph = self.pipeline.trace(args, kwargs, names, values).graph
         return self.graph
+
+    @property
+    def calls(self) -> CallGraph | None:
+        """Those of the requests that were planned last."""
+        if isinstance(self._calls, Forest):
+            self._calls = self._calls.whole()
+        return self._calls
 
     # -- what was learned --
 

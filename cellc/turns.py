@@ -73,9 +73,9 @@ class Turns:
         """One turn, after which a launch may still run."""
         self._guarded(self._step)
 
-    def nudge(self) -> None:
-        """More requests are being made: run beside that what is worth it by now."""
-        self._guarded(self._nudged)
+    def nudge(self, seconds: float) -> None:
+        """More requests are being made, for so long: run beside that what is worth it by now."""
+        self._guarded(lambda: self._nudged(seconds))
 
     def land(self) -> None:
         """End the launch that runs, if one does."""
@@ -128,15 +128,16 @@ class Turns:
             self._mark("launch")
             if before is not None:
                 self._end(before)
-            if not launcher.busy:
+            late = beside and self._running.error is None and launcher.worth_beside()
+            if not (launcher.busy or late):  # what it ends is delivered while the next one runs
                 self._land()
         launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
 
-    def _nudged(self) -> None:
+    def _nudged(self, seconds: float) -> None:
         self._admission.admit(time.perf_counter())
         while self._launcher.next_rows() >= pacing.ROWS_BESIDE:
             self._step()
-            if self._launcher.busy_for_long:
+            if self._launcher.busy_for(seconds):
                 break
 
     @property

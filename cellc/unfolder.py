@@ -93,6 +93,7 @@ class Unfolder:
         self.plain = asks_what_it_is(self.forward, self.modules.values())
         self.epoch = 0  # of how rows are numbered
         self._roomy = False  # is there room for deep recursion
+        self.ran = 0  # forwards, the last time
         self.to_check = 2  # requests whose results are still compared with the model's own
         self.stand_ins = StandIns(self.names, self.recorder)
         self.templates = Templates(self.tools, self.device)
@@ -205,6 +206,7 @@ class Unfolder:
             if start is not None:
                 left = [one._replace(guesses=start[0], plain=start[1]) for one in left]
             runs, stable = self._record(left[:size], stamping) if left else self._nothing()
+            self.ran = len(runs)
             if stable and stamping:
                 self.patterns.note(runs)
             if stable and size >= len(left):

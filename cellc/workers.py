@@ -124,7 +124,7 @@ class Workers:
             if not ticket.done and ticket.worker >= 0:
                 self._engines[ticket.worker].drop(ticket)
 
-    def nudge(self) -> None:
+    def nudge(self, seconds: float) -> None:
         """More requests are on their way: they are run together."""
 
     def drop(self, ticket: Ticket) -> None:

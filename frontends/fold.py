@@ -64,14 +64,14 @@ class Site:
     folds: list[tuple[Any, Layout, dict[int, int], list[int], list[int]]] = field(
         default_factory=list
     )  # (structure, layout, first row by kind, first rows of nodes, of leaves)
-    pairs: set[int] = field(default_factory=set)  # `pair_of` kinds, child and parent
+    pairs: set[tuple[int, int]] = field(default_factory=set)  # kinds, of child and parent
 
     def expand(self) -> None:
         """Give every call of the pending folds its rows."""
         folds, self.folds = self.folds, []
         has_leaves = LEAF in self.rules
         grove = Grove([f[0] for f in folds])
-        self.pairs.update(np.unique(grove.pairs(has_leaves)).tolist())
+        self.pairs |= grove.pairs(has_leaves)
         first_of = {
             kind: np.array([f[2].get(kind, 0) for f in folds], np.int64) for kind in self.rules
         }

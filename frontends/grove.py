@@ -108,11 +108,12 @@ class Grove:
             known = self._kinds[has_leaves] = np.where(has_leaves & (counts == 0), LEAF, counts)
         return known
 
-    def pairs(self, has_leaves: bool) -> I64:
-        """For every child, `pair_of` its kind and its parent's."""
+    def pairs(self, has_leaves: bool) -> set[tuple[int, int]]:
+        """Kinds of children and of their parents."""
         kinds = self.kinds(has_leaves)
-        pairs: I64 = pair_of(kinds[self.children], kinds.repeat(self.counts))
-        return pairs
+        width = int(kinds.max()) + 2
+        found = np.unique((kinds[self.children] + 1) * width + kinds.repeat(self.counts) + 1)
+        return {(at // width - 1, at % width - 1) for at in found.tolist()}
 
     def ranks(self, has_leaves: bool) -> I64:
         """Of every node, its place among the leaves, or among the other nodes, of its structure."""
@@ -123,11 +124,6 @@ class Grove:
         before = np.where(is_leaf, leaves, others) - 1
         ranks: I64 = before - np.where(is_leaf, first_leaf[self.owner], first_other[self.owner])
         return ranks
-
-
-def pair_of(child: Any, parent: Any) -> Any:
-    """One number for a node of a kind below one of another."""
-    return ((child + 1) << 32) + parent + 1
 
 
 def fold_rows(

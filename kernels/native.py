@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from cellc.arithmetic import I32, I64, Advanced, Arithmetic, Numpy
+from cellc.arranging import Arranged, Wiring
 from cellc.errors import BackendError
 from cellc.kernels import cpp_build
-from cellc.plan import Plan
+from cellc.plan import NUM_COLUMNS, Plan, record_length
+from cellc.rows import RaggedRefs
 
 _NO_LIMIT = 1 << 40
+USUAL_NODES = 1 << 10  # of a tree, or fewer
 _pack = struct.Struct("11q").pack
 
 
@@ -47,16 +53,17 @@ class Native:
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
-        self._place, self._depths = library.cellc_place, library.cellc_depths
+        self._place, self._arrange = library.cellc_place, library.cellc_arrange
         self._tree = library.cellc_tree
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
         self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
-        self._depths.argtypes = [pointer, pointer, number, pointer, number, pointer]
+        self._arrange.argtypes = [pointer, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
-        self._tree.argtypes = [pointer, number, number, pointer]
-        self._depths.restype = self._tree.restype = number
+        self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
+        self._room = threading.local()  # for what `tree` finds
+        self._arrange.restype = self._tree.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
         first = plans[0]
@@ -118,23 +125,82 @@ class Native:
             answering[:num_events],
         )
 
-    def depths(self, sources: I64, targets: I64, group_of: I64, groups: int) -> tuple[I64, int]:
-        depth = np.zeros(groups, np.int64)
-        seen = self._depths(
-            sources.ctypes.data,
-            targets.ctypes.data,
-            len(sources),
-            group_of.ctypes.data,
-            len(group_of),
-            depth.ctypes.data,
+    def arrange(self, wiring: Wiring) -> Arranged:
+        requests, total = wiring.taken.shape[1], sum(g.num_calls for g in wiring.groups)
+        groups, kept, entries, edges = _groups(wiring)
+        ints = np.empty(2 * entries + edges + total, np.int32)
+        longs = np.empty(4 * (requests + 1), np.int64)
+        table = np.zeros((total, NUM_COLUMNS), np.int32)
+        producer = np.empty(len(wiring.reads), np.int64)
+        depths = np.zeros(len(wiring.groups), np.int64)
+        records, bases, told, ready = np.split(ints, [entries, 2 * entries, 2 * entries + edges])
+        starts = longs.reshape(4, requests + 1)
+        given = np.array(
+            [
+                *(len(wiring.groups), requests, len(wiring.reads), len(wiring.taken), wiring.keeps),
+                groups.ctypes.data,
+                *_addresses([wiring.reads, wiring.types, wiring.slots, wiring.owned, wiring.taken]),
+            ],
+            np.int64,
         )
-        return depth, seen
+        arrays = [table, records, bases, told, ready, *starts, producer, depths]
+        out = np.array(_addresses(arrays), np.int64)
+        seen = self._arrange(given.ctypes.data, out.ctypes.data)
+        del kept
+        told, ready = told[: starts[2, -1]], ready[: starts[3, -1]]
+        calls_at, records_at, told_at, ready_at = starts
+        return Arranged(
+            *(table, records, bases, told, ready),
+            *(calls_at, records_at, told_at, ready_at),
+            *(producer, depths, seen),
+        )
 
     def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
         n, width = children.shape
         if n == 0:
             return None
-        children = np.ascontiguousarray(children)
-        out = np.empty(3 * n - 1, np.int64)
-        root = self._tree(children.ctypes.data, n, width, out.ctypes.data)
+        if n > USUAL_NODES:
+            out = np.empty(3 * n - 1, np.int64)
+            root = self._tree(children.tobytes(), n, width, out.ctypes.data)
+        else:  # looking up an address takes as long as a usual tree
+            room = self._room.__dict__
+            if not room:
+                room["array"] = array = np.empty(3 * USUAL_NODES, np.int64)
+                room["address"] = array.ctypes.data
+            root = self._tree(children.tobytes(), n, width, room["address"])
+            out = room["array"][: 3 * n - 1].copy()
         return None if root < 0 else (out[:n], out[n : 2 * n], out[2 * n :], root)
+
+
+def _groups(wiring: Wiring) -> tuple[I64, list[I64], int, int]:
+    """(the groups as `struct Group`, arrays that have to live meanwhile, entries of all records,
+    reads of all calls).
+    """
+    kept: list[I64] = []
+    entries = edges = 0
+    rows: list[int] = []
+
+    def address(array: I64) -> int:
+        kept.append(np.ascontiguousarray(array, np.int64))
+        return kept[-1].ctypes.data
+
+    for group, owners, types in zip(wiring.groups, wiring.owners, wiring.output_types, strict=True):
+        columns: list[int] = []
+        for column in group.inputs:
+            if isinstance(column, RaggedRefs):
+                columns += address(column.refs), address(column.offsets)
+                entries += len(column.refs)
+            else:
+                columns += address(column), 0
+            edges += len(kept[-2].reshape(-1) if columns[-1] else kept[-1])
+        made = [address(values) for values in group.outputs]
+        length = record_length(group.cell)
+        entries += length * group.num_calls
+        rows += group.num_calls, len(group.inputs), len(group.outputs), length, address(owners)
+        rows += [address(np.array(numbers, np.int64)) for numbers in (columns, made, types)]
+    return np.array(rows, np.int64), kept, entries, edges
+
+
+def _addresses(arrays: Sequence[npt.NDArray[Any]]) -> list[int]:
+    assert all(array.flags.c_contiguous for array in arrays)
+    return [array.ctypes.data for array in arrays]

@@ -1,6 +1,12 @@
-"""The scheduler's arithmetic in C++ gives what numpy gives (launches: `test_scheduler`)."""
+"""The arithmetic of planning and scheduling in C++ gives what numpy gives (launches:
+`test_scheduler`).
+"""
 
 from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cellc.arithmetic import Numpy
+from cellc.calls import CallGraph, CallGroup, Forest, join
+from cellc.errors import VerifyError
 from cellc.kernels.native import Native, find_arithmetic
+from cellc.plan import Tables
+from cellc.planner import make_plans
+from cellc.rows import RaggedRefs
+from tests.test_plan import random_graph
 
 pytestmark = pytest.mark.skipif(
     not isinstance(find_arithmetic(), Native), reason="needs a C++ compiler"
@@ -16,21 +28,82 @@ pytestmark = pytest.mark.skipif(
 checked = settings(max_examples=200, deadline=None)
 
 
-@given(st.integers(1, 12), st.data())
+def side_by_side(graphs: Sequence[CallGraph]) -> Forest:
+    """A request each; equal cells share a group."""
+    constants: dict[object, int] = {}
+    groups: dict[str, CallGroup] = {}
+    owners: dict[str, list[np.ndarray]] = {}
+    data, outputs = [], []
+    at = sum(len(g.constants) for g in graphs)
+    for owner, graph in enumerate(graphs):
+        values = at + np.arange(graph.num_values)
+        at += graph.num_values
+        for key, value in graph.constants.items():
+            values[value] = constants.setdefault(key, len(constants))
+        for group in graph.groups:
+            inputs = [
+                RaggedRefs(c.offsets, values[c.refs]) if isinstance(c, RaggedRefs) else values[c]
+                for c in group.inputs
+            ]
+            made = CallGroup(group.cell, inputs, [values[o] for o in group.outputs])
+            key = group.cell.key
+            if (known := groups.get(key)) is not None:
+                made.inputs = [join(a, b) for a, b in zip(known.inputs, made.inputs, strict=True)]
+                pairs = zip(known.outputs, made.outputs, strict=True)
+                made.outputs = [np.concatenate(pair) for pair in pairs]
+            groups[key] = made
+            owners.setdefault(key, []).append(np.full(group.num_calls, owner))
+        one = Forest.of(graph)
+        owned = np.array([owner])
+        data += [replace(c, bases=values[c.bases], owners=owned) for c in one.data]
+        outputs += [replace(c, refs=values[c.refs], owners=owned) for c in one.outputs]
+    whole = CallGraph([*groups.values()], [], constants, [], at)
+    return Forest(whole, len(graphs), [np.concatenate(o) for o in owners.values()], data, outputs)
+
+
+def told(forest: Forest, arithmetic: Numpy | Native) -> list[object]:
+    """All that plans say, as lists."""
+    said: list[object] = []
+    for plan in make_plans(forest, Tables(), arithmetic):
+        arrays = [plan.calls, plan.records, plan.record_base, plan.successors, plan.ready]
+        said += [(a.dtype.name, a.tolist()) for a in (*arrays, plan.rooms, *plan.block)]
+        for rows in plan.outputs:
+            said.append((rows.slots.tolist(), rows.owned.tolist(), rows.kind, rows.contiguous))
+        said.append((plan.num_slots, plan.data, plan.cells, plan.priority, plan.nbytes))
+    return said
+
+
+@given(st.lists(st.tuples(st.integers(0, 1 << 30), st.integers(0, 3)), min_size=1, max_size=4))
 @checked
-def test_depths(total: int, data: st.DataObject) -> None:
-    """Edges from anywhere to anywhere, twice too: some wait in circles."""
-    call = st.integers(0, total - 1)
-    forward = data.draw(st.booleans())
-    edges = data.draw(st.lists(st.tuples(call, call), max_size=20))
-    if forward:
-        edges = [(min(e), max(e)) for e in edges if e[0] != e[1]]
-    sources, targets = (np.array([e[k] for e in edges], np.int64) for k in (0, 1))
-    group_of = np.array(data.draw(st.lists(st.integers(0, 2), min_size=total, max_size=total)))
-    want, seen = Numpy().depths(sources, targets, group_of, 3)
-    got, count = find_arithmetic().depths(sources, targets, group_of, 3)
-    np.testing.assert_array_equal(got, want)
-    assert count == seen and (seen == total or not forward)
+def test_plans(seeds: list[tuple[int, int]]) -> None:
+    """Of random requests, some of them several times, side by side."""
+    drawn = [random_graph(random.Random(seed)) for seed, _ in seeds]
+    forest = side_by_side(
+        drawn + [g for g, (_, n) in zip(drawn, seeds, strict=True) for _ in range(n)]
+    )
+    assert told(forest, find_arithmetic()) == told(forest, Numpy())
+
+
+@given(st.integers(0, 1 << 30), st.data())
+@checked
+def test_calls_in_circles(seed: int, data: st.DataObject) -> None:
+    """Where calls wait for each other, both say for how many."""
+    graph = random_graph(random.Random(seed))
+    group = graph.groups[data.draw(st.integers(0, len(graph.groups) - 1))]
+    type = group.cell.output_types[0]
+    at = next((i for i, x in enumerate(group.cell.inputs) if x.type == type), None)
+    if at is None or not len(group.input_values(at)):
+        return
+    group.input_values(at)[0] = group.outputs[0][-1]
+    errors = []
+    for arithmetic in (find_arithmetic(), Numpy()):
+        try:
+            make_plans(Forest.of(graph), Tables(), arithmetic)
+        except VerifyError as error:
+            errors.append(str(error))
+        else:
+            errors.append("")
+    assert errors[0] == errors[1]
 
 
 @given(st.integers(0, 6), st.integers(0, 3), st.data())

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import cellc
+from cellc import intake
 from cellc.unfolder import Unfolder
 
 SIZE, VOCABULARY = 5, 9
@@ -176,6 +177,51 @@ def test_requests_fail_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert isinstance(got[5], cellc.CellcError)
         assert runs.count > 0
         same(compiled(*good[0]), model(*good[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(trees(), min_size=3, max_size=14), st.integers(0, 1000), st.data())
+def test_the_first_begin_while_others_are_bound(
+    structures: list[list[list[int]]], seed: int, data: st.DataObject
+) -> None:
+    """In order, whatever comes twice, in any portion, or fails."""
+    model, compiled, _ = shared()
+    kinds = data.draw(st.lists(st.sampled_from(["good", "twice", "outside", "few", "no tree"]),
+                               min_size=len(structures), max_size=len(structures)))  # fmt: skip
+    calls: list[Any] = []
+    for i, (structure, kind) in enumerate(zip(structures, kinds, strict=True)):
+        tree, tokens, x, vectors = request(structure, seed + i)
+        if kind == "outside":
+            tokens = torch.full_like(tokens, VOCABULARY)
+        elif kind == "few":
+            vectors = vectors[1:]
+        elif kind == "no tree":
+            tree = 3  # type: ignore[assignment]
+        calls.append(calls[0] if kind == "twice" and calls else (tree, tokens, x, vectors))
+    begun: list[int] = []
+    enqueue = compiled._serving.enqueue
+
+    def noting(tickets: Any, **kwargs: Any) -> None:
+        begun.append(len(tickets))
+        enqueue(tickets, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(intake, "TOGETHER", 1)
+        patched.setattr(intake, "MANY", 3)
+        patched.setattr(compiled._serving, "enqueue", noting)
+        compiled._compiler.plans.clear()
+        made = compiled.map(calls, return_exceptions=True)
+    for call, got in zip(calls, made, strict=True):
+        try:
+            want = model(*call)
+        except Exception:
+            assert isinstance(got, cellc.CellcError)
+        else:
+            same(got, want)
+    if len(compiled._compiler.unfolder.patterns) and compiled._compiler.unfolder.to_check <= 0:
+        assert len(begun) > len(calls) // 3
+    stats = compiled.stats()
+    assert stats["running"] == stats["waiting"] == stats["live_bytes"] == 0
 
 
 def test_a_chain_deeper_than_recursion_and_one_node(monkeypatch: pytest.MonkeyPatch) -> None:
