@@ -203,7 +203,7 @@ def test_the_zoo_compiles_without_spills(
 ) -> None:
     monkeypatch.setenv("CELLC_CACHE", str(tmp_path))  # no report from before
     of_models = compiled.of(NAMES[piece::PIECES])
-    assert {n for n, found in of_models.items() if not found} <= LEFT_TO_TORCH.keys()
+    assert not [name for name, found in of_models.items() if not found]
     reports = [(n, r) for n, found in of_models.items() for r in found]
     assert not [(n, r) for n, r in reports if not r.good or r.registers is None]
     spilling = [(n, r, r.spill_bytes) for n, r in reports if r.spill_bytes]
