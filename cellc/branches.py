@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cellc.forests import Wanted
 from cellc.frontends.points import told
 from cellc.frontends.stub import CannotUnfold
 from cellc.kernels.native import find_arithmetic
@@ -18,6 +17,7 @@ from cellc.legs import Branch, make_branch, make_leg
 from cellc.paths import Ask, Replan
 from cellc.planner import make_plans
 from cellc.structures import Structures
+from cellc.unfolded import Wanted
 from cellc.unfolder import Steers
 
 

@@ -7,7 +7,6 @@ path is three files: this one, `cellc.compiler` (how a request never seen become
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import time
@@ -22,15 +21,7 @@ from torch import nn
 from cellc.batches import Batches
 from cellc.carry import Carry, Late
 from cellc.compiler import Compiler
-from cellc.errors import (
-    FORKED,
-    MODEL_CLOSED,
-    CellcError,
-    ClosedError,
-    Overloaded,
-    UnsupportedError,
-    distinct,
-)
+from cellc.errors import MODEL_CLOSED, CellcError, UnsupportedError
 from cellc.figures import figures_of
 from cellc.intake import Intake, owned
 from cellc.launch import Backend
@@ -40,7 +31,8 @@ from cellc.options import Options
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.request import as_call
-from cellc.sessions import Session, Steps
+from cellc.runs import Runs
+from cellc.sessions import Session, Steps, pair_of
 from cellc.stages import Stage
 from cellc.streams import Stream, pieces_of
 from cellc.ticket import Ticket
@@ -73,7 +65,7 @@ def _without_autocast(method: F) -> F:
     return call  # type: ignore[return-value]
 
 
-class Compiled:
+class Compiled(Runs):
     """A model whose cells are batched across requests; made by `cellc.compile`, safe in threads."""
 
     def __init__(
@@ -94,17 +86,16 @@ class Compiled:
         self._compiler = Compiler(model, backends[0], device, PassOptions(options.fold_bytes))
         engines = make_engines(self._compiler, backends, devices, options, max_batch, max_queue)
         self._engine = engines[0]  # the only one, if there is one worker
-        self._serving = self._engine if len(engines) == 1 else Workers(engines, max_queue)
+        serving = self._engine if len(engines) == 1 else Workers(engines, max_queue)
+        super().__init__(serving, max_queue, options.timeout)
         self._intake = Intake(self._compiler, dtype, self._run)
         self._batches = None if batch_dim is None else Batches(self._compiler, batch_dim)
-        self._max_queue, self._device, self._source = max_queue, device, source
-        self._timeout = options.timeout
+        self._device, self._source = device, source
         self._carry = Carry(carry, self._compiler.arguments.names) if carry is not None else None
         self._sessions: dict[Session, None] = {}  # open ones
-        self._policy, self._wants = options.policy, NOTHING_WANTED
+        self._policy = options.policy
         self._whole: Compiled | None = None  # what it is a copy of, which has the backend's end
         self._looked = 0.0  # when those that expired were last closed
-        self._pid = os.getpid()
         self._finalizer = weakref.finalize(self, _close_backends, list(backends))
 
     # -- requests --
@@ -166,85 +157,12 @@ class Compiled:
             # nor is anything left of calls and tickets when it ends
             return self._results(self._begun([as_call(r) for r in requests]), return_exceptions)
 
-    def _begun(self, calls: Sequence[Any]) -> list[Ticket]:
-        """Tickets in order; where many are unfolded, the first run while others are."""
-        timed = self._wants is not NOTHING_WANTED or self._timeout is not None
-        if timed or self._max_queue is not None:  # the time of all begins when all can run
-            return self._tickets(calls)
-        begun: list[Ticket] = []
-        since = time.perf_counter()
-
-        def begin(tickets: Sequence[Ticket]) -> None:
-            nonlocal since
-            begun.extend(tickets)
-            self._serving.enqueue(tickets)
-            self._serving.nudge(time.perf_counter() - since)  # the next may take as long to make
-            since = time.perf_counter()
-
-        self._check_open()
-        try:
-            return self._intake.tickets(calls, begin)
-        except BaseException:
-            self._serving.cancel(begun)
-            raise
-
-    def _batched(self, batches: Batches, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls, together = batches.cut(args, kwargs)
-        tickets = self._tickets(calls)
-        self._run_all(tickets)
-        for ticket in tickets:
-            if ticket.error is not None:
-                raise ticket.error
-        return together([t.result for t in tickets])
-
-    def _map_batches(
-        self,
-        batches: Batches,
-        calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]],
-        return_exceptions: bool,
-    ) -> list[Any]:
-        results: list[Any] = []
-        first: Exception | None = None
-        for i, (args, kwargs) in enumerate(calls):
-            try:
-                results.append(self._batched(batches, args, kwargs))
-            except Exception as error:
-                first = first or _noted(error, i, len(calls))
-                results.append(error)
-        if first is not None and not return_exceptions:
-            raise first
-        return results
-
-    def _run(self, tickets: Sequence[Ticket]) -> None:
-        """Queue requests, and block until they are done."""
-        try:
-            self._serving.enqueue([t for t in tickets if not t.arrived])
-            self._serving.run(tickets)
-        except (ClosedError, Overloaded):  # none is queued
-            raise
-        except BaseException:
-            self._serving.cancel(tickets)
-            raise
-
-    def _run_all(self, tickets: Sequence[Ticket]) -> None:
-        """Run those of many that are not done, so many at a time as may wait."""
-        queued = [t for t in tickets if not t.done]
-        portion = self._max_queue or max(len(queued), 1)
-        for start in range(0, len(queued), portion):
-            self._run(queued[start : start + portion])
-
     @_without_autocast
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
         """One request without waiting: a `concurrent.futures.Future`. Tensors are copied now. The
         result of a generator is the list of its pieces.
         """
         return self._send(self._ticket(args, kwargs))
-
-    def _send(self, ticket: Ticket) -> Future[Any]:
-        ticket.future = Future()
-        self._serving.enqueue([owned(ticket)])
-        self._serving.start()
-        return ticket.future
 
     async def submit_async(self, *args: Any, **kwargs: Any) -> Any:
         """One request in asyncio. Cancelling the task cancels the request, though it runs."""
@@ -255,14 +173,6 @@ class Compiled:
         ticket = self._ticket(args, kwargs)
         self._send(ticket)
         return ticket
-
-    async def _answer(self, ticket: Ticket) -> Any:
-        assert ticket.future is not None
-        try:
-            return await asyncio.wrap_future(ticket.future)
-        except asyncio.CancelledError:
-            self._serving.drop(ticket)
-            raise
 
     @_without_autocast
     def stream(self, *args: Any, **kwargs: Any) -> Stream:
@@ -331,7 +241,7 @@ class Compiled:
             try:
                 for step in steps:
                     try:
-                        tickets.append(self._step(*_pair(step)))
+                        tickets.append(self._step(*pair_of(step)))
                     except Exception as error:
                         tickets.append(Ticket.failed(error))
                 return self._results(tickets, return_exceptions)
@@ -351,17 +261,6 @@ class Compiled:
             ticket.wish = self._wants.from_now()
         return ticket
 
-    def _results(self, tickets: Sequence[Ticket], return_exceptions: bool) -> list[Any]:
-        """Run tickets; their results in order."""
-        self._run_all(tickets)
-        failed = [t for t in tickets if t.error is not None]
-        for ticket, error in zip(failed, distinct([t.error for t in failed]), strict=True):  # type: ignore[misc]
-            ticket.error = error
-        for i, ticket in enumerate(tickets):
-            if ticket.error is not None and not return_exceptions:
-                raise _noted(ticket.error, i, len(tickets))
-        return [t.result if t.error is None else t.error for t in tickets]
-
     def warmup(self, *args: Any, **kwargs: Any) -> Compiled:
         """Trace, plan and make kernels for an example request ahead of the first; runs it once."""
         result = self(*args, **kwargs)
@@ -369,26 +268,6 @@ class Compiled:
             for _ in result:
                 pass
         return self
-
-    def _ticket(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
-        self._check_open()
-        if self._wants is NOTHING_WANTED:
-            return self._intake.ticket(args, kwargs)
-        wish = self._wants.from_now()
-        ticket = self._intake.ticket(args, kwargs)
-        ticket.wish = wish
-        return ticket
-
-    def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
-        """Tickets in order, those of requests that cannot be planned already failed."""
-        self._check_open()
-        if self._wants is NOTHING_WANTED:
-            return self._intake.tickets(calls)
-        wish = self._wants.from_now()
-        tickets = self._intake.tickets(calls)
-        for ticket in tickets:
-            ticket.wish = wish
-        return tickets
 
     # -- what it is made of --
 
@@ -438,12 +317,6 @@ class Compiled:
 
     # -- end --
 
-    def _check_open(self) -> None:
-        if self._serving.closed:
-            raise ClosedError(what="this compiled model")
-        if os.getpid() != self._pid:
-            raise FORKED
-
     def close(self) -> None:
         """Finish what is queued, free everything, leave no thread behind. Calling it again does
         nothing.
@@ -471,23 +344,6 @@ class Compiled:
         tb: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _pair(step: Any) -> tuple[Steps, Any]:
-    """What `step_all` is given of one step."""
-    if isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], Steps):
-        return step
-    raise UnsupportedError(
-        what=f"a step_all of a {type(step).__name__}",
-        remedy="give pairs of a session and its arguments: [(session, (x,)), ...]",
-    )
-
-
-def _noted(error: BaseException, number: int, count: int) -> Any:
-    """The error, saying which request of `map` it is about (Python 3.11 and later print that)."""
-    if hasattr(error, "add_note") and count > 1:
-        error.add_note(f"in request {number} of the {count} given at once")
-    return error
 
 
 def _generates(ticket: Ticket) -> bool:

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from cellc.digraph import Digraph
-from cellc.forests import Unfolded
 from cellc.frontends.segments import Segment
 from cellc.frontends.stub import StubType
 from cellc.frontends.unfold import Recorder
 from cellc.templates import Templates
+from cellc.unfolded import Unfolded
 
 
 class Flow:

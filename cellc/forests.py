@@ -7,134 +7,18 @@ reads and makes in place of the template's values. Comes in from `cellc.unfolder
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
-from cellc.calls import CallGraph, CallGroup, DataColumn, Forest, OutputColumn, join, take
-from cellc.dtypes import DTYPE_NAMES
-from cellc.frontends.asking import Asked
-from cellc.frontends.drawing import Draw
-from cellc.frontends.pattern import Pattern
-from cellc.frontends.reads import OPEN
-from cellc.frontends.segments import OutType, Segment
+from cellc.calls import CallGraph, CallGroup, Forest, join, take
+from cellc.columns import data_of, outputs_of
+from cellc.frontends.segments import Segment
 from cellc.frontends.stub import StubType
-from cellc.frontends.stubbing import Part
-from cellc.frontends.unfold import Recorder, Returned
-from cellc.ops import RowType
-from cellc.request import Request
+from cellc.frontends.unfold import Recorder
 from cellc.rows import RaggedRefs, Refs
-
-DRAWN = 1 << 20  # leaves from here on are random numbers that the request draws
-
-
-class Wanted(NamedTuple):
-    """A request to unfold; where its forward reads values: answers to its first questions, how
-    many more may be guessed, and how many of its questions were answered before what is wanted.
-    """
-
-    request: Request
-    args: Any
-    kwargs: Any
-    script: tuple[Any, ...] = ()
-    guesses: int = 0
-    start: int = 0
-    plain: bool = False  # what is read is asked for, and no stand-in
-
-
-@dataclass
-class Unfolded:
-    """One request's forward, run on stubs."""
-
-    request: Request
-    data: list[tuple[int, int, StubType, int, str]] = field(default_factory=list)
-    # ^ (leaf, first row, type of a row, rows or -1, name)
-    call: tuple[Any, Any] = ((), {})  # the request as stubs
-    parts: dict[int, Part] = field(default_factory=dict)
-    shells: list[tuple[Any, list[Any]]] = field(default_factory=list)
-    rows: tuple[int, int, int, int] = (0, 0, 0, 0)  # first int, float and tensor row, and the end
-    base: int = 0  # first row that its forward makes
-    returned: Returned | None = None  # None: it failed, or asked what nobody knows
-    reason: str | None = None  # why it cannot be unfolded, where that is why
-    start: int = 0  # questions that were answered before what is wanted of it
-    asked: list[Asked] = field(default_factory=list)
-    yields: list[tuple[int, int, Returned]] = field(default_factory=list)
-    # ^ (questions asked before, first row that is made after, what was yielded)
-    generates: bool = False  # its forward is a generator
-    draws: list[Draw] = field(default_factory=list)  # random numbers, in order
-    plain: bool = False  # see `Wanted`
-    error: Exception | None = None  # what its forward raised
-    over_deep = False  # it recurses deeper than there is room for
-    carried: list[Refs] = field(default_factory=list)  # rows from before the cut, by type
-    carried_data: list[tuple[int, int, StubType, int]] = field(default_factory=list)
-    # ^ (~number of the type, first value, type of a row, rows)
-
-    @property
-    def num_data(self) -> int:
-        """Rows of its data."""
-        return self.rows[3] - self.rows[0]
-
-    def own(self, rows: Refs) -> Refs:
-        """Its rows numbered by themselves: data first, then what its forward makes."""
-        made = rows >= self.base
-        return np.where(made, rows - self.base + self.num_data, rows - self.rows[0])
-
-    @property
-    def cut(self) -> int:
-        """First row of what is wanted: what was made before is carried."""
-        wanted = self.start and (self.raises or not self.failed)
-        return self.asked[self.start - 1].until if wanted else self.base
-
-    @property
-    def failed(self) -> bool:
-        """It ended in an error, or cannot be unfolded."""
-        return self.error is not None or self.reason is not None or self.over_deep
-
-    @property
-    def raises(self) -> bool:
-        """A generator raised, after what was wanted began: what it yielded until then counts."""
-        return self.error is not None and self.generates and len(self.asked) >= self.start
-
-    @property
-    def open(self) -> bool:
-        """It ended in a question that nobody has answered."""
-        return bool(self.asked) and self.asked[-1].answer is OPEN
-
-    @property
-    def given(self) -> list[Returned]:
-        """What it yielded and returned."""
-        out = [piece for _, _, piece in self.yields]
-        return out if self.returned is None else [*out, self.returned]
-
-    @property
-    def wanted(self) -> list[Returned]:
-        """What it yielded after the cut, and returned."""
-        if self.failed and not self.raises:
-            return []
-        out = [piece for before, _, piece in self.yields if before >= self.start]
-        return out if self.returned is None else [*out, self.returned]
-
-    @property
-    def end(self) -> int | None:
-        """First row after an open question; where nothing is wanted, the first row."""
-        if self.failed and not self.raises:
-            return self.base
-        return self.asked[-1].until if self.open else None
-
-
-@dataclass
-class Stamped:
-    """Requests whose forwards were not run: what they do was written, by a pattern."""
-
-    pattern: Pattern
-    requests: list[Request]
-    bases: Refs  # first rows that they make
-    data: list[tuple[int, str, StubType, Refs, Refs]]
-    # ^ (leaf, name, type of a row, first row of each request, rows or -1)
-    returned: Refs  # rows, [requests, rows]
+from cellc.unfolded import Stamped, Unfolded
 
 
 @dataclass
@@ -227,7 +111,7 @@ def make_forest(
         all_owners.append(owners)
         all_when.append(when)
     graph = CallGraph(groups, [], constants, [], next_value)
-    given, returned = _data_of(runs, stamped), _outputs_of(runs, stamped)
+    given, returned = data_of(runs, stamped), outputs_of(runs, stamped)
     rows = np.concatenate([np.zeros(0, np.int64), *[o.refs.reshape(-1) for o in returned]])
     refs, at = final[values_of(rows)], 0
     for output in returned:
@@ -239,74 +123,6 @@ def make_forest(
         forest.rows = window.rows(moved, final)
         forest.when, forest.answered = all_when, window.answered
     return forest
-
-
-def _data_of(runs: Sequence[Unfolded], stamped: Sequence[Stamped]) -> list[DataColumn]:
-    """What requests are given, those of `runs` first."""
-    found: dict[tuple[int, str, StubType, bool], list[tuple[int, int, int]]] = {}
-    for owner, run in enumerate(runs):
-        given = [*run.data]
-        for number, draw in enumerate(run.draws):
-            if draw.row >= run.cut and (run.end is None or draw.row < run.end):
-                given.append((DRAWN + number, draw.row, draw.form, -1, "drawn"))
-        given += [(*carried, "carried") for carried in run.carried_data]
-        for leaf, base, kind, count, name in given:
-            place = found.setdefault((leaf, name, kind, count < 0), [])
-            place.append((base, count, owner))
-    columns = [
-        _data_column(*key[:3], *np.array(members, np.int64).T) for key, members in found.items()
-    ]
-    first = len(runs)
-    for many in stamped:
-        owners = np.arange(first, first + len(many.requests))
-        columns += [_data_column(*column, owners) for column in many.data]
-        first += len(many.requests)
-    return columns
-
-
-def _data_column(
-    leaf: int, name: str, kind: StubType, bases: Refs, counts: Refs, owners: Refs
-) -> DataColumn:
-    """`counts`: -1 of tensors that are rows themselves."""
-    rows = (True,) * len(kind.shape)
-    if counts[0] >= 0:
-        return DataColumn(leaf, name, _row_type(kind), (False, *rows), bases, counts, owners)
-    return DataColumn(leaf, name, _row_type(kind), rows, bases, np.ones_like(counts), owners)
-
-
-def _outputs_of(runs: Sequence[Unfolded], stamped: Sequence[Stamped]) -> list[OutputColumn]:
-    """What requests return, those of `runs` first: their rows."""
-    found: dict[tuple[int, int, OutType], tuple[list[list[int]], list[int]]] = {}
-    for owner, run in enumerate(runs):
-        tensors = [tensor for piece in run.wanted for tensor in piece.tensors]
-        for number, (rows, out) in enumerate(tensors):
-            members, owners = found.setdefault((number, len(rows), out), ([], []))
-            members.append(rows)
-            owners.append(owner)
-    columns = [
-        _output_column(np.array(rows, np.int64).reshape(len(rows), size), out, np.array(owners))
-        for (_, size, out), (rows, owners) in sorted(found.items(), key=lambda one: one[0][0])
-    ]
-    first = len(runs)
-    for many in stamped:
-        owners_of = np.arange(first, first + len(many.requests))
-        at = 0
-        for size, out in many.pattern.forms:
-            columns.append(_output_column(many.returned[:, at : at + size], out, owners_of))
-            at += size
-        first += len(many.requests)
-    return columns
-
-
-def _output_column(rows: Refs, out: OutType, owners: Refs) -> OutputColumn:
-    """`rows`: [requests, rows]."""
-    shape = out.type.shape
-    if out.rows < 0:
-        rows = rows.reshape(len(rows))
-        return OutputColumn(rows, _row_type(out.type), shape, (True,) * len(shape), owners)
-    dims = (False, *[True] * (len(shape) - 1))
-    type = RowType(shape[1:], DTYPE_NAMES[out.type.dtype])
-    return OutputColumn(rows, type, shape, dims, owners)
 
 
 class _Window:
@@ -412,8 +228,3 @@ def _joined(parts: Sequence[tuple[CallGroup, Refs, Refs]]) -> tuple[CallGroup, R
         group.outputs = [o[order] for o in group.outputs]
         owners, when = owners[order], when[order]
     return group, owners, when
-
-
-@functools.cache
-def _row_type(kind: StubType) -> RowType:
-    return RowType(kind.shape, DTYPE_NAMES[kind.dtype])

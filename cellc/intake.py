@@ -24,12 +24,12 @@ from cellc.errors import (
     UnsupportedError,
     ValueReadError,
 )
-from cellc.forests import Wanted
 from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
 from cellc.pipeline import check_outside
 from cellc.request import Request, Structure
 from cellc.ticket import Ticket
+from cellc.unfolded import Wanted
 
 Begin = Callable[[Sequence[Ticket]], None]
 TOGETHER = 96  # requests that are unfolded while those before them run

@@ -21,7 +21,6 @@ import numpy.typing as npt
 import torch
 from torch.utils import _pytree as pytree
 
-from cellc.forests import Unfolded, Wanted
 from cellc.frontends.asking import Asked
 from cellc.frontends.drawing import Draw
 from cellc.frontends.points import told
@@ -40,6 +39,7 @@ from cellc.plan import (
     Plan,
     ragged_range,
 )
+from cellc.unfolded import Unfolded, Wanted
 
 _INT32 = np.iinfo(np.int32)
 

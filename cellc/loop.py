@@ -43,12 +43,8 @@ class Loop:
             assert not wait, "this thread holds the loop"
             return False
         try:
-            with self._turn:
-                while self._owner:
-                    if not wait:
-                        return False
-                    self._turn.wait(SOON)
-                self._owner = me
+            if not self._take(me, wait):
+                return False
             work()
         finally:
             if self._owner == me:  # no call, so nothing interrupts this
@@ -63,11 +59,20 @@ class Loop:
         me = threading.get_ident()
         assert self._owner != me, "this thread holds the loop"
         try:
-            with self._turn:
-                while self._owner:
-                    self._turn.wait(SOON)
-                self._owner = me
+            self._take(me, wait=True)
             yield
         finally:
             if self._owner == me:
                 self._owner = 0
+
+    def _take(self, me: int, wait: bool) -> bool:
+        """Become its owner, if nobody is or once nobody is. Whoever calls gives it back, though
+        this was interrupted.
+        """
+        with self._turn:
+            while self._owner:
+                if not wait:
+                    return False
+                self._turn.wait(SOON)
+            self._owner = me
+        return True

@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cellc import skeleton
-from cellc.forests import Stamped, Unfolded, Wanted
 from cellc.frontends.grove import LEAF, Grove
 from cellc.frontends.pattern import Pattern, learn, stamp
 from cellc.frontends.unfold import Recorder
 from cellc.request import Request
 from cellc.skeleton import TENSOR
 from cellc.stand_ins import StandIns
+from cellc.unfolded import Stamped, Unfolded, Wanted
 
 MAX_PATTERNS = 1 << 10
 

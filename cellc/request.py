@@ -117,7 +117,11 @@ class Arguments:
             raise RequestError(
                 argument=", ".join(strange) or _culprit(str(error), self.names),
                 got=got,
-                expected=f"a call of forward({names})",
+                expected=f"a call of forward({names})"
+                + (
+                    "; in map a dict is keywords, and ({...},) one argument"
+                    * bool(strange and not args)
+                ),
             ) from None
         return bound.args, bound.kwargs
 

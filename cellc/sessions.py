@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from cellc.carry import Blocks, Carry, Held, Kept, Late, copied, form_key
-from cellc.errors import RequestError, SessionBusy, SessionClosed
+from cellc.errors import RequestError, SessionBusy, SessionClosed, UnsupportedError
 from cellc.ticket import Ticket
 from cellc.waiting import Future
 from cellc.wants import Wants
@@ -278,3 +278,13 @@ class _Wanted(Steps):
 
     def _release(self, ticket: Ticket) -> None:
         self._session._release(ticket)
+
+
+def pair_of(step: Any) -> tuple[Steps, Any]:
+    """What `step_all` is given of one step."""
+    if isinstance(step, tuple) and len(step) == 2 and isinstance(step[0], Steps):
+        return step
+    raise UnsupportedError(
+        what=f"a step_all of a {type(step).__name__}",
+        remedy="give pairs of a session and its arguments: [(session, (x,)), ...]",
+    )

@@ -14,12 +14,12 @@ import torch
 
 from cellc.copier import Copier
 from cellc.dtypes import DTYPE_NAMES
-from cellc.forests import Unfolded
 from cellc.frontends.stub import CannotUnfold, FloatNumber, IntNumber, Stack, Stub, StubType
 from cellc.frontends.stubbing import MAX_SHAPES, Shapes, Stubber
 from cellc.frontends.unfold import Recorder
 from cellc.request import Request
 from cellc.skeleton import Steering
+from cellc.unfolded import Unfolded
 
 
 class StandIns:

@@ -22,7 +22,6 @@ from cellc.calls import CallGraph, Forest
 from cellc.cell_store import CellStore
 from cellc.copier import Copier
 from cellc.errors import CellcError, ForwardError, UnsupportedError
-from cellc.forests import Wanted
 from cellc.frontends.effects import asks_for_identity
 from cellc.frontends.stub import CannotUnfold
 from cellc.graph import Graph
@@ -42,6 +41,7 @@ from cellc.printer import print_graph
 from cellc.request import Request
 from cellc.skeleton import Steering
 from cellc.stages import print_calls
+from cellc.unfolded import Wanted
 from cellc.unfolder import Steers, Unfolder, Unfolding
 
 MAX_FAILURES = 1024  # requests of which is known that they cannot be unfolded

@@ -21,11 +21,11 @@ from cellc.compiled import Compiled
 from cellc.compiler import Compiler
 from cellc.errors import UnsupportedError, ValueReadError
 from cellc.export import CellBox, CellEdge, CellGraph
-from cellc.forests import Wanted
 from cellc.kernels.tile_roots import unsupported
 from cellc.legs import Entry
 from cellc.plan import CELL
 from cellc.request import as_call
+from cellc.unfolded import Wanted
 from cellc.views import Cells, CellView
 
 T = TypeVar("T")

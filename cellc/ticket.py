@@ -17,11 +17,11 @@ from cellc.carry import Carry, Held
 from cellc.cells import Cell
 from cellc.errors import RequestError
 from cellc.faults import Fault, reads
-from cellc.forests import DRAWN
 from cellc.frontends.drawing import Draws
 from cellc.launch import Invalid
 from cellc.legs import Branch, Entry, Leg
 from cellc.timeline import Timeline
+from cellc.unfolded import DRAWN
 from cellc.urgency import NO_WISH, Wish
 from cellc.waiting import Future
 

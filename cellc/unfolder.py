@@ -23,7 +23,7 @@ from cellc import log
 from cellc.calls import Forest
 from cellc.dtypes import DTYPE_NAMES, TORCH_DTYPES
 from cellc.flow import Flow
-from cellc.forests import Stamped, Unfolded, Wanted, make_forest
+from cellc.forests import make_forest
 from cellc.frontends.asking import Asked
 from cellc.frontends.callees import RefusedCell
 from cellc.frontends.dims import Dims
@@ -38,6 +38,7 @@ from cellc.roles import Roles
 from cellc.skeleton import Steering
 from cellc.stand_ins import StandIns
 from cellc.templates import Templates, Tools, example
+from cellc.unfolded import Stamped, Unfolded, Wanted
 
 SAMPLE = 3  # requests from which a model's segments are first learned
 ROUNDS = 12  # of learning, at most

@@ -137,3 +137,13 @@ def test_did_you_mean(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean lstm-256" in capsys.readouterr().err
     assert main(["bench", "gru256", "--online"]) == 2
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_a_dict_that_was_meant_as_one_argument() -> None:
+    def forward(thread: Any) -> torch.Tensor:
+        return thread["x"] + 1  # type: ignore[no-any-return]
+
+    with cellc.compile(forward, backend="eager") as compiled:
+        with pytest.raises(cellc.RequestError, match=r"a dict is keywords, and \({...},\) one"):
+            compiled.map([{"x": torch.ones(2)}])
+        assert compiled.map([({"x": torch.ones(2)},)])[0].sum() == 4
