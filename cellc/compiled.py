@@ -2,7 +2,7 @@
 
 Duty: the public face: calls become tickets (`cellc.intake`), and the engine runs them. The main
 path is three files: this one, `cellc.compiler` (how a request never seen becomes a plan) and
-`cellc.engine` (how plans run).
+`cellc.turns` (how plans run).
 """
 
 from __future__ import annotations
