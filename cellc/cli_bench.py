@@ -29,7 +29,10 @@ the arrival that was drawn, not from when the request was sent, at shares of the
 dynamic batcher of padded batches; of lstm-256, lstm-1024, gru-256, seq2seq-256, seq2seq-1024 and
 TARGETs. Without a name, lstm-256 and seq2seq-256. The peer's two best configurations (buckets of 10
 or one queue, timeouts of 0 to 10 ms) are searched for at each load, and measured beside buckets of
-10 with a timeout of 10 ms. Without --online a TARGET is measured both ways."""
+10 with a timeout of 10 ms. Without --online a TARGET is measured both ways.
+
+--device cuda measures the batched workloads on a GPU, and steps: cellc's kernels alone beside
+cuDNN's and torch.compile's, with the share of the roofline, and what a launch costs the host."""
 _BENCH_EPILOG = """\
 examples:
   cellc bench lstm-256
@@ -39,6 +42,7 @@ examples:
   cellc bench lstm-256 --online --loads 0.3,0.7,0.95 --plot latency.png
   cellc bench lstm-256 --online --trace trace.txt
   cellc bench examples/tagger.py:model
+  cellc bench lstm-256 steps --device cuda
   cellc bench --targets                                what cellc is built to, held or not
   cellc bench gru-256 --from figures.json --json figures.json        one more workload
   cellc bench --from figures.json --targets --paper --markdown benchmarks.md"""
@@ -82,6 +86,12 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         help="in brackets, as treebanks have them: (S (NP a)...)",
     )
     bench.add_argument("--backend", choices=BACKENDS, default="auto", help="cellc's (default auto)")
+    bench.add_argument(
+        "--device",
+        default="cpu",
+        metavar="NAME",
+        help="of models and requests: cpu, or a GPU, as torch names it (default cpu)",
+    )
     bench.add_argument("--noisy", action="store_true", help="quote disturbed figures as well")
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the figures, too")
     bench.add_argument("--input", metavar="FILE:NAME", help="requests of a TARGET")

@@ -15,8 +15,8 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from cellc.bench.case import Case, Way
 from cellc.bench.decode import CELLC, EOS, LONGEST, PADDED, SAID, VOCABULARY, make_requests
 from cellc.bench.peers import by_length
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import ALONE, SAMPLE
-from cellc.entry import compile
 
 BATCH = 128
 
@@ -51,7 +51,7 @@ class Translator(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         memory, (h, c) = self.encoder(self.embedding(tokens))
         h, c = h[0], c[0]
-        token, said = torch.tensor(0), []
+        token, said = torch.tensor(0, device=self.head.weight.device), []
         for _ in range(self.limit):
             token, h, c = self.step(token, h, c, memory)
             said.append(token)
@@ -64,9 +64,9 @@ class Translator(nn.Module):
         packed = pack_sequence(list(batch), enforce_sorted=False)
         states, (h, c) = self.encoder(packed._replace(data=self.embedding(packed.data)))
         memory, lengths = pad_packed_sequence(states, batch_first=True)
-        padding = torch.arange(memory.shape[1]) >= lengths.unsqueeze(-1)
+        padding = (torch.arange(memory.shape[1]) >= lengths.unsqueeze(-1)).to(memory.device)
         h, c = h[0], c[0]
-        token = torch.zeros(len(batch), dtype=torch.int64)
+        token = torch.zeros(len(batch), dtype=torch.int64, device=memory.device)
         done, ends = torch.zeros_like(token).bool(), torch.zeros_like(token)
         said = []
         for _ in range(self.limit):
@@ -80,13 +80,13 @@ class Translator(nn.Module):
         return [row[:end] for row, end in zip(rows, ends.tolist(), strict=True)]
 
 
-def attention_case(hidden: int, count: int, backend: str = "auto") -> Case:
+def attention_case(hidden: int, count: int, place: Place = HERE) -> Case:
     """Greedy decoding until the end token; paths seen."""
     torch.manual_seed(0)
-    model = Translator(hidden).eval().requires_grad_(False)
-    requests = make_requests(count)
+    model = place.ready(Translator(hidden))
+    requests = place.moved(make_requests(count))
     sample = min(SAMPLE, count)
-    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    compiled = place.compiled(model)
 
     def padded() -> list[Tensor]:
         found: dict[int, Tensor] = {}

@@ -11,12 +11,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from cellc.bench.measure import Patience, Round, alternate, noise, repeat_for
+from cellc.bench.place import settle
 from cellc.compiled import Compiled
 from cellc.errors import CellcError
 from cellc.report import QUIET
@@ -171,7 +173,7 @@ def _figures(
     """(figures, what others took, rounds dropped)."""
     if not case.ways:
         return [], [], 0
-    works = [repeat_for(way.run, seconds, way.fresh) for way in case.ways]
+    works = [repeat_for(partial(_done, way.run), seconds, way.fresh) for way in case.ways]
     kept, dropped = _rounds(works, rounds, patience)
     sizes = [way.sample or case.count for way in case.ways]
     columns = zip(*(r.results for r in kept), strict=True)
@@ -190,6 +192,11 @@ def _figures(
         for way, column in zip(case.ways, rates, strict=True)
     ]
     return figures, [noise(kept)], dropped
+
+
+def _done(run: Callable[[], object]) -> None:
+    run()
+    settle()
 
 
 def _facts(

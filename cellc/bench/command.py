@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from cellc.bench import online_command, page, paper, plots, targets
+from cellc.bench import gpu, online_command, page, paper, plots, targets
 from cellc.bench.case import Case, Differs, Outcome, measure
 from cellc.bench.found import SHARE, Found, Measured
 from cellc.bench.lengths import DISTRIBUTION, draw_lengths, read_lengths
@@ -30,9 +30,10 @@ from cellc.bench.memory import memory_case
 from cellc.bench.online import SHARES
 from cellc.bench.online_command import Online, online_of
 from cellc.bench.online_figures import OnlineOutcome
+from cellc.bench.place import Place
 from cellc.bench.sheets import Sheet, as_table, online_sheet, sheets_of
 from cellc.bench.user_model import is_target, target_case
-from cellc.bench.workloads import MEMORY, NAMES, Settings, cases_of
+from cellc.bench.workloads import MEMORY, NAMES, ON_DEVICES, STEPS, Settings, cases_of
 from cellc.errors import UsageError, hint
 
 T = TypeVar("T", Outcome, OnlineOutcome)
@@ -79,6 +80,13 @@ class Bench:
             self.found.add_online(new)
             self._write()
 
+    def steps(self) -> None:
+        """On a GPU, kernels alone beside cuDNN's, and what launches cost."""
+        units = [] if self.args.units is None else ["--hidden", str(self.args.units)]
+        asked = gpu.arguments().parse_args([*units, "--rounds", str(self.args.rounds)])
+        self.found.steps = gpu.run(asked, self.console)
+        self._write()
+
     def _outcomes(
         self, works: Iterable[Callable[[], T]], sheets: Callable[[T], Sequence[Sheet]]
     ) -> Iterator[T]:
@@ -114,14 +122,14 @@ class Bench:
 
 def run(args: argparse.Namespace, console: Console) -> int:
     """Measure; returns the exit code: 1 where results differ."""
-    found = Found(noisy=args.noisy)
+    settings, stated = _settings(args)
+    found = Found(settings.place.machine, noisy=args.noisy)
     for path in args.given:
         found.read(path)
-    asked = _asked(args)
+    asked = _asked(args, settings.place)
     online_command.check(args, asked.served)
     if args.plot:
         plots.check(args.plot)
-    settings, stated = _settings(args)
     online = online_of(args, settings, asked.shares)
     console.print(
         f"{found.machine}, {found.threads} threads, torch {found.torch}; "
@@ -130,7 +138,9 @@ def run(args: argparse.Namespace, console: Console) -> int:
     bench = Bench(args, console, found, settings, stated)
     with torch.no_grad():
         for name in dict.fromkeys([*asked.at_once, *asked.served]):
-            if name in asked.at_once:
+            if name == STEPS:
+                bench.steps()
+            elif name in asked.at_once:
                 bench.at_once(name)
             if name in asked.served:
                 bench.served(name, online)
@@ -138,13 +148,20 @@ def run(args: argparse.Namespace, console: Console) -> int:
     return bench.code
 
 
-def _asked(args: argparse.Namespace) -> Asked:
+def _asked(args: argparse.Namespace, place: Place) -> Asked:
     """What to measure: what is named; else what is asked about; else all, or nothing where earlier
     figures are given.
     """
+    known = NAMES if place.on_cpu else ON_DEVICES
     for name in args.workload:
-        if name not in NAMES and not is_target(name):
-            raise UsageError(f"workload {name!r} is not known; {hint(name, NAMES)}")
+        if is_target(name) or name in known:
+            continue
+        if name in (*NAMES, *ON_DEVICES):
+            where = "a GPU: --device cuda" if place.on_cpu else "a processor"
+            raise UsageError(f"{name} is about {where}; {hint(name, known)}")
+        raise UsageError(f"workload {name!r} is not known; {hint(name, known)}")
+    if not place.on_cpu:
+        return _asked_of_device(args)
     if args.workload or args.given:
         names = list(dict.fromkeys(args.workload))
         if args.online:
@@ -163,17 +180,26 @@ def _asked(args: argparse.Namespace) -> Asked:
     return Asked(NAMES if args.markdown else at_once or NAMES, served, [SHARE])
 
 
+def _asked_of_device(args: argparse.Namespace) -> Asked:
+    for option in ("online", "targets", "paper"):
+        if getattr(args, option):
+            raise UsageError(f"--{option} is about processors, and does not go with --device")
+    return Asked(list(dict.fromkeys(args.workload)) or (() if args.given else ON_DEVICES), ())
+
+
 def _settings(args: argparse.Namespace) -> tuple[Settings, str]:
     """(what workloads share, what lengths they have)."""
     count = args.requests
     lengths = read_lengths(args.lengths, count) if args.lengths else draw_lengths(count)
     stated = f"lengths from {args.lengths.name}" if args.lengths else DISTRIBUTION
-    return Settings(lengths, args.backend, args.units, args.trees, args.input), stated
+    place = Place(args.backend, args.device)
+    place.check()
+    return Settings(lengths, place, args.units, args.trees, args.input), stated
 
 
 def _cases(name: str, settings: Settings) -> Sequence[Callable[[], Case]]:
     if is_target(name):
-        return [partial(target_case, name, settings.inputs, settings.count, settings.backend)]
+        return [partial(target_case, name, settings.inputs, settings.count, settings.place)]
     return [partial(memory_case, settings)] if name == MEMORY else cases_of(name, settings)
 
 
@@ -193,6 +219,7 @@ def _command(name: str, args: argparse.Namespace, shares: Sequence[float] | None
         ("--lengths", args.lengths and args.lengths.name),
         ("--trees", args.trees and args.trees.name),
         ("--backend", args.backend if args.backend != "auto" else None),
+        ("--device", args.device if args.device != "cpu" else None),
     ):
         words += [option, str(value)] if value else []
     return shlex.join(words)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cellc.bench.case import Case, Way
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import ALONE, SAMPLE
-from cellc.entry import compile
 
 VOCABULARY, EOS, LONGEST = 1000, 3, 40
 PADDED, CELLC = "PyTorch, padded batches", "cellc, paths seen"
@@ -35,10 +35,11 @@ class Translator(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         RUNS[0] += 1
-        h = c = torch.zeros(self.hidden)
+        there = self.head.weight.device
+        h = c = torch.zeros(self.hidden, device=there)
         for token in tokens:
             h, c = self.encoder(self.embedding(token), (h, c))
-        token, said = torch.tensor(0), []
+        token, said = torch.tensor(0, device=there), []
         for _ in range(self.limit):
             h, c = self.decoder(self.embedding(token), (h, c))
             token = self.head(h).argmax(-1)
@@ -49,14 +50,14 @@ class Translator(nn.Module):
 
     def padded(self, batch: Sequence[Tensor]) -> list[Tensor]:
         """The same for many at once, until the last has ended."""
-        lengths = torch.tensor([len(x) for x in batch])
         tokens = nn.utils.rnn.pad_sequence(list(batch))
-        h = c = torch.zeros(len(batch), self.hidden)
+        lengths = torch.tensor([len(x) for x in batch], device=tokens.device)
+        h = c = torch.zeros(len(batch), self.hidden, device=tokens.device)
         for t, row in enumerate(tokens):
             new_h, new_c = self.encoder(self.embedding(row), (h, c))
             there = (lengths > t)[:, None]
             h, c = torch.where(there, new_h, h), torch.where(there, new_c, c)
-        token, alive = torch.zeros(len(batch), dtype=torch.int64), torch.ones(len(batch)).bool()
+        token, alive = torch.zeros_like(lengths), torch.ones_like(lengths).bool()
         said = []
         for _ in range(self.limit):
             h, c = self.decoder(self.embedding(token), (h, c))
@@ -66,10 +67,9 @@ class Translator(nn.Module):
             if not alive.any():
                 break
         rows = torch.stack(said, 1)
-        ends = [int(k) for k in (rows == EOS).int().argmax(1)]
-        return [
-            row[: end + 1] if row[end] == EOS else row for row, end in zip(rows, ends, strict=True)
-        ]
+        is_end = rows == EOS
+        ends = torch.where(is_end.any(1), is_end.int().argmax(1), rows.shape[1]).tolist()
+        return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
 
 def make_requests(count: int, seed: int = 0) -> list[Tensor]:
@@ -91,13 +91,13 @@ def padded_batches(model: Translator, requests: Sequence[Tensor], size: int = 12
     return [found[i] for i in range(len(requests))]
 
 
-def decode_case(hidden: int, count: int, backend: str = "auto") -> Case:
+def decode_case(hidden: int, count: int, place: Place = HERE) -> Case:
     """Greedy decoding until the end token; paths seen."""
     torch.manual_seed(0)
-    model = Translator(hidden, bias=1.6).eval().requires_grad_(False)
-    requests = make_requests(count)
+    model = place.ready(Translator(hidden, bias=1.6))
+    requests = place.moved(make_requests(count))
     sample = min(SAMPLE, count)
-    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    compiled = place.compiled(model)
 
     def facts() -> dict[str, float]:
         ran = RUNS[0]

@@ -65,6 +65,7 @@ class Found:
     torch: str = torch.__version__
     cases: list[Measured[Outcome]] = field(default_factory=list)
     online: list[Measured[OnlineOutcome]] = field(default_factory=list)
+    steps: dict[str, Any] = field(default_factory=dict)  # of `cellc.bench.gpu`
     noisy: bool = False  # disturbed figures are answers, too
 
     def add(self, new: Sequence[Measured[Outcome]]) -> None:
@@ -130,6 +131,7 @@ class Found:
             "torch": self.torch,
             "cases": [m.as_json() for m in self.cases],
             "online": [m.as_json() for m in self.online],
+            "steps": self.steps,
         }
         path.write_text(json.dumps(written, indent=1), encoding="utf-8")
 
@@ -151,6 +153,7 @@ class Found:
             raise UsageError(f"--from {path}: measured on {theirs}, and this is {ours}")
         self.add(cases)
         self.add_online(online)
+        self.steps = written.get("steps") or self.steps
 
 
 def _replaced(old: Sequence[Measured[T]], new: Sequence[Measured[T]]) -> list[Measured[T]]:

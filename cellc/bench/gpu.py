@@ -17,9 +17,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -27,94 +26,19 @@ from torch import Tensor, nn
 
 from cellc.bench import gpu_work
 from cellc.bench.gpu_clock import Clock
+from cellc.bench.gpu_launches import Ran, again, compiling, joined, recorded
 from cellc.bench.gpu_overhead import overheads
+from cellc.bench.gpu_tuning import tune_work
 from cellc.bench.gpu_work import BY_STEP, DTYPES, KINDS, Work
 from cellc.cells import Cell
-from cellc.compiled import Compiled
-from cellc.entry import compile
 from cellc.kernels.triton_backend import TritonKernel, interpreting
 from cellc.kernels.triton_devices import launch_bytes
-from cellc.kernels.triton_tune import keep_best, tune
-from cellc.kernels.triton_tune_loop import keep_best_loop, tune_loop
-from cellc.launch import Bindable, Kernel, Launch
 
 BATCHES = (1, 8, 64, 256, 512, 1024)
 CELLS = (*KINDS, "treelstm", "decoder")
 TOLERANCE = {"f32": 1e-4, "tf32": 1e-2, "bf16": 5e-2}
 ROUNDS = 3
 COUNTS = (1, 8, 24)  # steps of a launch whose cost is measured
-
-
-class Ran(NamedTuple):
-    """One launch that the runtime made."""
-
-    cell: Cell
-    kernel: Kernel
-    launch: Launch
-
-
-class Recorded:
-    """A kernel that keeps what it was launched with."""
-
-    def __init__(self, cell: Cell, kernel: Kernel, kept: list[Ran]) -> None:
-        self.source, self._cell, self._kernel, self._kept = kernel.source, cell, kernel, kept
-
-    def __call__(self, launch: Launch, arenas: Any) -> Sequence[int]:
-        self._kept.append(Ran(self._cell, self._kernel, launch))
-        return self._kernel(launch, arenas)
-
-
-def recorded(compiled: Compiled, requests: Sequence[Any]) -> list[Ran]:
-    """The launches that these requests need together, in order."""
-    kept: list[Ran] = []
-    kernels, cells = compiled._compiler.kernels, compiled._compiler.by_number
-    plain = dict(kernels)
-    kernels.update({k: Recorded(cells[k], v, kept) for k, v in plain.items()})
-    compiled._engine._replays.clear()
-    compiled.map(requests)
-    kernels.update(plain)
-    compiled._engine._replays.clear()
-    return kept
-
-
-def again(compiled: Compiled, kept: Sequence[Ran]) -> Callable[[], None]:
-    """Those of generated kernels, to run again kernel by kernel: uploaded once."""
-    arenas = compiled._engine._arenas
-    runs = []
-    for _, kernel, launch in kept:
-        if isinstance(kernel, TritonKernel):
-            runs.append(kernel.plain(launch, arenas))
-        elif isinstance(kernel, Bindable):
-            runs.append(kernel.bind(launch, arenas))
-
-    def run() -> None:
-        for one in runs:
-            one()
-
-    return run
-
-
-def joined(kept: Sequence[Ran]) -> list[Ran]:
-    """Launches of one kernel that follow each other as one, where none has ragged inputs."""
-    found: list[Ran] = []
-    for ran in kept:
-        ragged = any(spec.ragged for spec in ran.cell.inputs)
-        if ragged or not found or found[-1].kernel is not ran.kernel:
-            found.append(ran)
-            continue
-        before, after = found[-1].launch, ran.launch
-        steps = np.concatenate([before.steps, after.steps[1:] + before.num_rows])
-        tables: Any = zip(before.inputs, after.inputs, strict=True)
-        inputs = [np.concatenate(pair) for pair in tables]
-        outputs = np.concatenate([before.outputs, after.outputs], 1)
-        found[-1] = Ran(ran.cell, ran.kernel, Launch(steps, inputs, outputs))
-    return found
-
-
-def compiling(clock: Clock, work: Work, max_batch: int, name: str) -> Compiled:
-    backend = "auto" if clock.real else "triton"
-    options = {"tf32": name == "tf32"}
-    return compile(work.model, backend=backend, max_batch=max_batch, options=options)  # type: ignore[arg-type]
 
 
 def same(got: Sequence[Tensor], want: Sequence[Tensor], name: str) -> None:
@@ -266,63 +190,6 @@ def whole(clock: Clock, work: Work, name: str, count: int, rounds: int) -> dict[
             "launches": stats["launches"], "rows": stats["rows"]}  # fmt: skip
 
 
-# -- tuning ----------------------------------------------------------------------------------------
-
-
-def tune_work(console: Console, clock: Clock, work: Work, name: str) -> None:
-    """Measure tiles of a model's kernels, then its persistent kernels, and keep the best."""
-    for persistent in (False, True):
-        found: dict[int, tuple[TritonKernel, list[Launch]]] = {}
-        with compiling(clock, work, 512, name) as compiled:  # with what was kept before
-            for B in (1, 8, 64, 256, 512):
-                requests = work.requests(work.batch(B))
-                compiled.map(requests)
-                for _, kernel, launch in joined(recorded(compiled, requests)):
-                    if isinstance(kernel, TritonKernel):
-                        kept = found.setdefault(id(kernel), (kernel, []))[1]
-                        if all(int(k.steps[1]) != int(launch.steps[1]) for k in kept):
-                            kept.append(launch)
-            arenas = compiled._engine._arenas
-            for kernel, given in found.values():
-                if persistent:
-                    _tune_loop(console, clock, kernel, given, arenas)
-                else:
-                    _tune_tiles(console, kernel, given, arenas, name)
-
-
-def _tune_tiles(
-    console: Console, kernel: TritonKernel, given: Sequence[Launch], arenas: Any, name: str
-) -> None:
-    start = time.perf_counter()
-    large = [launch for launch in given if int(launch.steps[1]) >= 64] or given
-    timed = tune(kernel, large, arenas)
-    keep_best(kernel, timed)
-    for choices in timed:
-        took = time.perf_counter() - start
-        console.print(f"{choices[0].kernel.name} {name}: {len(choices)} in {took:.0f} s")
-        refused = [t for t in choices if t.refusal]
-        for t in refused[:1]:
-            console.print(f"  {len(refused)} refused, as {t.tiles}: {t.refusal[:200]}")
-        for t in choices[:4]:
-            us = {n: f"{s * 1e6:.1f} us" for n, s in t.seconds.items()}
-            console.print(f"  {t.tiles} {us}")
-
-
-def _tune_loop(
-    console: Console, clock: Clock, kernel: TritonKernel, given: Sequence[Launch], arenas: Any
-) -> None:
-    several = [launch for launch in given if launch.num_steps > 1]
-    if kernel.persistent is None or not several:
-        return
-    found = tune_loop(kernel, several, arenas, clock.shared_bytes, clock.seconds, clock.capture)
-    chosen = keep_best_loop(kernel, found, clock.name)
-    console.print(f"{kernel.persistent.kernel.name}: {chosen or 'a kernel a step is faster'}")
-    for t in found:
-        sizes = f"BM={t.kernel.constants['BM']} num_warps={t.kernel.num_warps}"
-        us = {n: f"{s * 1e6:.1f} of {t.single[n] * 1e6:.1f} us" for n, s in t.seconds.items()}
-        console.print(f"  {sizes} {t.refusal[:200] or us}")
-
-
 # -- the command -----------------------------------------------------------------------------------
 
 
@@ -354,7 +221,11 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args, console = arguments().parse_args(argv), Console(highlight=False, width=120)
+    run(arguments().parse_args(argv), Console(highlight=False, width=120))
+
+
+def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Measure; returns all figures. Raises SystemExit where there is no GPU, or results differ."""
     if args.dry_run:
         if not interpreting():
             raise SystemExit("--dry-run needs TRITON_INTERPRET=1")
@@ -382,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     with open(args.json, "w") as file:
                         json.dump(found, file, indent=1)
     show(console, "whole requests a second", found["whole"])
+    return found
 
 
 if __name__ == "__main__":

@@ -82,7 +82,11 @@ class Clock:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             run()
-        return graph.replay
+
+        def replay(memory: Run = run) -> None:  # which the graph reads: what `run` holds must stay
+            graph.replay()
+
+        return replay
 
     def capture(self, nodes: Sequence[Run]) -> Run:
         """For `triton_graphs`."""

@@ -17,9 +17,8 @@ import torch
 
 from cellc.bench.case import Case
 from cellc.bench.decode import VOCABULARY, Translator
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import LastState, make_requests
-from cellc.compiled import Compiled
-from cellc.entry import compile
 
 STEPS = 100
 SIZE = 2048  # of the product
@@ -35,11 +34,11 @@ EQUAL, DRAWN = f"requests of {LENGTH} vectors", "lengths as drawn"
 class Decoding:
     """Requests that decode side by side, each turn a step of all of them."""
 
-    def __init__(self, hidden: int, rows: int, backend: str) -> None:
+    def __init__(self, hidden: int, rows: int, place: Place) -> None:
         torch.manual_seed(0)
-        model = Translator(hidden, limit=STEPS, bias=-1e4).eval().requires_grad_(False)
-        self._requests = [torch.randint(VOCABULARY, (8,)) for _ in range(rows)]
-        self.compiled: Compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+        model = place.ready(Translator(hidden, limit=STEPS, bias=-1e4))
+        self._requests = place.moved([torch.randint(VOCABULARY, (8,)) for _ in range(rows)])
+        self.compiled = place.compiled(model)
         self._ready = False
 
     def _warm(self) -> None:
@@ -76,12 +75,11 @@ def _host_seconds(seconds: float, before: Mapping[str, float], after: Mapping[st
     return seconds - _grown("kernel_seconds", before, after)
 
 
-def host_case(hidden: int, backend: str = "auto", rows: Sequence[int] = (64, 256)) -> Case:
+def host_case(hidden: int, place: Place = HERE, rows: Sequence[int] = (64, 256)) -> Case:
     """Host costs at a few and at many rows."""
-    decoding = {n: Decoding(hidden, n, backend) for n in rows}
-    model = LastState("lstm", hidden, True).eval().requires_grad_(False)
-    reading: Compiled = compile(model, backend=backend)  # type: ignore[arg-type]
-    requests = make_requests([LENGTH] * max(rows), hidden, tokens=True)
+    decoding = {n: Decoding(hidden, n, place) for n in rows}
+    reading = place.compiled(place.ready(LastState("lstm", hidden, True)))
+    requests = place.moved(make_requests([LENGTH] * max(rows), hidden, tokens=True))
 
     def read() -> float:
         reading.map(requests)
@@ -105,13 +103,12 @@ def host_case(hidden: int, backend: str = "auto", rows: Sequence[int] = (64, 256
     )
 
 
-def saturation_case(hidden: int, lengths: Sequence[int], backend: str = "auto") -> Case:
+def saturation_case(hidden: int, lengths: Sequence[int], place: Place = HERE) -> Case:
     """Useful arithmetic of an LSTM on vectors, of which nothing can be folded, to the speed of a
     product: full batches from first to last, and lengths as drawn with the thin end of the longest.
     """
     torch.manual_seed(0)
-    model = LastState("lstm", hidden, False).eval().requires_grad_(False)
-    compiled: Compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    compiled = place.compiled(place.ready(LastState("lstm", hidden, False)))
     kinds = {EQUAL: [LENGTH] * len(lengths), DRAWN: list(lengths)}
     requests = {name: make_requests(given, hidden, False) for name, given in kinds.items()}
     warm: list[object] = []

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from cellc.bench.case import Case
+from cellc.bench.place import Place
 from cellc.bench.workloads import BATCHED, Settings, cases_of
 from cellc.errors import CellcError
 from cellc.modules import named_tensors
@@ -51,7 +52,7 @@ def _in_process(name: str, number: int, settings: Settings) -> dict[str, float]:
         "name": name,
         "number": number,
         "lengths": list(settings.lengths),
-        "backend": settings.backend,
+        "backend": settings.place.backend,
         "units": settings.units,
         "trees": str(settings.trees) if settings.trees else None,
     }
@@ -104,6 +105,7 @@ def _weights(model: Any) -> int:
 def main() -> None:
     given = json.loads(sys.stdin.read())
     name, number = given.pop("name"), given.pop("number")
+    given["place"] = Place(given.pop("backend"))
     given["trees"] = Path(given["trees"]) if given["trees"] else None
     with torch.no_grad():
         case = cases_of(name, Settings(**given))[number]()

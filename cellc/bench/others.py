@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 from cellc.bench.case import Case, Way
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import ALONE, CELLC, SAMPLE, VOCABULARY, buckets_of, make_requests
-from cellc.entry import compile
 from cellc.sessions import Session
 
 TAGS, STEPS = 17, 16
@@ -42,12 +42,12 @@ class Tagger(nn.Module):
         return [scores[:n, i] for i, n in enumerate(lengths.tolist())]
 
 
-def tagger_case(hidden: int, lengths: Sequence[int], backend: str = "auto") -> Case:
+def tagger_case(hidden: int, lengths: Sequence[int], place: Place = HERE) -> Case:
     torch.manual_seed(0)
-    model = Tagger(hidden).eval().requires_grad_(False)
-    requests = make_requests(lengths, hidden, tokens=True)
+    model = place.ready(Tagger(hidden))
+    requests = place.moved(make_requests(lengths, hidden, tokens=True))
     sample = min(SAMPLE, len(requests))
-    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
+    compiled = place.compiled(model)
 
     def buckets() -> list[Tensor]:
         results: list[Any] = [None] * len(requests)
@@ -79,14 +79,14 @@ class Step(nn.Module):
         return self.head(h), (h, c)
 
 
-def sessions_case(hidden: int, count: int, backend: str = "auto") -> Case:
+def sessions_case(hidden: int, count: int, place: Place = HERE) -> Case:
     """`count` streams side by side, each `STEPS` steps: results of a stream, joined."""
     torch.manual_seed(0)
-    model = Step(hidden).eval().requires_grad_(False)
-    streams = torch.randn(count, STEPS, hidden)
-    zeros = torch.zeros(hidden)
+    model = place.ready(Step(hidden))
+    streams = torch.randn(count, STEPS, hidden).to(place.device)
+    zeros = streams.new_zeros(hidden)
     sample = min(SAMPLE, count)
-    compiled = compile(model, backend=backend, carry={"state": "1"})  # type: ignore[arg-type]
+    compiled = place.compiled(model, carry={"state": "1"})
 
     def alone() -> list[Tensor]:
         results = []

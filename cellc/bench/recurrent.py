@@ -23,10 +23,10 @@ from cellc.bench.dynet_peer import DynetLSTM
 from cellc.bench.onnx_peer import RecurrentSession
 from cellc.bench.openvino_peer import OpenvinoLSTM
 from cellc.bench.peers import Array, by_length, in_batches, why_not
+from cellc.bench.place import HERE, PROCESSORS_ONLY, Place
 from cellc.bench.shrinking import BATCH as SHRINKING
-from cellc.bench.shrinking import Shrinking
+from cellc.bench.shrinking import Shrinking, linear, packed
 from cellc.bench.tensorflow_peer import TensorflowLSTM
-from cellc.entry import compile
 
 Kind = Literal["lstm", "gru"]
 VOCABULARY, SAMPLE = 1000, 64
@@ -85,8 +85,8 @@ class Torch:
         for batch in batches:
             chosen = [requests[i] for i in batch]
             states, _ = self.model.rnn(self.model.embedding(pad_sequence(chosen)))
-            last = torch.tensor([len(x) - 1 for x in chosen])
-            rows = states[last, torch.arange(len(chosen))]
+            last, each = torch.tensor([[len(x) - 1 for x in chosen], [*range(len(chosen))]])
+            rows = states[last.to(states.device), each.to(states.device)]
             for i, row in zip(batch, rows.unbind(), strict=True):
                 results[i] = row
         return results
@@ -107,8 +107,10 @@ class Torch:
 class Others:
     """The ways of other libraries on one module, each built when it first runs; and what lacks."""
 
-    def __init__(self, rnn: nn.RNNBase, rows: Callable[[], Sequence[Array]]) -> None:
-        self._rnn, self._rows = rnn, cache(rows)
+    def __init__(
+        self, rnn: nn.RNNBase, rows: Callable[[], Sequence[Array]], on_cpu: bool = True
+    ) -> None:
+        self._rnn, self._rows, self._on_cpu = rnn, cache(rows), on_cpu
         self.ways: list[Way] = []
         self.missing: dict[str, str] = {}
 
@@ -120,7 +122,7 @@ class Others:
         batches: Callable[[Sequence[Array]], list[list[int]]],
         sample: int = 0,
     ) -> None:
-        if why := why_not(*modules):
+        if why := why_not(*modules) if self._on_cpu else PROCESSORS_ONLY:
             self.missing[name] = why
             return
 
@@ -153,17 +155,20 @@ def small_buckets(rows: Sequence[Sized]) -> list[list[int]]:
 
 
 def recurrent_case(
-    kind: Kind, hidden: int, tokens: bool, lengths: Sequence[int], backend: str = "auto"
+    kind: Kind, hidden: int, tokens: bool, lengths: Sequence[int], place: Place = HERE
 ) -> Case:
     """Every way that runs here."""
     torch.manual_seed(0)
-    model = LastState(kind, hidden, tokens).eval().requires_grad_(False)
-    requests = make_requests(lengths, hidden, tokens)
+    model = place.ready(LastState(kind, hidden, tokens))
+    requests = place.moved(make_requests(lengths, hidden, tokens))
     count, sample = len(requests), min(SAMPLE, len(requests))
-    torch_ways, compiled = Torch(model), compile(model, backend=backend)  # type: ignore[arg-type]
-    by_hand = cache(lambda: Shrinking(model.rnn, model.embedding))
+    torch_ways, compiled = Torch(model), place.compiled(model)
+    product = packed if place.on_cpu else linear
+    by_hand = cache(lambda: Shrinking(model.rnn, model.embedding, product=product))
     others = Others(
-        model.rnn, lambda: [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests]
+        model.rnn,
+        lambda: [np.ascontiguousarray(model.embedding(x).numpy()) for x in requests],
+        place.on_cpu,
     )
     others.add_onnx(ONNX_BUCKETS, ONNX_ALONE, sample)
     others.add_lstms()
@@ -198,13 +203,13 @@ def recurrent_case(
     )
 
 
-def alone_case(kind: Kind, hidden: int, length: int, backend: str = "auto") -> Case:
+def alone_case(kind: Kind, hidden: int, length: int, place: Place = HERE) -> Case:
     """One request of `length` steps, and nothing else."""
     torch.manual_seed(0)
-    model = LastState(kind, hidden, False).eval().requires_grad_(False)
-    (x,) = make_requests([length], hidden, False)
-    compiled = compile(model, backend=backend)  # type: ignore[arg-type]
-    others = Others(model.rnn, lambda: [np.ascontiguousarray(x.numpy())])
+    model = place.ready(LastState(kind, hidden, False))
+    (x,) = place.moved(make_requests([length], hidden, False))
+    compiled = place.compiled(model)
+    others = Others(model.rnn, lambda: [np.ascontiguousarray(x.numpy())], place.on_cpu)
     others.add_onnx("", ONNX, 1)
     ways = [
         Way("PyTorch", lambda: [model(x)]),

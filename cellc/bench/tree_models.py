@@ -60,7 +60,8 @@ class TreeLSTM(nn.Module):
     def encode(self, tree: Any) -> State:
         if isinstance(tree, tuple):
             return self.cell(self.encode(tree[0]), self.encode(tree[1]))  # type: ignore[no-any-return]
-        return self.leaf(self.embedding(torch.tensor(tree)))  # type: ignore[no-any-return]
+        token = torch.tensor(tree, device=self.out.weight.device)
+        return self.leaf(self.embedding(token))  # type: ignore[no-any-return]
 
     def forward(self, tree: Any) -> Tensor:
         return self.out(self.encode(tree)[0])  # type: ignore[no-any-return]
@@ -118,13 +119,14 @@ def run_levels(model: TreeLSTM, batch: Sequence[tuple[np.ndarray, Tensor]]) -> T
         done[now] = True
         level[now] = len(levels) + 1
         levels.append(now)
-    h = torch.empty(len(children), model.size)
-    c = torch.empty(len(children), model.size)
-    leaves = torch.from_numpy(np.flatnonzero(is_leaf))
+    there = model.out.weight.device
+    h = torch.empty(len(children), model.size, device=there)
+    c = torch.empty_like(h)
+    leaves = torch.from_numpy(np.flatnonzero(is_leaf)).to(there)
     tokens = torch.cat([t for _, t in batch])
     h[leaves], c[leaves] = model.leaf(model.embedding(tokens))
     for now in levels:
-        nodes, below = torch.from_numpy(now), torch.from_numpy(children[now])
+        nodes, below = (torch.from_numpy(x).to(there) for x in (now, children[now]))
         left, right = below[:, 0], below[:, 1]
         h[nodes], c[nodes] = model.cell((h[left], c[left]), (h[right], c[right]))
-    return model.out(h[torch.from_numpy(offsets + sizes - 1)])  # type: ignore[no-any-return]
+    return model.out(h[torch.from_numpy(offsets + sizes - 1).to(there)])  # type: ignore[no-any-return]

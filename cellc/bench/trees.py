@@ -19,6 +19,7 @@ from torch import Tensor
 
 from cellc.bench.case import Case, Way
 from cellc.bench.peers import why_not
+from cellc.bench.place import HERE, PROCESSORS_ONLY, Place
 from cellc.bench.tree_data import draw_tree, mirrored, num_leaves, split
 from cellc.bench.tree_file import read_trees
 from cellc.bench.tree_models import (
@@ -30,7 +31,6 @@ from cellc.bench.tree_models import (
 )
 from cellc.bench.tree_peers import DynetTreeLSTM, TorchfoldTreeLSTM
 from cellc.compiled import Compiled
-from cellc.entry import compile
 from cellc.request import as_call
 from cellc.trees import Tree
 
@@ -48,10 +48,12 @@ Peer = Callable[[Sequence[Any]], Tensor]
 class Batch:
     """Trees in every form that a way takes."""
 
-    def __init__(self, trees: Sequence[Any]) -> None:
+    def __init__(self, trees: Sequence[Any], place: Place = HERE) -> None:
         self.nested = list(trees)
         arrays = [as_arrays(t) for t in trees]
-        self.arrays = [(children, torch.tensor(tokens)) for children, tokens in arrays]
+        self.arrays = [
+            (children, torch.tensor(tokens, device=place.device)) for children, tokens in arrays
+        ]
 
     @property
     def requests(self) -> list[Any]:
@@ -65,19 +67,19 @@ class Batch:
 class Forest:
     """The batch that ways share, and batches never seen as large as it."""
 
-    def __init__(self, count: int, path: Path | None) -> None:
-        self._draw, self._path = random.Random(0), path
+    def __init__(self, count: int, path: Path | None, place: Place = HERE) -> None:
+        self._draw, self._path, self._place = random.Random(0), path, place
         if path:
             trees = read_trees(path, count, VOCABULARY)
         else:
             trees = [draw_tree(self._draw) for _ in range(count)]
         self._sizes = [num_leaves(t) for t in trees]
-        self.now = Batch(trees)
+        self.now = Batch(trees, place)
 
     def fresh(self) -> Batch:
         if self._path:
-            return Batch([mirrored(t, self._draw) for t in self.now.nested])
-        return Batch([split(n, self._draw) for n in self._sizes])
+            return Batch([mirrored(t, self._draw) for t in self.now.nested], self._place)
+        return Batch([split(n, self._draw) for n in self._sizes], self._place)
 
     def renew(self) -> None:
         self.now = self.fresh()
@@ -97,16 +99,13 @@ class New:
         return self._run(self._own or self._forest.now)
 
 
-def tree_case(hidden: int, count: int, path: Path | None = None, backend: str = "auto") -> Case:
+def tree_case(hidden: int, count: int, path: Path | None = None, place: Place = HERE) -> Case:
     """A binary TreeLSTM, every way that runs here."""
     torch.manual_seed(0)
-    model = TreeLSTM(hidden).eval().requires_grad_(False)
-    forest, sample = Forest(count, path), min(EAGER_SAMPLE, count)
-    recursion, arrays = (
-        compile(m, backend=backend)  # type: ignore[arg-type]
-        for m in (model, ArrayTreeLSTM(model).eval())
-    )
-    others, missing = _other_ways(model, forest)
+    model = place.ready(TreeLSTM(hidden))
+    forest, sample = Forest(count, path, place), min(EAGER_SAMPLE, count)
+    recursion, arrays = map(place.compiled, (model, ArrayTreeLSTM(model).eval()))
+    others, missing = _other_ways(model, forest, place.on_cpu)
     new = New(forest, lambda batch: recursion.map(batch.requests))
     new_arrays = New(forest, lambda batch: arrays.map(batch.array_requests))
     ways = [
@@ -141,7 +140,7 @@ def tree_case(hidden: int, count: int, path: Path | None = None, backend: str = 
     )
 
 
-def _other_ways(model: TreeLSTM, forest: Forest) -> tuple[list[Way], dict[str, str]]:
+def _other_ways(model: TreeLSTM, forest: Forest, on_cpu: bool) -> tuple[list[Way], dict[str, str]]:
     """(what is installed, what is not and why)."""
     peers: Sequence[tuple[str, str, Callable[[], Peer]]] = [
         (DYNET, "dynet", cache(lambda: DynetTreeLSTM(model))),
@@ -149,7 +148,7 @@ def _other_ways(model: TreeLSTM, forest: Forest) -> tuple[list[Way], dict[str, s
     ]
     ways, missing = [], {}
     for name, module, peer in peers:
-        if why := why_not(module):
+        if why := why_not(module) if on_cpu else PROCESSORS_ONLY:
             missing[name] = why
         else:
             ways.append(Way(name, partial(_unbound, peer, forest)))

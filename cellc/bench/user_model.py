@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from cellc.bench.case import Case, Way
 from cellc.bench.online_workloads import TargetWorkload
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import ALONE, CELLC
-from cellc.entry import compile
 
 SAMPLE = 64
 
@@ -25,13 +25,16 @@ def is_target(name: str) -> bool:
     return ":" in name
 
 
-def target_case(name: str, inputs: str | None, count: int, backend: str = "auto") -> Case:
+def target_case(name: str, inputs: str | None, count: int, place: Place = HERE) -> Case:
     """`count` requests, the example requests in turn."""
     workload = TargetWorkload(name, inputs)
     made = workload.make()
-    requests = [made.requests[i % len(made.requests)] for i in range(count)]
+    if isinstance(made.model, nn.Module):
+        place.ready(made.model)
+    there = [place.moved_tree(x) for x in made.requests]
+    requests = [there[i % len(there)] for i in range(count)]
     sample = min(SAMPLE, count)
-    compiled = compile(made.model, backend=backend)  # type: ignore[arg-type]
+    compiled = place.compiled(made.model)
     ways = [
         Way(ALONE, lambda: [_tensor(made.alone(x)) for x in requests[:sample]], sample),
         Way(CELLC, lambda: [_tensor(y) for y in compiled.map(requests)]),

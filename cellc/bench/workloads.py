@@ -14,6 +14,7 @@ from cellc.bench.decode import decode_case
 from cellc.bench.floor import floor_case
 from cellc.bench.host import host_case, saturation_case
 from cellc.bench.others import sessions_case, tagger_case
+from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import alone_case, recurrent_case
 from cellc.bench.startup import startup_case
 from cellc.bench.trees import tree_case
@@ -31,7 +32,7 @@ class Settings:
     """
 
     lengths: Sequence[int]
-    backend: str = "auto"
+    place: Place = HERE
     units: int | None = None
     trees: Path | None = None
     inputs: str | None = None
@@ -45,9 +46,9 @@ Make = Callable[[], Case]
 
 
 def _recurrent(kind: Any, hidden: int, s: Settings) -> Iterator[Make]:
-    yield partial(recurrent_case, kind, hidden, True, s.lengths, s.backend)
-    yield partial(recurrent_case, kind, hidden, False, s.lengths, s.backend)
-    yield partial(alone_case, kind, hidden, ALONE, s.backend)
+    yield partial(recurrent_case, kind, hidden, True, s.lengths, s.place)
+    yield partial(recurrent_case, kind, hidden, False, s.lengths, s.place)
+    yield partial(alone_case, kind, hidden, ALONE, s.place)
 
 
 def _workers(hidden: int, s: Settings) -> Iterator[Make]:
@@ -57,12 +58,12 @@ def _workers(hidden: int, s: Settings) -> Iterator[Make]:
         ("half", hidden // 2, 1),
         ("half-long", hidden // 2, LONG),
     ):
-        yield partial(workers_case, units, s.lengths, name, times, s.backend)
+        yield partial(workers_case, units, s.lengths, name, times, s.place.backend)
 
 
 def _floor(hidden: int, s: Settings) -> Iterator[Make]:
     for tokens in (True, False):
-        yield partial(floor_case, hidden, s.lengths, tokens, s.backend)
+        yield partial(floor_case, hidden, s.lengths, tokens, s.place.backend)
 
 
 def _one(case: Callable[..., Case]) -> Callable[[int, Settings], Iterator[Make]]:
@@ -72,41 +73,43 @@ def _one(case: Callable[..., Case]) -> Callable[[int, Settings], Iterator[Make]]
     return makes
 
 
-_seq2seq = _one(lambda hidden, s: decode_case(hidden, s.count, s.backend))
-_trees = _one(lambda hidden, s: tree_case(hidden, s.count, s.trees, s.backend))
+_seq2seq = _one(lambda hidden, s: decode_case(hidden, s.count, s.place))
+_trees = _one(lambda hidden, s: tree_case(hidden, s.count, s.trees, s.place))
 
 _WORKLOADS: dict[str, tuple[int, Callable[[int, Settings], Iterator[Make]]]] = {
     "lstm-256": (256, partial(_recurrent, "lstm")),
     "lstm-1024": (1024, partial(_recurrent, "lstm")),
     "gru-256": (256, partial(_recurrent, "gru")),
-    "bilstm-tagger": (256, _one(lambda hidden, s: tagger_case(hidden, s.lengths, s.backend))),
+    "bilstm-tagger": (256, _one(lambda hidden, s: tagger_case(hidden, s.lengths, s.place))),
     "seq2seq-256": (256, _seq2seq),
     "seq2seq-1024": (1024, _seq2seq),
     "seq2seq-attention": (
         256,
-        _one(lambda hidden, s: attention_case(hidden, s.count, s.backend)),
+        _one(lambda hidden, s: attention_case(hidden, s.count, s.place)),
     ),
     "treelstm-256": (256, _trees),
     "treelstm-1024": (1024, _trees),
-    "sessions": (256, _one(lambda hidden, s: sessions_case(hidden, s.count, s.backend))),
-    "host": (256, _one(lambda hidden, s: host_case(hidden, s.backend))),
+    "sessions": (256, _one(lambda hidden, s: sessions_case(hidden, s.count, s.place))),
+    "host": (256, _one(lambda hidden, s: host_case(hidden, s.place))),
     "saturation": (
         1024,
-        _one(lambda hidden, s: saturation_case(hidden, s.lengths, s.backend)),
+        _one(lambda hidden, s: saturation_case(hidden, s.lengths, s.place)),
     ),
     "floor": (256, _floor),
     "variants": (256, _one(lambda hidden, s: variants_case(hidden, s.lengths))),
     "workers": (128, _workers),
-    "startup": (256, _one(lambda hidden, s: startup_case(hidden, s.backend))),
-    "weights": (1024, _one(lambda hidden, s: weights_case(hidden, ALONE, s.backend))),
+    "startup": (256, _one(lambda hidden, s: startup_case(hidden, s.place.backend))),
+    "weights": (1024, _one(lambda hidden, s: weights_case(hidden, ALONE, s.place.backend))),
 }
 MEMORY = "memory"  # of all that batch requests: `cellc.bench.memory`
 NAMES = (*_WORKLOADS, MEMORY)
+STEPS = "steps"  # of kernels alone, on a GPU: `cellc.bench.gpu`
 BATCHED = tuple(
     name
     for name in _WORKLOADS
     if name not in ("host", "saturation", "floor", "variants", "workers", "startup", "weights")
 )
+ON_DEVICES = (*BATCHED, STEPS)
 
 
 def cases_of(name: str, settings: Settings) -> list[Make]:
