@@ -14,10 +14,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from cellc import log, pacing
 from cellc.costs import GUESS, Costs
+from cellc.device_clock import Clock, DeviceClock
 from cellc.faults import Failure
 from cellc.launch import EVERYBODY, Crew, Kernel, Launch, Prepared, Ragged
 from cellc.machines import num_threads, place
@@ -30,7 +30,8 @@ from cellc.state import Arenas
 from cellc.ticket import Counters, invalid_error
 
 MAX_MEASURED = 1 << 14
-TIMED = 4  # launches of one size that are waited for where a device runs them by itself
+UNTIMED = 2  # launches of a size: kernels are compiled, and graphs captured, meanwhile
+TIMED = 6  # more, which are waited for where a device runs them by itself
 _STEPS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # that may be run ahead
 
 
@@ -68,14 +69,15 @@ class Launcher:
         self.blocked = 0.0
         self.running: Running | None = None
         self._seconds: dict[tuple[int, int], float] = {}  # (cell, log2 rows): measured, a step
-        self._wait: Callable[[], None] | None = None  # for launches that were only submitted
+        self._clock: Clock | None = None  # of a device that runs launches by itself
         if compiler.device.type == "cuda":
-            self._wait = partial(torch.cuda.synchronize, compiler.device)
+            self._clock = DeviceClock(compiler.device)
         self._timed: Counter[tuple[int, int]] = Counter()
         where = place(compiler.backend.name, compiler.device, crew.threads)
         self._costs = Costs(where)  # before that
         self._pacer = Pacer(scheduler, self.step_seconds, max_batch, self._ahead)
         self._turn_seconds = 0.0  # of it, what every turn takes: to make a launch
+        self._submitting = 0.0  # what a launch takes that a device then runs by itself
 
     def next(
         self, *, joined: bool, waited: bool, beside: bool = False
@@ -147,7 +149,8 @@ class Launcher:
         a second, if a step takes `seconds` and requests stop as often as they did.
         """
         stopping = min(max(self._onward.stopping, 1e-3), 1.0)
-        turn = 2 * max(self._turn_seconds, 1e-5)  # to make a launch, and to read its answers
+        making = max(self._turn_seconds + self._submitting, 1e-5)
+        turn = 2 * making  # to make a launch, and to read its answers
 
         def useful(steps: int) -> float:
             return (1 - (1 - stopping) ** steps) / (turn + steps * seconds)
@@ -183,17 +186,32 @@ class Launcher:
 
     def _run_now(self, kernel: Kernel, running: Running) -> None:
         """To its end; or submit it."""
-        wait = self._wait
-        if wait is not None and self._timed[size_of(running.batch)] >= TIMED:
-            wait = None
-        if wait is not None:
-            wait()  # for what was submitted before
+        if self._clock is not None:
+            return self._submit(kernel, running, self._clock)
         running.start = time.perf_counter()
         running.invalid = kernel(running.launch, self._arenas)
-        if wait is not None:
-            wait()
         running.seconds = time.perf_counter() - running.start
         self.blocked += running.seconds
+        self._scheduler.note_ran(running.batch)
+
+    def _submit(self, kernel: Kernel, running: Running, clock: Clock) -> None:
+        """To a device that runs it by itself; waits for some, to know what a size takes."""
+        timed = UNTIMED <= self._timed[size_of(running.batch)] < UNTIMED + TIMED
+        running.start = time.perf_counter()
+        bind = getattr(kernel, "bind", None)
+        submit: Callable[[], Sequence[int]] = partial(kernel, running.launch, self._arenas)
+        if bind is not None:
+            submit = bind(running.launch, self._arenas)
+        making = time.perf_counter() - running.start
+        if timed:
+            clock.start()
+        running.start = time.perf_counter()
+        running.invalid = submit()
+        running.seconds = time.perf_counter() - running.start
+        self._submitting += (min(making + running.seconds, SHARED) - self._submitting) / SMOOTH
+        if timed:
+            running.seconds = clock.seconds()
+            self.blocked += time.perf_counter() - running.start
         self._scheduler.note_ran(running.batch)
 
     @property
@@ -293,10 +311,10 @@ class Launcher:
         counters.steps += len(batch.steps) - 1
         counters.seconds += took
         key = size_of(batch)
-        if self._wait is not None:
-            if self._timed[key] >= TIMED:
-                return  # that is how long it took to submit it
-            self._timed[key] += 1
+        if self._clock is not None:
+            known = self._timed[key] = min(self._timed[key] + 1, UNTIMED + TIMED + 1)
+            if not UNTIMED < known <= UNTIMED + TIMED:
+                return
         if len(self._seconds) > MAX_MEASURED:
             self._seconds.clear()
             self._timed.clear()

@@ -36,6 +36,7 @@ from cellc.kernels.triton_interpreter import round_as_devices
 from cellc.kernels.triton_launches import Launches, Loop, Memory, Run, current
 from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_printer import Printed, print_program
+from cellc.kernels.triton_staging import Fetched
 from cellc.kernels.triton_steps import print_stepped
 from cellc.kernels.triton_tiles import PrintedKernel, compile_options
 from cellc.kernels.triton_tuned import known_loop, tuned
@@ -202,7 +203,7 @@ class TritonKernel:
 
         def run() -> Sequence[int]:
             flags = bound()
-            return () if flags is None else BadRows(flags)
+            return BadRows(flags) if flags else ()
 
         return run
 
@@ -229,7 +230,7 @@ class TritonKernel:
             with current(self.device):
                 for start, count in steps:
                     self._step(calls, bases, start, count, launch.num_rows)
-            return BadRows(bad) if self.reports else ()
+            return BadRows([Fetched(bad)]) if self.reports else ()
 
         return run
 
@@ -280,15 +281,16 @@ class TritonKernel:
 
 
 class BadRows(Sequence[int]):
-    """Positions of bad rows, read from the device when first looked at."""
+    """Positions of bad rows, from flags of a launch's parts, waited for when first looked at."""
 
-    def __init__(self, flags: torch.Tensor) -> None:
-        self._flags: torch.Tensor | None = flags
+    def __init__(self, flags: Sequence[Fetched]) -> None:
+        self._flags = flags
         self._rows: list[int] = []
 
     def rows(self) -> list[int]:
-        if self._flags is not None:
-            self._rows, self._flags = self._flags.nonzero().flatten().tolist(), None
+        if self._flags:
+            flags = np.concatenate([part.numpy() for part in self._flags])
+            self._rows, self._flags = np.flatnonzero(flags).tolist(), ()
         return self._rows
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 
 from cellc import log
+from cellc.kernels.triton_staging import Staging
 from cellc.kernels.triton_steps import Packed
 from cellc.kernels.triton_tiles import padded
 from cellc.ops import RowType
@@ -80,6 +81,7 @@ class Graphs:
     ) -> None:
         self.device, self.most, self._capture = device, most, capture
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        self._staging = Staging(device)
         self._ints = torch.zeros(FIRST_INTS, dtype=torch.int32, device=device)
         self._bad = torch.zeros(FIRST_INTS, dtype=torch.int32, device=device)
         self.captures = self.replays = 0
@@ -87,17 +89,12 @@ class Graphs:
     def __len__(self) -> int:
         return sum(e.replay is not None for e in self._entries.values())
 
-    def upload(self, packed: Packed) -> torch.Tensor:
-        """A part's integers, where the device can fetch them by itself."""
-        ints = torch.from_numpy(packed.ints)
-        return ints.pin_memory() if self.device.type == "cuda" else ints
-
-    def run(self, owner: Owner, packed: Packed, ints: torch.Tensor, arenas: Arenas) -> torch.Tensor:
+    def run(self, owner: Owner, packed: Packed, arenas: Arenas) -> torch.Tensor:
         """Run a part of a launch; returns the flags of its bad rows, good until the next."""
-        self._reserve(len(ints), packed.num_rows)
+        self._reserve(len(packed.ints), packed.num_rows)
         form = owner.form(packed)
         entry = self._entry(owner, form, owner.addresses(arenas, form[1]))
-        self._ints[: len(ints)].copy_(ints, non_blocking=True)
+        self._staging.send(packed.ints, self._ints)
         if entry.replay is None:
             nodes = owner.nodes(form, arenas, self._ints, self._bad)
             if entry.uses >= CAPTURED_AT and self._capture is not None:

@@ -23,6 +23,7 @@ from cellc.kernels.eager import DTYPES
 from cellc.kernels.tile_ir import Ref, TileProgram
 from cellc.kernels.triton_chains import apart
 from cellc.kernels.triton_graphs import Arenas, Graphs, Node, bucket
+from cellc.kernels.triton_staging import Fetched
 from cellc.kernels.triton_steps import Head, Packed, pack
 from cellc.kernels.triton_tiles import PrintedKernel, compile_options, padded
 from cellc.launch import Launch
@@ -90,21 +91,21 @@ class Launches:
         self.number = next(_NUMBERS)
         self.cell, self.head = memory.program.cell, Head.of(memory.program.cell)
         self.reports = any(r.printed.reports for r in runs)
+        self._refs = [*dict.fromkeys(ref for r in runs for ref in r.printed.refs)]
         weakref.finalize(self, graphs.forget, self.number)
 
-    def bind(self, launch: Launch, arenas: Arenas) -> Callable[[], torch.Tensor | None]:
+    def bind(self, launch: Launch, arenas: Arenas) -> Callable[[], Sequence[Fetched]]:
         """The launch as a call that gives the flags of its bad rows, if any can be bad."""
-        parts = list(pack(self.cell, launch, apart=self.looped(launch)))
-        given = [(part, self.graphs.upload(part)) for part in parts]
+        parts = list(pack(self.head, launch, apart=self.looped(launch)))
 
-        def run() -> torch.Tensor | None:
+        def run() -> Sequence[Fetched]:
             found = []
             with current(self.memory.device):
-                for part, ints in given:
-                    flags = self.graphs.run(self, part, ints, arenas)
+                for part in parts:
+                    flags = self.graphs.run(self, part, arenas)
                     if self.reports:
-                        found.append(flags.clone())
-            return torch.cat(found) if len(found) > 1 else next(iter(found), None)
+                        found.append(Fetched(flags))
+            return found
 
         return run
 
@@ -123,8 +124,7 @@ class Launches:
 
     def addresses(self, arenas: Arenas, num_rows: int) -> tuple[int, ...]:
         self.memory.grow(num_rows)
-        refs = dict.fromkeys(ref for r in self.runs for ref in r.printed.refs)
-        return tuple(self.memory.at(ref, arenas).data_ptr() for ref in refs)
+        return tuple(self.memory.at(ref, arenas).data_ptr() for ref in self._refs)
 
     def nodes(
         self, form: tuple[Hashable, int, int], arenas: Arenas, ints: torch.Tensor, bad: torch.Tensor

@@ -56,20 +56,31 @@ class Packed:
     apart: bool  # what rows read of each other's, they read at their own position
 
 
-def pack(cell: Cell, launch: Launch, apart: bool = False) -> Iterator[Packed]:
+def pack(head: Head, launch: Launch, apart: bool = False) -> Iterator[Packed]:
     """A launch in parts of MAX_STEPS steps at most; steps without rows are left out."""
-    sizes = np.diff(launch.steps)
+    sizes = launch.steps[1:] - launch.steps[:-1]
+    if 0 < len(sizes) <= MAX_STEPS and sizes.all():
+        ints = _ints(head, launch, 0, launch.num_rows, launch.steps)
+        yield Packed(ints, launch.num_rows, len(sizes), int(sizes.max()), apart)
+        return
     filled = np.flatnonzero(sizes)
     for first in range(0, len(filled), MAX_STEPS):
         part = filled[first : first + MAX_STEPS]
         start, stop = int(launch.steps[part[0]]), int(launch.steps[part[-1] + 1])
         steps = np.append(launch.steps[part], stop) - start
-        ints = _ints(Head.of(cell), launch, start, stop, steps)
+        ints = _ints(head, launch, start, stop, steps)
         yield Packed(ints, stop - start, len(part), int(sizes[part].max()), apart)
 
 
 def _ints(head: Head, launch: Launch, start: int, stop: int, steps: Index) -> Index:
     count = stop - start
+    if not head.num_ragged:
+        tables = [*launch.inputs, *launch.outputs]
+        flat = np.empty(head.size + count * len(tables), np.int32)
+        _begin(head, count, steps, flat)
+        for table, part in zip(tables, flat[head.size :].reshape(len(tables), count), strict=True):
+            part[:] = table[start:stop]
+        return flat
     parts: list[Index] = []
     ragged: list[Index] = []
     for table in launch.inputs:
@@ -81,12 +92,17 @@ def _ints(head: Head, launch: Launch, start: int, stop: int, steps: Index) -> In
             parts.append(table[start:stop])
     parts += [table[start:stop] for table in launch.outputs]
     sizes = [count * len(parts), *map(len, ragged)]
-    begin = np.zeros(head.size, np.int32)
-    begin[:2] = count, len(steps) - 1
+    begin = np.empty(head.size, np.int32)
+    _begin(head, count, steps, begin)
     begin[2 : head.steps] = np.cumsum(sizes)[:-1]
-    begin[head.steps :] = count  # steps beyond the last have no rows
-    begin[head.steps : head.steps + len(steps)] = steps
     return np.concatenate([begin, *parts, *ragged]).astype(np.int32, copy=False)
+
+
+def _begin(head: Head, count: int, steps: Index, flat: Index) -> None:
+    """What comes before the tables, but for where ragged parts begin."""
+    flat[0], flat[1] = count, len(steps) - 1
+    flat[head.steps : head.size] = count  # steps beyond the last have no rows
+    flat[head.steps : head.steps + len(steps)] = steps
 
 
 # -- text ------------------------------------------------------------------------------------------

@@ -20,8 +20,9 @@ from cellc.cells import Cell
 from cellc.kernels import triton_graphs, triton_steps
 from cellc.kernels.eager import EagerBackend
 from cellc.kernels.tile import schedule
-from cellc.kernels.triton_backend import TritonBackend, TritonKernel, interpreting
+from cellc.kernels.triton_backend import BadRows, TritonBackend, TritonKernel, interpreting
 from cellc.kernels.triton_graphs import Graphs, bucket
+from cellc.kernels.triton_staging import Fetched
 from cellc.kernels.triton_steps import MAX_STEPS, Head, pack
 from cellc.launch import Launch, Ragged
 from cellc.ops import RowType
@@ -263,7 +264,7 @@ def test_parts_of_a_launch(sizes: list[int]) -> None:
     outputs = np.stack([np.arange(N, dtype=np.int32) + 1000 * (k + 1) for k in range(3)])
     head, at = Head.of(cell), 0
     assert head.size % 4 == 0
-    for part in pack(cell, Launch(steps, tables, outputs)):
+    for part in pack(Head.of(cell), Launch(steps, tables, outputs)):
         begin, rest = part.ints[: head.size], part.ints[head.size :]
         assert (begin[0], begin[1]) == (part.num_rows, part.num_steps)
         first = begin[head.steps :][: MAX_STEPS + 1]
@@ -279,3 +280,28 @@ def test_parts_of_a_launch(sizes: list[int]) -> None:
             assert mine.tolist() == [2 * (at + j), 2 * (at + j) + 1]
         at += part.num_rows
     assert at == N
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=150))
+def test_parts_of_a_launch_without_ragged_inputs(sizes: list[int]) -> None:
+    steps = np.cumsum([0, *sizes]).astype(np.int32)
+    N, head = int(steps[-1]), Head(0)
+    numbers = np.arange(3 * N, dtype=np.int32).reshape(3, N)
+    at, parts = 0, list(pack(head, Launch(steps, [numbers[0], numbers[1]], numbers[2:])))
+    for part in parts:
+        assert (part.ints[0], part.ints[1]) == (part.num_rows, part.num_steps)
+        rows = np.diff(part.ints[head.steps :][: MAX_STEPS + 1])
+        assert rows.sum() == part.num_rows and part.most_rows == rows.max()
+        assert (rows[: part.num_steps] > 0).all() and (rows[part.num_steps :] == 0).all()
+        tables = part.ints[head.size :].reshape(3, part.num_rows)
+        assert (tables == numbers[:, at : at + part.num_rows]).all()
+        at += part.num_rows
+    assert at == N and sum(part.num_steps for part in parts) == np.count_nonzero(sizes)
+
+
+def test_flags_are_fetched_as_they_were() -> None:
+    first, second = torch.tensor([0, 1, 0]), torch.tensor([1, 0])
+    rows = BadRows([Fetched(first), Fetched(second)])
+    first.zero_()
+    second.zero_()
+    assert list(rows) == [1, 3] and len(rows) == 2 and rows[1] == 3

@@ -18,7 +18,7 @@ import torch
 from cellc.cells import Cell
 from cellc.kernels import triton_tune_loop, triton_tuned
 from cellc.kernels.eager import EagerBackend
-from cellc.kernels.triton_backend import TritonBackend, interpreting, print_cell
+from cellc.kernels.triton_backend import BadRows, TritonBackend, interpreting, print_cell
 from cellc.kernels.triton_chains import apart
 from cellc.kernels.triton_graphs import Graphs
 from cellc.kernels.triton_persistent import Persistent, print_persistent
@@ -61,7 +61,7 @@ class Both:
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
         flags = self.looped.bind(launch, arenas)()
-        return [] if flags is None else flags.nonzero().flatten().tolist()
+        return BadRows(flags)
 
 
 @interpreted
