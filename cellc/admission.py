@@ -48,12 +48,8 @@ class Admission:
         now (`limited`), or when they would run. The caller holds the guard.
         """
         now = time.perf_counter()
-        limit, asked = self._max_queue, sum(not t.trial for t in tickets)
-        if limit is not None and asked and len(self.inbox) + asked > limit:
-            self._forget_cancelled()
-            if len(self.inbox) + asked > limit:
-                self._counters.refused += asked
-                raise Overloaded(waiting=len(self.inbox), limit=limit)
+        if self._max_queue is not None:
+            self._check_room(sum(not t.trial for t in tickets), self._max_queue)
         for ticket in tickets:
             ticket.arrived = ticket.arrived or now
         if limited:
@@ -61,6 +57,13 @@ class Admission:
         if self._counters.timeline is not None:
             self._counters.timeline.submitted(tickets)
         self.inbox.extend(tickets)
+
+    def _check_room(self, asked: int, limit: int) -> None:
+        if asked and len(self.inbox) + asked > limit:
+            self._forget_cancelled()
+            if len(self.inbox) + asked > limit:
+                self._counters.refused += asked
+                raise Overloaded(waiting=len(self.inbox), limit=limit)
 
     def within_limits(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
         """Those that may run; the others fail."""
@@ -152,28 +155,28 @@ class Admission:
         """
         prepared: dict[Entry, int] = {}  # bytes of each
         broken: list[tuple[Ticket, Exception]] = []
-        flight = self._flight
+        flight, inbox, limit = self._flight, self.inbox, self._limits.memory
         room = min(most, MAX_LIVE - len(flight.live))
         if self.deadlines is not None:
             room = min(room, self.deadlines.following)
-        while self.inbox and len(tickets) < room:
-            ticket = self.inbox[0]
-            entry = ticket.entry
-            if entry not in prepared:
+        while inbox and len(tickets) < room:
+            ticket = inbox[0]
+            needed = prepared.get(ticket.entry)
+            if needed is None:
                 try:
-                    if not self._arenas.prepare(entry.plan):
+                    if not self._arenas.prepare(ticket.entry.plan):
                         break
-                    if (refusal := self._limits.refusal(entry)) is not None:
+                    if (refusal := self._limits.refusal(ticket.entry)) is not None:
                         raise refusal
                 except Exception as error:
-                    broken.append((self.inbox.popleft(), error))
+                    broken.append((inbox.popleft(), error))
                     continue
-                prepared[entry] = self._arenas.bytes_of(entry.plan)
-            needed = ticket.nbytes = prepared[entry]
-            if flight.live_bytes + needed > self._limits.memory:
+                needed = prepared[ticket.entry] = self._arenas.bytes_of(ticket.entry.plan)
+            ticket.nbytes = needed
+            if flight.live_bytes + needed > limit:
                 break
             tickets.append(ticket)
-            self.inbox.popleft()
+            inbox.popleft()
             if ticket.future is not None and not ticket.started:
                 # it runs already where an interruption came between this and the next line
                 if not (ticket.future.running() or ticket.future.set_running_or_notify_cancel()):

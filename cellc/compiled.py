@@ -155,7 +155,7 @@ class Compiled(Runs):
             return self._map_batches(self._batches, calls, return_exceptions)
         with without_collecting():  # of what is made here, nothing is garbage
             # nor is anything left of calls and tickets when it ends
-            return self._results(self._begun([as_call(r) for r in requests]), return_exceptions)
+            return self._results(self._begun(requests), return_exceptions)
 
     @_without_autocast
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:

@@ -58,8 +58,8 @@ class Compiler(Branches):
             return entry
 
     def known(self, args: tuple[Any, ...]) -> Entry | None:
-        """The entry of a call with all arguments given and nothing but tensors, if it has one."""
-        if self.arguments.identity or not self.arguments.takes(len(args)):
+        """The entry of a call with positional arguments and nothing but tensors, if it has one."""
+        if self.arguments.identity or not self.arguments.fits(len(args)):
             return None
         key: list[Any] = [len(args)]
         for x in args:

@@ -16,14 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellc.carry import Carry, Late
+from cellc.carry import Carry
 from cellc.errors import distinct, twin
 from cellc.legs import Branch, Entry, Leg
+from cellc.loading import Loader
 from cellc.onward import Onward
-from cellc.plan import DataRows, OutputRows, Plan
+from cellc.plan import OutputRows
 from cellc.scheduler import Scheduler
 from cellc.state import Arenas
-from cellc.ticket import Counters, Ticket, out_of_range
+from cellc.ticket import Counters, Ticket
 
 T = TypeVar("T")
 KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
@@ -65,6 +66,7 @@ class Flight:
         tell: Callable[[], None],
     ) -> None:
         self._scheduler, self._arenas, self._onward = scheduler, arenas, onward
+        self.copy_in = Loader(arenas).load
         self.counters, self._tell = counters, tell
         self.live: dict[int, Ticket] = {}
         self.live_bytes = 0  # of regions given out
@@ -114,19 +116,22 @@ class Flight:
             )
         if not tickets:
             return
-        numbers = self._numbers
+        spare, live = self._numbers, self.live
         for ticket, base in zip(tickets, bases, strict=True):
             ticket.bases = base
-            ticket.number = number = numbers.pop() if numbers else self._new_number()
-            self.live[number] = ticket
-        self.add(tickets)
+            ticket.number = number = spare.pop() if spare else self._new_number()
+            live[number] = ticket
+        self.add(tickets, bases)
 
-    def add(self, tickets: Sequence[Ticket]) -> None:
-        """Tell the scheduler of requests' calls; deliver those that have none."""
+    def add(self, tickets: Sequence[Ticket], bases: npt.NDArray[np.int64] | None = None) -> None:
+        """Tell the scheduler of requests' calls; deliver those that have none. `bases`: those of
+        the tickets, side by side, where the caller has them so.
+        """
         entries = {t.entry for t in tickets}
         idle = {e for e in entries if not e.plan.num_calls}
         calling = [t for t in tickets if t.entry not in idle] if idle else tickets
-        for alike, bases in by_bases(calling):
+        whole = [(calling, bases)] if bases is not None and not idle else by_bases(calling)
+        for alike, bases in whole:
             wishes = () if self._scheduler.urgency is None else [t.wish for t in alike]
             numbers = [t.number for t in alike]
             self._scheduler.add([t.entry.plan for t in alike], numbers, bases, wishes)
@@ -136,83 +141,6 @@ class Flight:
                     self._onward.enter(ticket)
         if idle:
             self.deliver([t for t in tickets if t.entry in idle], scheduled=False)
-
-    def copy_in(
-        self, tickets: list[Ticket], bases: npt.NDArray[np.int64]
-    ) -> dict[int, BaseException]:
-        """Copy requests' tensors into their regions; returns those that failed, by position."""
-        alike: dict[Any, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
-        plan = tickets[0].entry.plan
-        if len(tickets) > 1 and all(t.entry.plan is plan for t in tickets):
-            everyone = list(range(len(tickets)))
-            written, others = self._write_carried(tickets, plan, bases)
-            for rows in plan.data:
-                members = others if rows in written else everyone
-                if rows.leaf >= 0 and members:
-                    starts = (bases[members, rows.type] + rows.start).tolist()
-                    tensors = [tickets[i].tensor(rows.leaf) for i in members]
-                    alike[rows] = (rows, members, starts, tensors)
-            return self._write(alike.values())
-        first_slots = bases.tolist()
-        known: dict[int, tuple[DataRows, list[int], list[int], list[torch.Tensor]]] = {}
-        for i, ticket in enumerate(tickets):
-            for rows in ticket.entry.plan.data:
-                if rows.leaf < 0:
-                    continue  # carried from the leg before
-                group = known.get(id(rows))
-                if group is None:
-                    group = known[id(rows)] = alike.setdefault(rows.kind, (rows, [], [], []))
-                _, members, starts, tensors = group
-                members.append(i)
-                starts.append(first_slots[i][rows.type] + rows.start)
-                tensors.append(ticket.tensor(rows.leaf))
-        return self._write(alike.values())
-
-    def _write_carried(
-        self, tickets: Sequence[Ticket], plan: Plan, bases: npt.NDArray[np.int64]
-    ) -> tuple[Sequence[DataRows], list[int]]:
-        """Copy what steps of one form have in blocks: what of the plan's data that was, and the
-        positions of tickets of which it is still to be copied.
-        """
-        late = {i: t.tensors for i, t in enumerate(tickets) if isinstance(t.tensors, Late)}
-        form = next((x.form for x in late.values()), None)
-        alike = {i: x for i, x in late.items() if x.form is form}
-        written: list[DataRows] = []
-        if form is None:
-            return written, []
-        numbers, members = [x.row for x in alike.values()], list(alike)
-        given = len(form.order) - len(next(iter(alike.values())).blocks)
-        for rows in plan.data:
-            place = form.order[rows.leaf] - given if rows.leaf >= 0 else -1
-            if place >= 0:
-                starts = bases[members, rows.type] + rows.start
-                blocks = [x.blocks[place] for x in alike.values()]
-                if self._arenas.write_rows(rows, starts, blocks, numbers):
-                    written.append(rows)
-        return written, [i for i in range(len(tickets)) if i not in alike]
-
-    def _write(
-        self, alike: Iterable[tuple[DataRows, list[int], list[int], list[torch.Tensor]]]
-    ) -> dict[int, BaseException]:
-        """Copy tensors, each group (rows of one, which tickets, first slots, tensors); those that
-        failed, by ticket.
-        """
-        errors: dict[int, BaseException] = {}
-        for rows, members, starts, tensors in alike:
-            try:
-                wrong = self._arenas.write(rows, starts, tensors)
-            except Exception:  # one of them is a kind of tensor that cannot be copied so
-                wrong = []
-                for k, member in enumerate(members):
-                    try:
-                        tensors[k] = tensors[k].resolve_conj().resolve_neg()
-                        if self._arenas.write(rows, [starts[k]], [tensors[k]]):
-                            wrong.append(k)
-                    except Exception as error:
-                        errors[member] = error
-            for k in wrong:
-                errors[members[k]] = out_of_range(rows.name, rows.bound, tensors[k])
-        return errors
 
     # -- out --
 

@@ -24,10 +24,11 @@ from cellc.errors import (
     UnsupportedError,
     ValueReadError,
 )
+from cellc.familiar import familiar
 from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
 from cellc.pipeline import check_outside
-from cellc.request import Request, Structure
+from cellc.request import Request, Structure, as_call
 from cellc.ticket import Ticket
 from cellc.unfolded import Wanted
 
@@ -84,6 +85,25 @@ class Intake:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self._compiler.arguments.bind(args, kwargs)
         return call if self._dtype is None else self._cast(call)
+
+    def mapped(self, requests: Sequence[Any], begin: Begin | None = None) -> list[Ticket]:
+        """`tickets` of what `map` is given."""
+        check_outside()
+        compiler, count = self._compiler, len(requests)
+        dropped = compiler.plans.dropped
+        found: list[Ticket | None] = [None] * count
+        if self._dtype is None:
+            found = familiar(compiler, requests)
+        others = [i for i, ticket in enumerate(found) if ticket is None]
+        if others:
+            made = self.tickets([as_call(requests[i]) for i in others], begin)
+            if len(others) < count and compiler.plans.dropped != dropped:
+                # with what was learned of the model, familiar ones may have other plans
+                others += [i for i, ticket in enumerate(found) if ticket is not None]
+                made += self.tickets([as_call(requests[i]) for i in others[len(made) :]])
+            for i, ticket in zip(others, made, strict=True):
+                found[i] = ticket
+        return found  # type: ignore[return-value]
 
     def tickets(
         self,

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from cellc.plan import OutputRows, ragged_range
+from cellc.plan import OutputRows
 from cellc.rows import Windows
 
 
@@ -39,8 +40,13 @@ def as_rows(
     return tensor.reshape(count, *shape)
 
 
-def ranges(starts: Sequence[int], flat: Sequence[torch.Tensor]) -> npt.NDArray[np.int64]:
-    return ragged_range(np.asarray(starts), np.array([len(part) for part in flat]))
+@cache
+def are_rows(
+    row_dims: tuple[bool, ...], shape: tuple[int, ...], windows: Windows | None = None
+) -> bool:
+    """Are tensors of this layout rows as they are?"""
+    first = row_dims[:1] == (False,) and all(row_dims[1:])
+    return windows is None and first and len(row_dims) == 1 + len(shape)
 
 
 def outside(

@@ -11,7 +11,8 @@ reads alternates between two places, so that a long chain needs two rows, not on
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import struct
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -38,6 +39,8 @@ EVENT_ENTRIES = 4  # in the scheduler's table: type, slot, expected, number
 
 # What is added to an entry of a plan's block where it is placed.
 NOTHING, FIRST_ENTRY, FIRST_CALL, NUMBER, REGION = range(5)
+
+_pack = struct.Struct("8q").pack
 
 
 @dataclass(frozen=True)
@@ -192,18 +195,18 @@ class Plan:
         return np.array(entries), np.array(added), np.array(first)
 
     @cached_property
-    def addresses(self) -> Sequence[int]:
-        """Where its arrays begin, and how long they are: (calls, number, records, number, their
-        bases, successors, number, row types); of a plan with events, which only its block has,
-        (block, length, what to add, -1, ..).
+    def addresses(self) -> bytes:
+        """Where its arrays begin, and how long they are, as int64: (calls, number, records, number,
+        their bases, successors, number, row types); of a plan with events, which only its block
+        has, (block, length, what to add, -1, ..).
         """
         if self.events is not None and len(self.events):
             block, added = self.block
-            return block.ctypes.data, len(block), added.ctypes.data, -1, 0, 0, 0, 0
+            return _pack(block.ctypes.data, len(block), added.ctypes.data, -1, 0, 0, 0, 0)
         arrays = (self.calls, self.records, self.record_base, self.successors)
         calls, records, bases, successors = [a.ctypes.data for a in arrays]
         lengths = self.num_calls, len(self.records), len(self.successors), len(self.num_slots)
-        return calls, lengths[0], records, lengths[1], bases, successors, *lengths[2:]
+        return _pack(calls, lengths[0], records, lengths[1], bases, successors, *lengths[2:])
 
     @cached_property
     def num_rows(self) -> int:
@@ -211,6 +214,11 @@ class Plan:
         if self.events is not None and len(self.events):
             return len(self.block[0]) // NUM_COLUMNS
         return self.num_calls - (-(len(self.records) + len(self.successors)) // NUM_COLUMNS)
+
+    @cached_property
+    def table_room(self) -> int:
+        """`num_rows` as a size class."""
+        return size_class(self.num_rows)
 
     def __str__(self) -> str:
         lines = [f"# plan: {self.num_calls} calls, {len(self.ready)} ready at once"]

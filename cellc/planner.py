@@ -140,10 +140,11 @@ class _Planner:
         row_bytes = [type.nbytes for type in list(self.tables.types)[: len(slots)]]
         nbytes = rooms @ np.array(row_bytes, np.int64)
         nbytes += table_bytes(calls, records, successors)
-        for plan, addresses, room, size in zip(
-            plans, np.stack(columns, 1).tolist(), rooms, nbytes.tolist(), strict=True
-        ):
-            plan.__dict__["addresses"], plan.__dict__["rooms"] = addresses, room
+        packed = np.stack(columns, 1).astype(np.int64).tobytes()
+        width = len(packed) // len(plans)
+        for i, (plan, room, size) in enumerate(zip(plans, rooms, nbytes.tolist(), strict=True)):
+            known = plan.__dict__
+            known["addresses"], known["rooms"] = packed[i * width : (i + 1) * width], room
             plan.nbytes = size
 
     # -- slots --

@@ -136,11 +136,11 @@ class Flat:
         data[: len(self.data)] = self.data
         self.data = data
 
-    def allocate(self, sizes: Sequence[int]) -> list[int]:
-        return self._regions.allocate(sizes)
+    def allocate_rooms(self, rooms: I64) -> I64:
+        return self._regions.allocate_rooms(rooms)
 
-    def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
-        self._regions.free(starts, sizes)
+    def free_rooms(self, starts: I64, rooms: I64) -> None:
+        self._regions.free_rooms(starts, rooms)
 
     def clear(self) -> None:
         self._regions.clear()

@@ -82,6 +82,7 @@ class Arguments:
             k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
             for k in kinds
         ) and bool(kinds)
+        self._named = self._plain and inspect.Parameter.POSITIONAL_ONLY not in kinds
         self._num = len(kinds)
         given = self._signature.parameters.values() if self._signature else ()
         self.required = [p.name for p in given if p.default is inspect.Parameter.empty]
@@ -90,9 +91,16 @@ class Arguments:
         self.identity = False  # which tensors are one is part of a request's structure
         self.names = list(self._signature.parameters) if self._signature else []
 
-    def takes(self, count: int) -> bool:
-        """Are that many positional arguments all that it takes?"""
-        return self._plain and count == self._num
+    def fits(self, count: int) -> bool:
+        """Can it be called with that many positional arguments and no others?"""
+        return self._plain and self._required <= count <= self._num
+
+    def in_order(self, names: Sequence[str]) -> tuple[str, ...] | None:
+        """Those names of arguments as positional ones; None where a call with these keywords is no
+        call with positional arguments alone.
+        """
+        order = tuple(self.names[: len(names)])
+        return order if set(order) == set(names) and self._named and self.fits(len(order)) else None
 
     def bind(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -100,7 +108,7 @@ class Arguments:
         """Arguments as positional where the signature allows; raises RequestError where it does not
         fit.
         """
-        if not kwargs and self._plain and self._required <= len(args) <= self._num:
+        if not kwargs and self.fits(len(args)):
             return args, {}
         if self._signature is None:
             return args, dict(kwargs)

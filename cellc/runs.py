@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cellc.batches import Batches
@@ -52,20 +52,25 @@ class Runs:
 
     def _tickets(self, calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Ticket]:
         """Tickets in order, those of requests that cannot be planned already failed."""
+        return self._wanted(lambda: self._intake.tickets(calls))
+
+    def _wanted(self, make: Callable[[], list[Ticket]]) -> list[Ticket]:
         self._check_open()
         if self._wants is NOTHING_WANTED:
-            return self._intake.tickets(calls)
+            return make()
         wish = self._wants.from_now()
-        tickets = self._intake.tickets(calls)
+        tickets = make()
         for ticket in tickets:
             ticket.wish = wish
         return tickets
 
-    def _begun(self, calls: Sequence[Any]) -> list[Ticket]:
-        """Tickets in order; where many are unfolded, the first run while others are."""
+    def _begun(self, requests: Sequence[Any]) -> list[Ticket]:
+        """Tickets of what `map` is given, in order; where many are unfolded, the first run while
+        others are.
+        """
         timed = self._wants is not NOTHING_WANTED or self._timeout is not None
         if timed or self._max_queue is not None:  # the time of all begins when all can run
-            return self._tickets(calls)
+            return self._wanted(lambda: self._intake.mapped(requests))
         begun: list[Ticket] = []
         since = time.perf_counter()
 
@@ -78,7 +83,7 @@ class Runs:
 
         self._check_open()
         try:
-            return self._intake.tickets(calls, begin)
+            return self._intake.mapped(requests, begin)
         except BaseException:
             self._serving.cancel(begun)
             raise

@@ -129,12 +129,13 @@ class Scheduler:
         """
         self._turns += 1
         self._picked = None
-        firsts = self._table.allocate([plan.num_rows for plan in plans])
+        rooms = np.array([plan.table_room for plan in plans], np.int64)
+        first_calls = self._table.allocate_rooms(rooms)
+        firsts = first_calls.tolist()
         self._reserve(max(requests))
-        for request, plan, first in zip(requests, plans, firsts, strict=True):
-            self._requests[request] = (plan, first)
-        numbers, first_calls = np.asarray(requests), np.asarray(firsts)
-        self._left[numbers] = [plan.num_calls for plan in plans]
+        self._requests.update(zip(requests, zip(plans, firsts, strict=True), strict=True))
+        numbers = np.asarray(requests)
+        self._left[numbers] = [len(plan.calls) for plan in plans]
         if self.urgency is not None:
             self.urgency.place(plans, firsts, wishes or [NO_WISH] * len(plans))
         for start in range(0, len(plans), ADDED_TOGETHER):
@@ -153,12 +154,8 @@ class Scheduler:
         added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
         added[:, NUMBER], added[:, REGION:] = numbers, bases
         self._arithmetic.place(self._table.data, plans, first_calls, added)
-        first = plans[0]
-        if all(plan is first for plan in plans):
-            self._push((first_calls[:, None] + first.ready).reshape(-1))
-            return
-        ready = np.concatenate([plan.ready for plan in plans])
-        self._push(ready + np.repeat(first_calls, [len(plan.ready) for plan in plans]))
+        ready = [plan.ready for plan in plans]
+        self._push(np.repeat(first_calls, list(map(len, ready))) + np.concatenate(ready))
 
     def _reserve(self, request: int) -> None:
         if request >= len(self._left):
@@ -217,7 +214,8 @@ class Scheduler:
     def release(self, requests: Sequence[int]) -> None:
         """Free finished requests' places in the arrays."""
         ended = [self._requests.pop(request) for request in requests]
-        self._table.free([first for _, first in ended], [plan.num_rows for plan, _ in ended])
+        firsts, rooms = [first for _, first in ended], [plan.table_room for plan, _ in ended]
+        self._table.free_rooms(np.array(firsts, np.int64), np.array(rooms, np.int64))
 
     def clear(self) -> None:
         """Forget all requests."""

@@ -15,9 +15,9 @@ import numpy.typing as npt
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import arrange, as_block, as_rows, outside, ranges
+from cellc.layout import are_rows, arrange, as_block, as_rows, outside
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables, table_bytes
+from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range, table_bytes
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
@@ -63,6 +63,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         go.
         """
         tables = self._tables  # others add to them meanwhile: types, then counts, then constants
+        if not self._lacks() and len(tables.types) == len(self._types):
+            return True
         constants = list(tables.constants.items()) if self._lacks() else []
         counts = list(tables.constant_counts.items())
         for type in list(tables.types)[len(self._types) :]:
@@ -176,41 +178,45 @@ class Arenas(Mapping[RowType, torch.Tensor]):
     # -- copies --
 
     def write(
-        self, rows: DataRows, starts: Sequence[int], tensors: Sequence[torch.Tensor]
+        self,
+        rows: DataRows,
+        starts: npt.NDArray[np.int64],
+        counts: npt.NDArray[np.int64],
+        tensors: Sequence[torch.Tensor],
     ) -> list[int]:
-        """Copy tensors of several requests to slots from `starts` on; `rows` says how they are laid
-        out (their number of rows may differ).
+        """Copy tensors of several requests, so many rows each, to slots from `starts` on; `rows`
+        says how they are laid out.
 
         Returns the positions of those that hold an index outside [0, bound).
         """
         type = self._types[rows.type]
-        single = rows.count == 1 and rows.windows is None
-        if len(tensors) > FEW and self._views[rows.type] is not None and single:
-            return self._write_together(rows, starts, tensors)
-        flat = [as_rows(t, rows.row_dims, type.shape, rows.windows) for t in tensors]
         view = self._views[rows.type]
-        if view is None or not all(t.is_cpu for t in flat):
-            slots = torch.from_numpy(ranges(starts, flat)).to(self._device)
+        if len(tensors) > FEW and view is not None and rows.count == 1 and rows.windows is None:
+            return self._write_together(rows, starts, tensors)
+        form = rows.row_dims, type.shape, rows.windows
+        flat = list(tensors) if are_rows(*form) else [as_rows(t, *form) for t in tensors]
+        if view is None or not all([t.is_cpu for t in flat]):
+            slots = torch.from_numpy(ragged_range(starts, counts)).to(self._device)
             joined = torch.cat(flat).detach()
             self._tensors[type].index_copy_(0, slots, joined.to(self._device))
             return [] if rows.bound is None else outside([joined.cpu().numpy()], flat, rows.bound)
-        if len(flat) <= FEW or type.nbytes * len(flat[0]) > SMALL_DATA:
+        if len(flat) <= FEW or type.nbytes * int(counts[0]) > SMALL_DATA:
             arrays = [t.detach().numpy() for t in flat]
-            for start, part in zip(starts, arrays, strict=True):
+            for start, part in zip(starts.tolist(), arrays, strict=True):
                 view[start : start + len(part)] = part
         else:
             arrays = [torch.cat(flat).detach().numpy()]
-            view[ranges(starts, flat)] = arrays[0]
+            view[ragged_range(starts, counts)] = arrays[0]
         return [] if rows.bound is None else outside(arrays, flat, rows.bound)
 
     def _write_together(
-        self, rows: DataRows, starts: Sequence[int], tensors: Sequence[torch.Tensor]
+        self, rows: DataRows, slots: npt.NDArray[np.int64], tensors: Sequence[torch.Tensor]
     ) -> list[int]:
         """`write` of many tensors of one row each."""
         view = self._views[rows.type]
         assert view is not None
         shape = self._types[rows.type].shape
-        slots, wrong = np.asarray(starts), []
+        wrong: list[int] = []
         together = max(1, STACKED // max(1, math.prod(shape)))
         for at in range(0, len(tensors), together):
             part = tensors[at : at + together]

@@ -58,7 +58,7 @@ class Native:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
-        self._place.argtypes = [pointer, number, pointer, pointer, pointer, number]
+        self._place.argtypes = [pointer, number, pointer, ctypes.c_char_p, pointer, number]
         self._arrange.argtypes = [pointer, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
         self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
@@ -66,17 +66,12 @@ class Native:
         self._arrange.restype = self._tree.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
-        first = plans[0]
-        if all(plan is first for plan in plans):
-            addresses = np.tile(np.array(first.addresses, np.int64), len(plans))
-        else:
-            addresses = np.array([plan.addresses for plan in plans], np.int64)
         firsts = np.ascontiguousarray(first_calls, np.int64)
         self._place(
             table.ctypes.data,
             len(plans),
             firsts.ctypes.data,
-            addresses.ctypes.data,
+            b"".join([plan.addresses for plan in plans]),
             added.ctypes.data,
             added.shape[1],
         )

@@ -88,15 +88,15 @@ def test_flat_arrays_keep_their_rows() -> None:
     flat = Flat(np.zeros((4, 2), np.int32))
     pieces = []
     for k in range(1, 9):
-        for start in flat.allocate([k, k]):
+        for start in flat.allocate_rooms(np.full(2, size_class(k))).tolist():
             flat.data[start : start + k] = k
             pieces.append((start, k))
     assert flat.data.dtype == np.int32 and flat.data.shape[1] == 2
     for start, k in pieces:
         assert (flat.data[start : start + k] == k).all()
     for start, k in pieces:
-        flat.free([start], [k])
-    assert flat.allocate([5]) == [0]
+        flat.free_rooms(np.array([start]), np.array([size_class(k)]))
+    assert flat.allocate_rooms(np.array([5])).tolist() == [0]
 
 
 def test_without_memory_nothing_is_given_out() -> None:
