@@ -147,7 +147,8 @@ class Compiled(Runs):
         anything else one argument.
 
         Raises the first error, after all requests have ended; with `return_exceptions`, a request's
-        error stands in place of its result.
+        error stands in place of its result. Results share memory, in pieces of 1 MiB at most: clone
+        what you keep of a few for long.
         """
         requests = list(requests)
         if self._batches is not None:

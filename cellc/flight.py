@@ -18,6 +18,7 @@ import torch
 
 from cellc.carry import Carry
 from cellc.errors import distinct, twin
+from cellc.gathering import gather
 from cellc.legs import Branch, Entry, Leg
 from cellc.loading import Loader
 from cellc.onward import Onward
@@ -52,6 +53,15 @@ def by_bases(
     for size in sizes:
         alike = tickets if len(sizes) == 1 else [t for t in tickets if len(t.bases) == size]
         yield alike, np.concatenate([t.bases for t in alike]).reshape(len(alike), size)
+
+
+def side_by_side(tickets: Sequence[Ticket]) -> npt.NDArray[np.int64]:
+    """First slots of the regions of tickets; 0 of row types that were unknown when one began."""
+    types = max([len(t.bases) for t in tickets])
+    bases = [t.bases for t in tickets]
+    if any(len(b) != types for b in bases):
+        bases = [np.pad(b, (0, types - len(b))) for b in bases]
+    return np.concatenate(bases).reshape(len(bases), types)
 
 
 class Flight:
@@ -198,22 +208,11 @@ class Flight:
         self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
-        first = outputs[0]
-        if first and len(tickets) > 1 and all(given == first for given in outputs):
-            ((_, bases), *others) = by_bases(tickets)
-            if not others:
-                columns = [self._arenas.read_alike(rows, bases[:, rows.type]) for rows in first]
-                return list(zip(*columns, strict=True))
-        found = self._read_alike(tickets, outputs) if len(tickets) > 1 else None
-        if found is not None:
-            return found
-        wanted = [
-            (rows, int(t.bases[rows.type]))
-            for t, given in zip(tickets, outputs, strict=True)
-            for rows in given
-        ]
-        made = iter(self._arenas.read(wanted))
-        return [[next(made) for _ in given] for given in outputs]
+        if len(tickets) == 1:
+            bases = tickets[0].bases
+            return [self._arenas.read([(rows, int(bases[rows.type])) for rows in outputs[0]])]
+        together = np.array([t.together for t in tickets])
+        return gather(self._arenas, outputs, side_by_side(tickets), together)
 
     def _keep(self, tickets: Sequence[Ticket]) -> None:
         """Copy what sessions keep of their results: those of one plan and carry together, few
@@ -235,24 +234,6 @@ class Flight:
                     blocks = tuple([self._arenas.block(r, bases[part, r.type]) for r in rows])
                     for row, ticket in enumerate(those[part]):
                         ticket.kept = kept, blocks, row
-
-    def _read_alike(
-        self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
-    ) -> Sequence[Sequence[torch.Tensor]] | None:
-        """`_read` of different structures that return small tensors of the same shapes; None where
-        they do not.
-        """
-        forms = {tuple([(o.type, o.positions, o.order) for o in given]) for given in outputs}
-        if len(forms) > 1 or not outputs[0] or len({len(t.bases) for t in tickets}) > 1:
-            return None
-        bases = np.concatenate([t.bases for t in tickets]).reshape(len(tickets), -1)
-        columns = []
-        for given in zip(*outputs, strict=True):
-            made = self._arenas.read_small(given, bases[:, given[0].type])
-            if made is None:
-                return None
-            columns.append(made)
-        return list(zip(*columns, strict=True))
 
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""

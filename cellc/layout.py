@@ -59,15 +59,29 @@ def outside(
     return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
 
 
-def arrange(flat: torch.Tensor, rows: OutputRows, count: int) -> Sequence[torch.Tensor]:
-    """[count * positions flattened, *row] as tensors with dimensions in the model's order."""
-    if count == 1 and rows.order is None:
-        return (flat.view((*rows.positions, *flat.shape[1:])),)
-    return as_block(flat, rows, count).unbind(0)
+def arranged(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
+    """Rows of a tensor, [positions flattened, *row], with dimensions in the model's order."""
+    if len(rows.positions) != 1:
+        flat = flat.view((*rows.positions, *flat.shape[1:]))
+    return flat if rows.order is None else flat.permute(rows.order).contiguous()
+
+
+def parted(flat: torch.Tensor, rows: OutputRows, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+    """Rows of tensors like one, [rows of all, *row], as these, with dimensions in the model's
+    order. Each has a version of its own: autograd sees no writing to one in another.
+    """
+    if rows.kind[1] is None:
+        return torch.unsafe_split_with_sizes(flat, sizes)
+    block = as_block(flat, rows, len(sizes))
+    if block.dim() == 1 or not block.shape[1]:
+        return block.unbind(0)
+    return torch.unsafe_split_with_sizes(block.flatten(0, 1), [block.shape[1]] * len(sizes))
 
 
 def as_block(flat: torch.Tensor, rows: OutputRows, count: int) -> torch.Tensor:
-    """The same as one tensor, [count, ..]."""
+    """[count * positions flattened, *row] as [count, ..]: tensors with dimensions in the model's
+    order.
+    """
     shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
     if rows.order is not None:
         shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()

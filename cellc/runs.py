@@ -77,6 +77,7 @@ class Runs:
         def begin(tickets: Sequence[Ticket]) -> None:
             nonlocal since
             begun.extend(tickets)
+            _group(tickets)
             self._serving.enqueue(tickets)
             self._serving.nudge(time.perf_counter() - since)  # the next may take as long to make
             since = time.perf_counter()
@@ -102,6 +103,7 @@ class Runs:
     def _run_all(self, tickets: Sequence[Ticket]) -> None:
         """Run those of many that are not done, so many at a time as may wait."""
         queued = [t for t in tickets if not t.done]
+        _group(queued)
         portion = self._max_queue or max(len(queued), 1)
         for start in range(0, len(queued), portion):
             self._run(queued[start : start + portion])
@@ -157,6 +159,12 @@ class Runs:
         if first is not None and not return_exceptions:
             raise first
         return results
+
+
+def _group(tickets: Sequence[Ticket]) -> None:
+    """One call gets the results of all."""
+    for ticket in tickets:
+        ticket.together = True
 
 
 def _noted(error: BaseException, number: int, count: int) -> Any:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import are_rows, arrange, as_block, as_rows, outside
+from cellc.layout import are_rows, arranged, as_block, as_rows, outside, parted
 from cellc.ops import RowType
 from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range, table_bytes
 from cellc.regions import Regions, size_class
@@ -251,11 +251,11 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         tensor.index_copy_(0, index[1], tensor.index_select(0, index[0]))
 
     def read(self, wanted: Sequence[tuple[OutputRows, int]]) -> list[torch.Tensor]:
-        """Returned tensors, each (its rows, the base of its region), with dimensions in the model's
-        order.
+        """Returned tensors of a request, each (its rows, the base of its region), with dimensions
+        in the model's order.
 
         Small ones that are alike are gathered together; a tensor of over SMALL_OUTPUT bytes has its
-        own memory.
+        own memory. Of many requests: `cellc.gathering`.
         """
         out: list[torch.Tensor | None] = [None] * len(wanted)
         small: dict[Any, list[int]] = {}
@@ -265,25 +265,19 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]
-                out[i] = arrange(flat.clone(), rows, 1)[0]
+                out[i] = arranged(flat.clone(), rows)
             else:
-                out[i] = self._gather([(rows, base)])[0]
+                index = self.index(rows.slots + rows.owned * np.int64(base))
+                out[i] = arranged(self.take(rows.type, index), rows)
         for members in small.values():
             for i, made in zip(members, self._gather([wanted[i] for i in members]), strict=True):
                 out[i] = made
         return out  # type: ignore[return-value]
 
-    def read_alike(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> Sequence[torch.Tensor]:
-        """The same returned tensor of several requests, whose regions begin at `bases`."""
-        if self._bytes(rows) > SMALL_OUTPUT:
-            return self.read([(rows, base) for base in bases.tolist()])
-        slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
-        return self._arranged(rows, slots, len(bases))
-
     def block(self, rows: OutputRows, bases: npt.NDArray[np.int64]) -> torch.Tensor:
         """`read_alike` as one tensor, [requests, ..]."""
         slots = (rows.slots + rows.owned * bases[:, None]).reshape(-1)
-        return as_block(self._taken(rows.type, slots), rows, len(bases))
+        return as_block(self.take(rows.type, self.index(slots)), rows, len(bases))
 
     def num_alike(self, outputs: Sequence[OutputRows], nbytes: int) -> int:
         """Of how many requests these outputs take so many bytes each."""
@@ -316,47 +310,30 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             view[starts[those]] = values[[numbers[k] for k in those]]
         return True
 
-    def read_small(
-        self, given: Sequence[OutputRows], bases: npt.NDArray[np.int64]
-    ) -> Sequence[torch.Tensor] | None:
-        """Returned tensors of one shape, of requests whose regions begin at `bases`; None where
-        each has its own memory.
-        """
-        first = given[0]
-        if len(first.slots) * self._types[first.type].nbytes > SMALL_OUTPUT:
-            return None
-        slots = np.concatenate([rows.slots for rows in given]).reshape(len(given), -1)
-        owned = np.concatenate([rows.owned for rows in given]).reshape(len(given), -1)
-        slots = slots + owned * bases[:, None]
-        return self._arranged(first, slots.reshape(-1), len(given))
-
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""
-        first, base = wanted[0]
-        if len(wanted) == 1:
-            slots = first.slots + first.owned * np.int64(base)
-            return self._arranged(first, slots, 1)
-        sizes = [len(rows.slots) for rows, _ in wanted]
-        bases = np.repeat([base for _, base in wanted], sizes)
-        owned = np.concatenate([rows.owned for rows, _ in wanted])
-        slots = np.concatenate([rows.slots for rows, _ in wanted]) + owned * bases
-        if first.kind[1] is None:
-            return torch.split(self._taken(first.type, slots), sizes)
-        return self._arranged(first, slots, len(wanted))
+        first, sizes = wanted[0][0], [len(rows.slots) for rows, _ in wanted]
+        slots = np.concatenate([rows.slots + rows.owned * np.int64(base) for rows, base in wanted])
+        return parted(self.take(first.type, self.index(slots)), first, sizes)
 
-    def _arranged(
-        self, rows: OutputRows, slots: npt.NDArray[np.int64], count: int
-    ) -> Sequence[torch.Tensor]:
-        """Rows at `slots` as `count` tensors like one."""
-        return arrange(self._taken(rows.type, slots), rows, count)
+    def index(self, slots: npt.NDArray[np.int64]) -> Any:
+        """What `take` is given, whole or parts of it: slots, on the device in one copy."""
+        if self._device.type == "cpu":
+            return slots
+        return torch.from_numpy(slots).to(self._device, non_blocking=True)
 
-    def _taken(self, number: int, slots: npt.NDArray[np.int64]) -> torch.Tensor:
+    def take(self, number: int, index: Any) -> torch.Tensor:
         """A copy of rows of a type."""
         view = self._views[number]
         if view is not None:
-            return torch.from_numpy(view[slots])
-        index = torch.from_numpy(slots).to(self._device)
+            return torch.from_numpy(view.take(index, 0))
+        if self._device.type == "cpu":
+            index = torch.from_numpy(index)
         return self._tensors[self._types[number]].index_select(0, index)
+
+    def row_bytes(self, number: int) -> int:
+        """Of a row of a type."""
+        return self._types[number].nbytes
 
 
 def constant_row(

@@ -59,6 +59,7 @@ class Ticket:
     before_end: Callable[[Ticket], None] | None = None  # called before anyone sees the result
     carry: Carry | None = None  # what of its result a session keeps
     kept: Held | None = None  # that, copied with others'
+    together: bool = False  # one call asks for it and others, and gets all results
     dropped: bool = False  # nobody wants it any more
     trial: bool = False  # a comparison with the model, which nobody asked for
     told: Callable[[Ticket], None] | None = None  # of pieces and of the end
