@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from cellc import errors
 from cellc.dtypes import DTYPE_NAMES
 from cellc.frontends import stub as stubs
 from cellc.frontends.callees import Callee, Callees, RefusedCell
@@ -44,7 +45,7 @@ from cellc.frontends.signature import (
 from cellc.frontends.stub import CannotUnfold, IntNumber, NumberSteers, Stack, Stub, StubType
 
 _TORCH = os.path.dirname(torch.__file__)
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_OURS = {os.path.dirname(os.path.abspath(file)) for file in (__file__, errors.__file__)}
 _VARIES: Any = object()
 _IN_PLACE = frozenset(name for name in vars(Stub) if name.startswith("__i")) & frozenset(
     f"__i{name}__"
@@ -299,7 +300,9 @@ class Recording(Learner):
         known = self._user_code.get(id(code))
         if known is None:
             self._codes.append(code)
-            known = not (is_generated(code) or code.co_filename.startswith((_TORCH, _HERE)))
+            path = code.co_filename
+            ours = path.startswith(_TORCH) or os.path.dirname(path) in _OURS
+            known = not (ours or is_generated(code))
             self._user_code[id(code)] = known
         return known
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from cellc.bench import command, memory
 from cellc.bench.batch_server import MAX_BATCH, bucket_of
 from cellc.bench.case import Case, Differs, Outcome, Way, check, measure
+from cellc.bench.decode import Translator
+from cellc.bench.decode import make_requests as decode_requests
 from cellc.bench.lengths import LONGEST, draw_lengths
 from cellc.bench.measure import Patience
 from cellc.bench.recurrent import (
@@ -30,6 +32,7 @@ from cellc.bench.tree_data import num_leaves
 from cellc.bench.trees import Forest
 from cellc.bench.workloads import NAMES
 from cellc.cli import main
+from cellc.entry import compile
 
 TINY = "--units 8 --requests 3 --rounds 1 --seconds 0.001 --patience 0.001 --noisy".split()
 
@@ -204,3 +207,16 @@ def test_help_names_every_workload(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in NAMES)
+
+
+def test_the_benchmarks_own_models_are_traced_as_a_users() -> None:
+    torch.manual_seed(0)
+    model = Translator(8, bias=1.6).eval().requires_grad_(False)
+    requests = decode_requests(6)
+    with torch.no_grad(), compile(model, backend="eager") as compiled:
+        for got, x in zip(compiled.map(requests), requests, strict=True):
+            assert got.tolist() == model(x).tolist()
+        assert sorted({cell.name.split("_")[0] for cell in compiled.cells}) == [
+            "decoder",
+            "encoder",
+        ]
