@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from cellc.branches import Branches
 from cellc.calls import CallGraph
 from cellc.errors import UnsupportedError
+from cellc.garbage import put_off
 from cellc.launch import Backend
 from cellc.legs import Entry, Result
 from cellc.modules import named_tensors
@@ -79,6 +80,9 @@ class Compiler(Branches):
 
     def traced(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         """By operators."""
+        return put_off(lambda: self._traced(structure, args, kwargs))
+
+    def _traced(self, structure: Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Entry:
         names = self.arguments.leaf_names(args, kwargs)
         roles = self.pipeline.roles
         before = roles.version, self.pipeline.shown

@@ -16,6 +16,7 @@ from torch import nn
 from cellc import env
 from cellc.compiled import Compiled
 from cellc.errors import BackendError, UnsupportedError
+from cellc.garbage import put_off
 from cellc.launch import Backend
 from cellc.modules import named_tensors
 from cellc.options import BackendName, Options, check_counts, make_options
@@ -73,17 +74,19 @@ def compile(
     place = places[0]
     if dtype is not None or _moves(model, place):
         model = _copied(model, dtype, place)
-    return Compiled(
-        model,
-        _backends(backend, places, chosen),
-        places,
-        chosen,
-        batch_dim=batch_dim,
-        max_batch=max_batch,
-        max_queue=max_queue,
-        dtype=dtype,
-        source=source,
-        carry=carry,
+    return put_off(
+        lambda: Compiled(
+            model,
+            _backends(backend, places, chosen),
+            places,
+            chosen,
+            batch_dim=batch_dim,
+            max_batch=max_batch,
+            max_queue=max_queue,
+            dtype=dtype,
+            source=source,
+            carry=carry,
+        )
     )
 
 
