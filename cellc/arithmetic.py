@@ -4,12 +4,13 @@ Duty: what costs the scheduler and the planner time (`cellc.scheduler` says what
 `place` copies blocks of plans into it. `advance`, from the calls that a launch begins with, follows
 their chains, looks up the slots of all rows, tells successors, counts down requests. `arrange`
 gives calls of new requests their numbers, places and records (`cellc.arranging`), `tree` checks
-arrays of children. Here by numpy; `kernels.native` has the same in C++ for machines with a
-compiler.
+arrays of children, `copy` brings large tensors into arenas. Here by numpy; `kernels.native` has the
+same in C++ for machines with a compiler.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -72,6 +73,10 @@ class Arithmetic(Protocol):
         """See `cellc.arranging`."""
         ...
 
+    def copy(self, pieces: I64) -> None:
+        """Copy memory; each of the pieces [n, 3] is (to, from, bytes)."""
+        ...
+
     def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
         """Of a tree's children [nodes, width], -1 where there is none: (how many each node has,
         how many nodes read each, all in a row, the root). None where they do not come before
@@ -114,6 +119,10 @@ class Numpy:
 
     def arrange(self, wiring: Wiring) -> Arranged:
         return arrange(wiring)
+
+    def copy(self, pieces: I64) -> None:
+        for piece in pieces.tolist():
+            ctypes.memmove(*piece)
 
     def tree(self, children: I64) -> tuple[I64, I64, I64, int] | None:
         there = children != -1

@@ -30,6 +30,7 @@ from cellc.launch import EVERYBODY, Crew
 from cellc.launcher import Launcher
 from cellc.legs import Leg
 from cellc.limits import Limits
+from cellc.loading import Loader
 from cellc.loop import SOON, Loop
 from cellc.moves import Moves
 from cellc.onward import Onward
@@ -62,14 +63,16 @@ class Engine:
     ) -> None:
         self.compiler = compiler
         self.counters = Counters()
-        self._scheduler = Scheduler(policy=policy, arithmetic=find_arithmetic(), max_age=max_age)
+        arithmetic = find_arithmetic()
+        self._scheduler = Scheduler(policy=policy, arithmetic=arithmetic, max_age=max_age)
         self._scheduler.record_lengths = compiler.record_lengths
         self._scheduler.priority = compiler.priority
         self._arenas = Arenas(compiler.tables, compiler.params, compiler.device)
         self._onward = Onward(compiler, self._scheduler, self._arenas, max_steps)
         what = compiler, self._scheduler, self._arenas
         self.launcher = Launcher(*what, self._onward, self.counters, max_batch, crew)
-        self.flight = Flight(*what[1:], self._onward, self.counters, self.told)
+        loader = Loader(self._arenas, arithmetic)
+        self.flight = Flight(*what[1:], self._onward, self.counters, self.told, loader)
         # guards the inbox; told when the loop is free or results are there
         self._turn = Condition()
         self.memory_limit = memory_limit

@@ -74,9 +74,10 @@ class Flight:
         onward: Onward,
         counters: Counters,
         tell: Callable[[], None],
+        loader: Loader,
     ) -> None:
         self._scheduler, self._arenas, self._onward = scheduler, arenas, onward
-        self.copy_in = Loader(arenas).load
+        self.copy_in = loader.load
         self.counters, self._tell = counters, tell
         self.live: dict[int, Ticket] = {}
         self.live_bytes = 0  # of regions given out

@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from cellc.arithmetic import Arithmetic
 from cellc.carry import Late
 from cellc.plan import I64, DataRows, Plan
 from cellc.state import Arenas
 from cellc.ticket import Ticket, out_of_range
 from cellc.unfolded import DRAWN
+from cellc.writing import Writer
 
 
 @dataclass(slots=True)
@@ -33,10 +35,10 @@ class Column:
 
 
 class Loader:
-    """Into some arenas."""
+    """Into some arenas; `arithmetic` copies memory."""
 
-    def __init__(self, arenas: Arenas) -> None:
-        self._arenas = arenas
+    def __init__(self, arenas: Arenas, arithmetic: Arithmetic) -> None:
+        self._writer = Writer(arenas, arithmetic)
 
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
@@ -93,7 +95,7 @@ class Loader:
             if place >= 0:
                 starts = bases[members, rows.type] + rows.start
                 blocks = [x.blocks[place] for x in alike.values()]
-                if self._arenas.write_rows(rows, starts, blocks, numbers):
+                if self._writer.write_rows(rows, starts, blocks, numbers):
                     written.append(rows)
         return written, [i for i in range(len(tickets)) if i not in alike]
 
@@ -103,14 +105,14 @@ class Loader:
             *(column.counts, column.tensors),
         )
         try:
-            wrong = self._arenas.write(rows, starts, counts, tensors)
+            wrong = self._writer.write(rows, starts, counts, tensors)
         except Exception:  # one of them is a kind of tensor that cannot be copied so
             wrong = []
             for k, member in enumerate(members):
                 alone = slice(k, k + 1)
                 try:
                     tensors[k] = tensors[k].resolve_conj().resolve_neg()
-                    if self._arenas.write(rows, starts[alone], counts[alone], tensors[alone]):
+                    if self._writer.write(rows, starts[alone], counts[alone], tensors[alone]):
                         wrong.append(k)
                 except Exception as error:
                     errors[member] = error

@@ -15,17 +15,14 @@ import numpy.typing as npt
 import torch
 
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import are_rows, arranged, as_block, as_rows, outside, parted
+from cellc.layout import arranged, as_block, parted
 from cellc.ops import RowType
-from cellc.plan import DataRows, OutputRows, Plan, Tables, ragged_range, table_bytes
+from cellc.plan import OutputRows, Plan, Tables, table_bytes
 from cellc.regions import Regions, size_class
 
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
-SMALL_DATA = 1 << 12  # bytes of a request's tensor
-STACKED = 1 << 14  # elements at once: they stay in cache, and torch leaves its threads asleep
-FEW = 16  # tensors that are copied one by one
 
 
 class Arenas(Mapping[RowType, torch.Tensor]):
@@ -51,6 +48,11 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._tensors)
+
+    def arena(self, number: int) -> tuple[RowType, torch.Tensor, npt.NDArray[Any] | None]:
+        """A row type by number, its arena, and that as numpy has it, where numpy can."""
+        type = self._types[number]
+        return type, self._tensors[type], self._views[number]
 
     @property
     def nbytes(self) -> int:
@@ -177,58 +179,6 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     # -- copies --
 
-    def write(
-        self,
-        rows: DataRows,
-        starts: npt.NDArray[np.int64],
-        counts: npt.NDArray[np.int64],
-        tensors: Sequence[torch.Tensor],
-    ) -> list[int]:
-        """Copy tensors of several requests, so many rows each, to slots from `starts` on; `rows`
-        says how they are laid out.
-
-        Returns the positions of those that hold an index outside [0, bound).
-        """
-        type = self._types[rows.type]
-        view = self._views[rows.type]
-        if len(tensors) > FEW and view is not None and rows.count == 1 and rows.windows is None:
-            return self._write_together(rows, starts, tensors)
-        form = rows.row_dims, type.shape, rows.windows
-        flat = list(tensors) if are_rows(*form) else [as_rows(t, *form) for t in tensors]
-        if view is None or not all([t.is_cpu for t in flat]):
-            slots = torch.from_numpy(ragged_range(starts, counts)).to(self._device)
-            joined = torch.cat(flat).detach()
-            self._tensors[type].index_copy_(0, slots, joined.to(self._device))
-            return [] if rows.bound is None else outside([joined.cpu().numpy()], flat, rows.bound)
-        if len(flat) <= FEW or type.nbytes * int(counts[0]) > SMALL_DATA:
-            arrays = [t.detach().numpy() for t in flat]
-            for start, part in zip(starts.tolist(), arrays, strict=True):
-                view[start : start + len(part)] = part
-        else:
-            arrays = [torch.cat(flat).detach().numpy()]
-            view[ragged_range(starts, counts)] = arrays[0]
-        return [] if rows.bound is None else outside(arrays, flat, rows.bound)
-
-    def _write_together(
-        self, rows: DataRows, slots: npt.NDArray[np.int64], tensors: Sequence[torch.Tensor]
-    ) -> list[int]:
-        """`write` of many tensors of one row each."""
-        view = self._views[rows.type]
-        assert view is not None
-        shape = self._types[rows.type].shape
-        wrong: list[int] = []
-        together = max(1, STACKED // max(1, math.prod(shape)))
-        for at in range(0, len(tensors), together):
-            part = tensors[at : at + together]
-            # where positions are has no say: there is one of each
-            values = torch.stack([*part]).detach().cpu().numpy().reshape(-1, *shape)
-            view[slots[at : at + together]] = values
-            if rows.bound is not None:
-                outside = (values < 0) | (values >= rows.bound)
-                found = np.flatnonzero(outside.reshape(len(values), -1).any(1))
-                wrong += (found + at).tolist()
-        return wrong
-
     def scalars(self, number: int, slots: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of a type without dimensions."""
         view = self._views[number]
@@ -285,30 +235,6 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def _bytes(self, rows: OutputRows) -> int:
         return len(rows.slots) * self._types[rows.type].nbytes
-
-    def write_rows(
-        self,
-        rows: DataRows,
-        starts: npt.NDArray[np.int64],
-        blocks: Sequence[torch.Tensor],
-        numbers: Sequence[int],
-    ) -> bool:
-        """`write` of tensors that are rows of blocks, of which many share one; False where that is
-        not to be had so.
-        """
-        view = self._views[rows.type]
-        if view is None or rows.count != 1 or rows.bound is not None or rows.windows is not None:
-            return False
-        members: dict[int, list[int]] = {}
-        for k, block in enumerate(blocks):
-            members.setdefault(id(block), []).append(k)
-        if len(members) * FEW > len(blocks) + FEW:
-            return False
-        shape = self._types[rows.type].shape
-        for those in members.values():
-            values = blocks[those[0]].numpy().reshape(-1, *shape)
-            view[starts[those]] = values[[numbers[k] for k in those]]
-        return True
 
     def _gather(self, wanted: Sequence[tuple[OutputRows, int]]) -> Sequence[torch.Tensor]:
         """Tensors of one kind, in one copy."""

@@ -7,6 +7,7 @@
 #include <stdint.h>
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 namespace {
@@ -139,6 +140,12 @@ extern "C" void cellc_place(int32_t* table, int64_t plans, const int64_t* first_
         for (int64_t k = 0; k < told; ++k) *to++ = successors[k] + added[FIRST_CALL];
         std::fill(to, to + (COLUMNS - (records + told) % COLUMNS) % COLUMNS, 0);
     }
+}
+
+// In: pieces of memory, each (to, from, bytes).
+extern "C" void cellc_copy(const int64_t* piece, int64_t count) {
+    for (const int64_t* end = piece + 3 * count; piece != end; piece += 3)
+        std::memcpy(reinterpret_cast<void*>(piece[0]), reinterpret_cast<void*>(piece[1]), piece[2]);
 }
 
 struct Column {

@@ -54,13 +54,15 @@ class Native:
         library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
         self._place, self._arrange = library.cellc_place, library.cellc_arrange
-        self._tree = library.cellc_tree
+        self._tree, self._copy = library.cellc_tree, library.cellc_copy
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
         self._place.argtypes = [pointer, number, pointer, ctypes.c_char_p, pointer, number]
         self._arrange.argtypes = [pointer, pointer]
+        self._copy.argtypes = [pointer, number]
         self._expand.restype = self._advance.restype = self._place.restype = None
+        self._copy.restype = None
         self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
         self._room = threading.local()  # for what `tree` finds
         self._arrange.restype = self._tree.restype = number
@@ -119,6 +121,9 @@ class Native:
             events[:num_events],
             answering[:num_events],
         )
+
+    def copy(self, pieces: I64) -> None:
+        self._copy(np.ascontiguousarray(pieces).ctypes.data, len(pieces))
 
     def arrange(self, wiring: Wiring) -> Arranged:
         requests, total = wiring.taken.shape[1], sum(g.num_calls for g in wiring.groups)
