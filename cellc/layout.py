@@ -29,15 +29,26 @@ def as_rows(
     if windows is not None:
         pieces = tensor[windows.start :].unfold(0, windows.size, windows.step)
         return pieces.movedim(-1, 1)
-    if any(row_dims) and not all(row_dims):
-        order = [i for i, r in enumerate(row_dims) if not r]
-        order += [i for i, r in enumerate(row_dims) if r]
-        if order != sorted(order):
-            tensor = tensor.permute(order)
-    if tensor.dim() == 1 + len(shape) and not all(row_dims):
+    order, free = _order(row_dims)
+    if order is not None:
+        tensor = tensor.permute(order)
+    if free == 1 and tensor.dim() == 1 + len(shape):
         return tensor
-    count = math.prod(n for n, r in zip(tensor.shape, sorted(row_dims), strict=True) if not r)
-    return tensor.reshape(count, *shape)
+    return tensor.reshape(math.prod(tensor.shape[:free]), *shape)
+
+
+@cache
+def _order(row_dims: tuple[bool, ...]) -> tuple[tuple[int, ...] | None, int]:
+    """(dimensions in an order that has positions first, None where they are; how many those are)"""
+    order = sorted(range(len(row_dims)), key=lambda i: row_dims[i])
+    free = row_dims.count(False)
+    return (None if order == list(range(len(order))) else tuple(order)), free
+
+
+@cache
+def in_order(row_dims: tuple[bool, ...], windows: Windows | None = None) -> bool:
+    """Is the memory of a contiguous tensor of this layout its rows, one after the other?"""
+    return windows is None and _order(row_dims)[0] is None
 
 
 @cache
@@ -45,8 +56,7 @@ def are_rows(
     row_dims: tuple[bool, ...], shape: tuple[int, ...], windows: Windows | None = None
 ) -> bool:
     """Are tensors of this layout rows as they are?"""
-    first = row_dims[:1] == (False,) and all(row_dims[1:])
-    return windows is None and first and len(row_dims) == 1 + len(shape)
+    return in_order(row_dims, windows) and row_dims.count(False) == 1 == len(row_dims) - len(shape)
 
 
 def outside(

@@ -1,7 +1,8 @@
 """State: the arenas that hold every live row, and the constant rows at their start.
 
 Duty: one tensor `[capacity, *shape]` a row type on the model's device, its free regions, and copies
-out (in: `cellc.writing`). Used by the engine, which decides who gets a region and who waits for memory.
+out (in: `cellc.writing`). Used by the engine, which decides who gets a region and who waits for
+memory.
 """
 
 from __future__ import annotations

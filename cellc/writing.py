@@ -15,7 +15,7 @@ import torch
 
 from cellc.arithmetic import Arithmetic
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import are_rows, as_rows, outside
+from cellc.layout import are_rows, as_rows, in_order, outside
 from cellc.ops import RowType
 from cellc.plan import I64, DataRows, ragged_range
 from cellc.state import Arenas
@@ -41,16 +41,15 @@ class Writer:
         Returns the positions of those that hold an index outside [0, bound).
         """
         type, arena, view = self._arenas.arena(rows.type)
-        many = len(tensors) > FEW
-        if many and view is not None and rows.count == 1 and rows.windows is None:
-            return self._write_together(rows, starts, tensors)
         form = rows.row_dims, type.shape, rows.windows
+        many, large = len(tensors) > FEW, type.nbytes * int(counts[0]) > SMALL_DATA
+        if many and rows.count == 1 and rows.windows is None:
+            return self._write_together(rows, starts, tensors)
+        on_cpu = arena.is_cpu and all([t.is_cpu for t in tensors])
+        whole = many and large and on_cpu and rows.bound is None and in_order(form[0], form[2])
+        if whole and self._copied(type, arena, starts, counts, tensors):
+            return []
         flat = list(tensors) if are_rows(*form) else [as_rows(t, *form) for t in tensors]
-        on_cpu = arena.is_cpu and all([t.is_cpu for t in flat])
-        large = type.nbytes * int(counts[0]) > SMALL_DATA
-        if on_cpu and many and large and rows.bound is None:
-            if self._copied(type, arena, starts, counts, flat):
-                return []
         if view is None or not on_cpu:
             slots = torch.from_numpy(ragged_range(starts, counts)).to(arena.device)
             joined = torch.cat(flat).detach()
@@ -90,19 +89,22 @@ class Writer:
         self, rows: DataRows, slots: I64, tensors: Sequence[torch.Tensor]
     ) -> list[int]:
         """`write` of many tensors of one row each."""
-        type, _, view = self._arenas.arena(rows.type)
-        assert view is not None
-        shape = type.shape
-        wrong: list[int] = []
-        together = max(1, STACKED // max(1, math.prod(shape)))
+        type, arena, view = self._arenas.arena(rows.type)
+        shape, wrong = type.shape, []
+        together = max(1, STACKED // max(1, type.numel)) if arena.is_cpu else len(tensors)
         for at in range(0, len(tensors), together):
-            part = tensors[at : at + together]
+            part, to = tensors[at : at + together], slots[at : at + together]
             # where positions are has no say: there is one of each
-            values = torch.stack([*part]).detach().cpu().numpy().reshape(-1, *shape)
-            view[slots[at : at + together]] = values
+            values = torch.stack([*part]).detach().reshape(-1, *shape)
+            if view is not None:
+                view[to] = values.cpu().numpy()
+            else:
+                index = torch.from_numpy(to).to(arena.device)
+                arena.index_copy_(0, index, values.to(arena.device))
             if rows.bound is not None:
-                outside = (values < 0) | (values >= rows.bound)
-                found = np.flatnonzero(outside.reshape(len(values), -1).any(1))
+                given = values.cpu().numpy()
+                outside = (given < 0) | (given >= rows.bound)
+                found = np.flatnonzero(outside.reshape(len(given), -1).any(1))
                 wrong += (found + at).tolist()
         return wrong
 
