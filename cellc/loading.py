@@ -43,9 +43,24 @@ class Loader:
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
         errors: dict[int, BaseException] = {}
-        for column in self._columns(tickets, bases):
+        columns = self._alone if len(tickets) == 1 else self._columns
+        for column in columns(tickets, bases):
             self._copy(column, errors)
         return errors
+
+    def _alone(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
+        """What of a lone request is not copied yet."""
+        (ticket,), write = tickets, self._writer.write_one
+        for rows in ticket.entry.plan.data:
+            if rows.leaf >= 0:
+                tensor, start = ticket.tensor(rows.leaf), int(bases[0, rows.type]) + rows.start
+                try:
+                    written = write(rows, start, tensor)
+                except Exception:
+                    written = False
+                if not written:
+                    starts, counts = np.array([start]), np.array([rows.count])
+                    yield Column(rows, (0,), starts, counts, [tensor])
 
     def _columns(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
         plans = [ticket.entry.plan for ticket in tickets]
@@ -86,7 +101,7 @@ class Loader:
         form = next((x.form for x in late.values()), None)
         alike = {i: x for i, x in late.items() if x.form is form}
         written: list[DataRows] = []
-        if form is None or len(tickets) == 1:
+        if form is None:
             return written, []
         numbers, members = [x.row for x in alike.values()], list(alike)
         given = len(form.order) - len(next(iter(alike.values())).blocks)

@@ -64,6 +64,17 @@ class Writer:
             view[ragged_range(starts, counts)] = arrays[0]
         return [] if rows.bound is None else outside(arrays, flat, rows.bound)
 
+    def write_one(self, rows: DataRows, start: int, tensor: torch.Tensor) -> bool:
+        """`write` of one tensor; False where it takes more than a copy, or is wrong."""
+        type, _, view = self._arenas.arena(rows.type)
+        if view is None or not tensor.is_cpu or tensor.is_neg():
+            return False
+        form = rows.row_dims, type.shape, rows.windows
+        flat = tensor if are_rows(*form) else as_rows(tensor, *form)
+        part = flat.detach().numpy()
+        view[start : start + len(part)] = part
+        return rows.bound is None or not outside([part], [flat], rows.bound)
+
     def _copied(
         self,
         type: RowType,
