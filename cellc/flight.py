@@ -77,7 +77,7 @@ class Flight:
         loader: Loader,
     ) -> None:
         self._scheduler, self._arenas, self._onward = scheduler, arenas, onward
-        self.copy_in = loader.load
+        self.loader, self.copy_in = loader, loader.load
         self.counters, self._tell = counters, tell
         self.live: dict[int, Ticket] = {}
         self.live_bytes = 0  # of regions given out

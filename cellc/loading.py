@@ -38,7 +38,7 @@ class Loader:
     """Into some arenas; `arithmetic` copies memory."""
 
     def __init__(self, arenas: Arenas, arithmetic: Arithmetic) -> None:
-        self._writer = Writer(arenas, arithmetic)
+        self.writer = Writer(arenas, arithmetic)
 
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
@@ -50,7 +50,7 @@ class Loader:
 
     def _alone(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
         """What of a lone request is not copied yet."""
-        (ticket,), write = tickets, self._writer.write_one
+        (ticket,), write = tickets, self.writer.write_one
         for rows in ticket.entry.plan.data:
             if rows.leaf >= 0:
                 tensor, start = ticket.tensor(rows.leaf), int(bases[0, rows.type]) + rows.start
@@ -110,7 +110,7 @@ class Loader:
             if place >= 0:
                 starts = bases[members, rows.type] + rows.start
                 blocks = [x.blocks[place] for x in alike.values()]
-                if self._writer.write_rows(rows, starts, blocks, numbers):
+                if self.writer.write_rows(rows, starts, blocks, numbers):
                     written.append(rows)
         return written, [i for i in range(len(tickets)) if i not in alike]
 
@@ -120,14 +120,14 @@ class Loader:
             *(column.counts, column.tensors),
         )
         try:
-            wrong = self._writer.write(rows, starts, counts, tensors)
+            wrong = self.writer.write(rows, starts, counts, tensors)
         except Exception:  # one of them is a kind of tensor that cannot be copied so
             wrong = []
             for k, member in enumerate(members):
                 alone = slice(k, k + 1)
                 try:
                     tensors[k] = tensors[k].resolve_conj().resolve_neg()
-                    if self._writer.write(rows, starts[alone], counts[alone], tensors[alone]):
+                    if self.writer.write(rows, starts[alone], counts[alone], tensors[alone]):
                         wrong.append(k)
                 except Exception as error:
                     errors[member] = error

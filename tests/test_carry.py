@@ -108,7 +108,8 @@ def test_steps_like_others_before_are_not_looked_up(monkeypatch: pytest.MonkeyPa
         def never(*_: Any) -> Any:
             raise AssertionError("a step was flattened")
 
-        copies, write_rows = [], compiled._engine._arenas.write_rows
+        writer = compiled._engine.flight.loader.writer
+        copies, write_rows = [], writer.write_rows
 
         def noted(*args: Any) -> bool:
             copies.append(write_rows(*args))
@@ -117,7 +118,7 @@ def test_steps_like_others_before_are_not_looked_up(monkeypatch: pytest.MonkeyPa
         x = torch.randn(3)
         with monkeypatch.context() as patched:
             patched.setattr(compiled._intake, "ticket", never)
-            patched.setattr(compiled._engine._arenas, "write_rows", noted)
+            patched.setattr(writer, "write_rows", noted)
             results = compiled.step_all([(s, (x,)) for s in opened])
         assert copies == [True, True]  # h and c, each of all sessions at once
         for got, state in zip(results, states, strict=True):
@@ -126,7 +127,7 @@ def test_steps_like_others_before_are_not_looked_up(monkeypatch: pytest.MonkeyPa
         states = [s.state["state"] for s in opened]
         copies.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(compiled._engine._arenas, "write_rows", noted)
+            patched.setattr(writer, "write_rows", noted)
             results = compiled.step_all([(s, (x,)) for s in (opened[0], news, *opened[1:])])
         assert copies == [True, True]
         states.insert(1, start(7))
