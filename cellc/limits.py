@@ -28,10 +28,10 @@ class Limits:
         """Why a request can never run. A leg holds calls that may not be needed: those of forwards
         that read values are limited by the values read.
         """
-        plan, calls = entry.plan, entry.plan.num_calls
-        if self._calls is not None and calls > self._calls and not isinstance(entry, Leg):
-            return CallsError(calls=f"{calls:,}", limit=f"{self._calls:,}")
-        needed = self._arenas.bytes_of(plan)
+        plan, most = entry.plan, self._calls
+        if most is not None and plan.num_calls > most and not isinstance(entry, Leg):
+            return CallsError(calls=f"{plan.num_calls:,}", limit=f"{most:,}")
+        needed = plan.nbytes or self._arenas.bytes_of(plan)
         if needed > self.memory:
             return TooLarge(needed=f"{needed:,}", limit=f"{self.memory:,}")
         return None
