@@ -1,7 +1,7 @@
 """Layout: tensors of requests as rows of an arena, and rows as returned tensors.
 
 Duty: which of a tensor's dimensions are positions and which a row's, both ways; used by
-`cellc.state`, which copies.
+`cellc.state`, `cellc.gathering` and `cellc.writing`, which copy.
 """
 
 from __future__ import annotations
