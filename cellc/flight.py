@@ -57,11 +57,12 @@ def by_bases(
 
 def side_by_side(tickets: Sequence[Ticket]) -> npt.NDArray[np.int64]:
     """First slots of the regions of tickets; 0 of row types that were unknown when one began."""
-    types = max([len(t.bases) for t in tickets])
     bases = [t.bases for t in tickets]
-    if any(len(b) != types for b in bases):
-        bases = [np.pad(b, (0, types - len(b))) for b in bases]
-    return np.concatenate(bases).reshape(len(bases), types)
+    types = max(map(len, bases))
+    joined = np.concatenate(bases)
+    if len(joined) < types * len(bases):
+        joined = np.concatenate([np.pad(b, (0, types - len(b))) for b in bases])
+    return joined.reshape(len(bases), types)
 
 
 class Flight:
@@ -182,13 +183,37 @@ class Flight:
         elif scheduled:
             self._scheduler.release(numbers)
         self.retire(tickets)
-        now = time.perf_counter()
-
-        def finish(ended: tuple[Ticket, Entry, Sequence[torch.Tensor]]) -> None:
-            self.finish(ended[0], *self._end(*ended), now)
-
-        each(finish, zip(tickets, entries, made, strict=True))
+        self._finish_all(tickets, entries, made)
         self._tell()
+
+    def _finish_all(
+        self,
+        tickets: Sequence[Ticket],
+        entries: Sequence[Entry],
+        made: Sequence[Sequence[torch.Tensor]],
+    ) -> None:
+        """Answer those that ran to their ends. Where this is interrupted in what is asked for by
+        the call that runs the loop, the others begin again (`Turns.restart`).
+        """
+        now, counters = time.perf_counter(), self.counters
+        watched: list[tuple[Ticket, Entry, Sequence[torch.Tensor]]] = []  # not by their call alone
+        latencies: list[float] = []
+        for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
+            ends = isinstance(entry, Leg) and (entry.error or ticket.draws)
+            if ends or not ticket.plain or counters.timeline is not None:
+                watched.append((ticket, entry, tensors))
+                continue
+            try:
+                ticket.result = entry.result.rebuild(tensors)
+            except Exception as error:
+                ticket.error = error
+                counters.failed += 1
+            ticket.done = True
+            ticket.tensors = ()
+            latencies.append(now - ticket.arrived)
+        counters.requests += len(latencies)
+        counters.latencies.extend(latencies)
+        each(lambda ended: self.finish(ended[0], *self._end(*ended), now), watched)
 
     @staticmethod
     def _end(
@@ -212,7 +237,7 @@ class Flight:
         if len(tickets) == 1:
             bases = tickets[0].bases
             return [self._arenas.read([(rows, int(bases[rows.type])) for rows in outputs[0]])]
-        together = np.array([t.together for t in tickets])
+        together = [t.together for t in tickets]
         return gather(self._arenas, outputs, side_by_side(tickets), together)
 
     def _keep(self, tickets: Sequence[Ticket]) -> None:
@@ -239,18 +264,20 @@ class Flight:
     def retire(self, tickets: Sequence[Ticket]) -> None:
         """Free the regions of requests that have ended."""
         self.leaving = tickets
-        for ticket in tickets:
-            del self.live[ticket.number]
-            if ticket.streams or ticket.number in self._onward.held:
+        if self._onward.watches:
+            for ticket in tickets:
                 self._onward.release(ticket)
-            self._numbers.append(ticket.number)
-        self.live_bytes -= sum(t.nbytes for t in tickets)
+        numbers = [t.number for t in tickets]
+        for number in numbers:
+            del self.live[number]
+        self._numbers += numbers
+        self.live_bytes -= sum([t.nbytes for t in tickets])
         self.free(tickets)
 
     def free(self, tickets: Sequence[Ticket]) -> None:
         """Give the regions of requests back."""
-        for alike, bases in by_bases(tickets):
-            self._arenas.free([t.entry.plan for t in alike], bases)
+        if tickets:
+            self._arenas.free([t.entry.plan for t in tickets], side_by_side(tickets))
 
     def fail(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
         """End requests in flight with errors."""

@@ -14,14 +14,14 @@ has one of over SMALL bytes where requests came one by one, whose results go to 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from cellc.layout import parted
-from cellc.plan import I64, OutputRows
+from cellc.plan import I64, OutputRows, ragged_range
 from cellc.state import Arenas
 
 GATHERED = 1 << 20  # bytes of a piece of memory that tensors share
@@ -32,86 +32,90 @@ class _Column(NamedTuple):
     """One output of some requests, alike but for the number of rows."""
 
     leaf: int
-    members: I64  # positions of the requests
+    owners: Sequence[int]  # positions of the requests
     rows: Sequence[OutputRows]
+    bases: I64  # where the regions of their row type begin
     sizes: I64
+    nbytes: I64
+
+    def slots(self) -> I64:
+        """Where the rows are, request by request."""
+        firsts = np.array([rows.first for rows in self.rows])
+        if (firsts >= 0).all():
+            return ragged_range(firsts + self.bases, self.sizes)
+        owned = np.concatenate([rows.owned for rows in self.rows])
+        slots = np.concatenate([rows.slots for rows in self.rows])
+        made: I64 = slots + owned * np.repeat(self.bases, self.sizes)
+        return made
+
+    def only(self, which: I64) -> _Column:
+        """Of some of these requests."""
+        places = which.tolist()
+        owners, rows = ([column[k] for k in places] for column in (self.owners, self.rows))
+        return _Column(self.leaf, owners, rows, *(array[which] for array in self[3:]))
 
 
 def gather(
     arenas: Arenas,
     outputs: Sequence[Sequence[OutputRows]],
     bases: I64,
-    together: npt.NDArray[np.bool_],
+    together: Sequence[bool],
 ) -> Sequence[Sequence[torch.Tensor]]:
     """Returned tensors of each request, whose regions begin at `bases` ([requests, row types]).
     `together`: which came in one call with others, that gets the results of all.
     """
     made: list[list[Any]] = [[None] * len(given) for given in outputs]
-    most = np.where(together, GATHERED, SMALL)
     shared: list[_Column] = []
-    for column in _columns(outputs):
-        type = column.rows[0].type
-        alone = column.sizes * arenas.row_bytes(type) > most[column.members]
-        if alone.any():
+    for column in _columns(arenas, outputs, bases):
+        if int(column.nbytes.max()) > SMALL:
+            most = np.where([together[i] for i in column.owners], GATHERED, SMALL)
+            alone = column.nbytes > most
             for k in np.flatnonzero(alone).tolist():
-                owner = column.members[k]
-                wanted = [(column.rows[k], int(bases[owner, type]))]
-                made[owner][column.leaf] = arenas.read(wanted)[0]
-            column = _taken(column, np.flatnonzero(~alone))
+                wanted = [(column.rows[k], int(column.bases[k]))]
+                made[column.owners[k]][column.leaf] = arenas.read(wanted)[0]
+            column = column.only(np.flatnonzero(~alone)) if alone.any() else column
         if len(column.rows):
             shared.append(column)
     if not shared:
         return made
-    slots = [_slots(column, bases[column.members, column.rows[0].type]) for column in shared]
+    slots = [column.slots() for column in shared]
     index, start = arenas.index(slots[0] if len(slots) == 1 else np.concatenate(slots)), 0
     for column in shared:
-        leaf, first, sizes = column.leaf, column.rows[0], column.sizes
-        for begin, end in _pieces(sizes * arenas.row_bytes(first.type)):
-            stop = start + int(sizes[begin:end].sum())
-            flat = arenas.take(first.type, index[start:stop])
-            tensors = parted(flat, first, sizes[begin:end].tolist())
-            for owner, tensor in zip(column.members[begin:end].tolist(), tensors, strict=True):
-                made[owner][leaf] = tensor
+        leaf, first, sizes = column.leaf, column.rows[0], column.sizes.tolist()
+        tensors: list[torch.Tensor] = []
+        for begin, end in _pieces(column.nbytes):
+            stop = start + sum(sizes[begin:end])
+            tensors += parted(arenas.take(first.type, index[start:stop]), first, sizes[begin:end])
             start = stop
+        for owner, tensor in zip(column.owners, tensors, strict=True):
+            made[owner][leaf] = tensor
     return made
 
 
-def _columns(outputs: Sequence[Sequence[OutputRows]]) -> Iterator[_Column]:
+def _columns(
+    arenas: Arenas, outputs: Sequence[Sequence[OutputRows]], bases: I64
+) -> Iterator[_Column]:
     """Outputs of one place and kind of all requests that have it."""
-    forms = {id(given): tuple([rows.kind for rows in given]) for given in outputs}
-    if len(set(forms.values())) == 1:
-        everyone = np.arange(len(outputs))
-        for leaf, column in enumerate(zip(*outputs, strict=True)):
-            yield _Column(leaf, everyone, column, _sizes(column))
-        return
-    found: dict[Any, tuple[list[int], list[OutputRows]]] = {}
-    for i, given in enumerate(outputs):
-        for key, rows in zip(enumerate(forms[id(given)]), given, strict=True):
-            owners, alike = found.setdefault(key, ([], []))
-            owners.append(i)
-            alike.append(rows)
-    for (leaf, _), (owners, alike) in found.items():
-        yield _Column(leaf, np.array(owners), alike, _sizes(alike))
+    for leaf, column in enumerate(zip_longest(*outputs)):
+        kinds = [rows and rows.kind for rows in column]
+        if kinds.count(kinds[0]) == len(kinds):
+            yield _column(arenas, leaf, range(len(column)), column, bases)
+            continue
+        alike: dict[Any, list[int]] = {}
+        for i, kind in enumerate(kinds):
+            alike.setdefault(kind, []).append(i)
+        alike.pop(None, None)  # those that return fewer
+        for owners in alike.values():
+            yield _column(arenas, leaf, owners, [column[i] for i in owners], bases[owners])
 
 
-def _sizes(rows: Sequence[OutputRows]) -> I64:
-    return np.array([len(r.slots) for r in rows], np.int64)
-
-
-def _taken(column: _Column, which: I64) -> _Column:
-    rows = [column.rows[k] for k in which.tolist()]
-    return _Column(column.leaf, column.members[which], rows, column.sizes[which])
-
-
-def _slots(column: _Column, bases: I64) -> I64:
-    """Where the rows are, request by request."""
-    rows, first = column.rows, column.rows[0]
-    if all(r is first for r in rows):
-        slots: I64 = (first.slots + first.owned * bases[:, None]).reshape(-1)
-        return slots
-    owned = np.concatenate([r.owned for r in rows])
-    slots = np.concatenate([r.slots for r in rows]) + owned * np.repeat(bases, column.sizes)
-    return slots
+def _column(
+    arenas: Arenas, leaf: int, owners: Sequence[int], rows: Sequence[OutputRows], bases: I64
+) -> _Column:
+    type = rows[0].type
+    sizes = np.array([len(r.slots) for r in rows])
+    nbytes = sizes * arenas.row_bytes(type)
+    return _Column(leaf, owners, rows, bases[:, type], sizes, nbytes)
 
 
 def _pieces(nbytes: I64) -> Iterator[tuple[int, int]]:

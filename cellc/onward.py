@@ -121,6 +121,11 @@ class Onward:
     def _ran(self, number: int, calls: I64) -> bool:
         return not len(calls) or self._scheduler.ran(number, calls)
 
+    @property
+    def watches(self) -> bool:
+        """Is there a request that yields, or is held?"""
+        return bool(self.held or self._streaming)
+
     def release(self, ticket: Ticket) -> None:
         """It goes on, or ended."""
         if self.held.pop(ticket.number, None) is not None:

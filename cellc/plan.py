@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -83,7 +83,20 @@ class OutputRows:
         of any length.
         """
         plain = self.order is None and len(self.positions) == 1
-        return self.type, None if plain else self.positions, self.order
+        return _kind(self.type, None if plain else self.positions, self.order)
+
+    @cached_property
+    def first(self) -> int:
+        """Where the rows begin in the request's region, side by side; -1 where they are not so."""
+        return int(self.slots[0]) if self.contiguous else -1
+
+
+@lru_cache(maxsize=1 << 12)
+def _kind(
+    *form: int | tuple[int, ...] | None,
+) -> tuple[int, tuple[int, ...] | None, tuple[int, ...] | None]:
+    """Mostly one object for equal ones: many are compared."""
+    return form  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

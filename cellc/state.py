@@ -284,19 +284,8 @@ def _rooms(plans: Sequence[Plan], types: int) -> npt.NDArray[np.int64]:
     """How many slots of each row type every request needs, as size classes; later types are unknown
     to older plans.
     """
-    distinct = {id(plan): plan for plan in plans}
-    if len(distinct) == 1:
-        table = np.zeros((1, types), np.int64)
-        table[0, : len(plans[0].rooms)] = plans[0].rooms
-        return table.repeat(len(plans), 0)
-    rooms = [plan.rooms for plan in distinct.values()]
-    if all(len(given) == types for given in rooms):
-        table = np.concatenate(rooms).reshape(len(rooms), types)
-    else:
-        table = np.zeros((len(rooms), types), np.int64)
-        for row, given in zip(table, rooms, strict=True):
-            row[: len(given)] = given
-    if len(rooms) == len(plans):
-        return table
-    rows = dict(zip(distinct, range(len(rooms)), strict=True))
-    return table[[rows[id(plan)] for plan in plans]]
+    rooms = [plan.rooms for plan in plans]
+    joined = np.concatenate(rooms)
+    if len(joined) < types * len(rooms):
+        joined = np.concatenate([np.pad(given, (0, types - len(given))) for given in rooms])
+    return joined.reshape(len(rooms), types)

@@ -67,6 +67,12 @@ class Ticket:
     stays: bool = False  # there: its rows are
     wish: Wish = NO_WISH  # when it is due, and its priority
 
+    @property
+    def plain(self) -> bool:
+        """Does nobody see its end but the call that waits for it?"""
+        told = self.future is None and self.told is None and self.before_end is None
+        return told and self.wish is NO_WISH and not (self.trial or self.streams)
+
     def abandon(self) -> None:
         """End it, without a result: nobody wants it any more."""
         if self.done:
