@@ -15,6 +15,8 @@ import cellc
 from cellc.flight import Flight
 from cellc.gathering import GATHERED, SMALL
 from cellc.state import Arenas
+from cellc.waiting import Future
+from tests.interruptions import Interruption
 
 LENGTHS = [3, 40, 1, 17, 40, 2, 65, 9, 30, 12] * 5
 
@@ -213,3 +215,42 @@ def test_few_copies(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Flight, "deliver", counted)
         compiled.map(given)
     assert copies.count <= 3 * delivered  # y, h and c
+
+
+def test_an_interruption_while_many_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At each point of it: those that others wait for end, and nothing is left behind."""
+    model = LSTM().eval().requires_grad_(False)
+    given = requests([3, 3, 3])
+    finish_all, number, raised = Flight._finish_all, 0, False
+
+    def interrupted(self: Flight, *args: Any) -> None:
+        nonlocal raised
+        monkeypatch.setattr(Flight, "_finish_all", finish_all)  # once
+        with Interruption(number):
+            try:
+                finish_all(self, *args)
+            except KeyboardInterrupt:
+                raised = True
+                raise
+
+    with cellc.compile(model, backend="eager") as compiled:
+        want = compiled.map(given)
+        while True:
+            number, raised = number + 1, False
+            monkeypatch.setattr(Flight, "_finish_all", interrupted)
+            other, *tickets = compiled._tickets([((x,), {}) for x in given])
+            other.future = Future()
+            engine = compiled._engine
+            engine.enqueue([other])
+            try:
+                compiled._run_all(tickets)
+            except KeyboardInterrupt:
+                pass
+            if not raised:
+                break
+            engine.run([other])
+            torch.testing.assert_close(other.future.result(30), want[0])
+            assert engine._arenas.live == engine.flight.live_bytes == engine.flight.futures == 0
+            torch.testing.assert_close(compiled.map(given), want)
+        assert number > 10
+        torch.testing.assert_close([t.result for t in (other, *tickets)], want)
