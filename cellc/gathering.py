@@ -5,10 +5,11 @@ requests, and each gets its part. Used by `cellc.flight`; a request that ends al
 `cellc.state`.
 
 Memory: tensors never overlap, none lies in an arena, and what is done in place to one is nothing to
-the others, their versions (`torch.Tensor._version`) included. One piece of memory holds one output
-of several requests, GATHERED bytes at most: who keeps a small tensor keeps no more than that, and
-who keeps one output of each request nothing of the others. A larger tensor has its own memory; so
-has one of over SMALL bytes where requests came one by one, whose results go to different hands.
+the others, nor (but for tensors without dimensions, views of one) to what autograd knows of them.
+One piece of memory holds one output of several requests, GATHERED bytes at most: who keeps a small
+tensor keeps no more than that, and who keeps one output of each request nothing of the others. A
+larger tensor has its own memory; so has one of over SMALL_OUTPUT bytes where requests came one by
+one, whose results go to different hands.
 """
 
 from __future__ import annotations
@@ -22,10 +23,9 @@ import torch
 
 from cellc.layout import parted
 from cellc.plan import I64, OutputRows, ragged_range
-from cellc.state import Arenas
+from cellc.state import SMALL_OUTPUT, Arenas
 
 GATHERED = 1 << 20  # bytes of a piece of memory that tensors share
-SMALL = 1 << 14  # bytes of a tensor that shares one with requests of other callers
 
 
 class _Column(NamedTuple):
@@ -67,8 +67,8 @@ def gather(
     made: list[list[Any]] = [[None] * len(given) for given in outputs]
     shared: list[_Column] = []
     for column in _columns(arenas, outputs, bases):
-        if int(column.nbytes.max()) > SMALL:
-            most = np.where([together[i] for i in column.owners], GATHERED, SMALL)
+        if int(column.nbytes.max()) > SMALL_OUTPUT:
+            most = np.where([together[i] for i in column.owners], GATHERED, SMALL_OUTPUT)
             alone = column.nbytes > most
             for k in np.flatnonzero(alone).tolist():
                 wanted = [(column.rows[k], int(column.bases[k]))]

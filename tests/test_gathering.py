@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cellc
 from cellc.flight import Flight
-from cellc.gathering import GATHERED, SMALL
-from cellc.state import Arenas
+from cellc.gathering import GATHERED
+from cellc.state import SMALL_OUTPUT, Arenas
 from cellc.waiting import Future
 from tests.interruptions import Interruption
 
@@ -116,7 +116,7 @@ def test_results_of_requests_submitted_one_by_one_are_not_kept_by_others() -> No
             torch.testing.assert_close(got, model(x), rtol=1e-4, atol=1e-5)
             y, (h, c) = got
             own = 4 * y.numel()
-            assert y.untyped_storage().nbytes() == own or own <= SMALL
+            assert y.untyped_storage().nbytes() == own or own <= SMALL_OUTPUT
             for small in (h, c, y):
                 assert small.untyped_storage().nbytes() <= GATHERED
 
