@@ -180,7 +180,7 @@ def standstill(compiled: cellc.Compiled) -> contextlib.ExitStack:
     ("options", "wants", "error"),
     [
         ({}, {}, None),
-        ({"timeout": 0.05}, {}, RequestTimeout),
+        ({"timeout": 0.4}, {}, RequestTimeout),
         ({"policy": "deadline"}, {"deadline": 1e-6}, cellc.DeadlineError),
         ({"max_calls": 9}, {}, cellc.CallsError),
     ],
@@ -197,7 +197,7 @@ def test_callbacks_that_all_exit(
             futures = [wanted.submit(torch.randn(20, 4)) for _ in range(12)]
             for future in futures:
                 future.add_done_callback(exits)
-            time.sleep(0.1)
+            time.sleep(options.get("timeout", 0.0) + 0.1)
         errors = [future.exception(30) for future in futures]
         assert all(type(e) is error if error else e is None for e in errors), errors
         x = torch.randn(2, 4)
