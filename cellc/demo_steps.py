@@ -20,6 +20,10 @@ class Steps:
     def __init__(self, console: Console) -> None:
         self._console = console
 
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        self._console.print(text, markup=False)
+
     @contextmanager
     def step(self, text: str, total: int | None = None) -> Iterator[Callable[[], None]]:
         """One step; gives a function to call when one of `total` parts is done."""

@@ -30,8 +30,9 @@ Loads are shares of the peak of the best batching of whole requests, unless --ra
 second. The same seed gives the same figures, except for cpu, whose costs are measured anew.
 
 --validate serves requests on this machine, simulates the same arrivals, prints both, and exits with
-1 where throughput is off by more than 15% or p90 by more than 25%; its loads are shares of what the
-engine answers at once."""
+1 where throughput is off by more than 15%, or p90 by more than 25% and beyond the quartiles of the
+real runs; its loads are shares of what the engine answers when more come than it can answer, and
+one that is too much."""
 _EPILOG = """\
 examples:
   cellc simulate lstm --device v100
@@ -71,6 +72,12 @@ def add(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
         "--cellular-only", action="store_true", help="leave all other batching out; needs --rate"
     )
     simulate.add_argument("--validate", action="store_true", help="against a real run; see above")
+    simulate.add_argument(
+        "--rounds",
+        type=_whole,
+        metavar="N",
+        help="of --validate (default: what a minute is enough for, 5 to 11)",
+    )
 
 
 def _add_load(simulate: argparse.ArgumentParser) -> None:

@@ -26,6 +26,7 @@ from cellc.simulation.command import work_of
 from cellc.simulation.curves import CostTable, Host, roofline_curves
 from cellc.simulation.fitting import fit, least_squares
 from cellc.simulation.servers import Cellular, Work, alone
+from cellc.simulation.tape import Tape
 from cellc.simulation.watch import Seen, Watch
 
 NAMES = ("lstm", "seq2seq", "treelstm")
@@ -247,10 +248,10 @@ def test_requests_that_come_meanwhile_cost_kernels_time() -> None:
 
 def test_requests_that_come_late_are_late() -> None:
     """Latencies count from when they were due; what disturbs turns makes them longer, too."""
-    work, now_and_then = loaded("lstm", 2000.0), ((0.0, 0.0), (0.0, 0.0), (0.0, 2e-3))
+    work, now_and_then = loaded("lstm", 2000.0), Tape((1e-3,) * 3, (1e-3, 1e-3, 3e-3))
     plain, lagging, disturbed = (
         runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, **given)), work)[0]
-        for given in ({}, {"lag": (5e-3,)}, {"spread": (now_and_then,) * 5})
+        for given in ({}, {"lag": (5e-3,)}, {"tape": now_and_then})
     )
     assert lagging == pytest.approx(plain + 5e-3)
     assert np.quantile(disturbed, 0.9) > np.quantile(plain, 0.9) + 5e-4
@@ -303,11 +304,11 @@ def test_who_can_make_it_is_told_by_turns_as_they_were() -> None:
     assert server._seconds(0, 8) > before
 
 
-def test_what_disturbs_turns_of_some_length_disturbs_no_others() -> None:
+def test_turns_of_some_length_are_slower() -> None:
     work = loaded("lstm", 2000.0)
     plain, disturbed = (
-        runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, spread=spread)), work)[0]
-        for spread in (((),) * 5, ((),) * 4 + (((0.0, 1.0),),))
+        runs.simulate(runs.CELLULAR, setting("lstm", replace(HOST, slower=slower)), work)[0]
+        for slower in (((1.0, 1.0),) * 5, ((1.0, 1.0),) * 4 + ((1.0, 9.0),))
     )
     assert np.array_equal(plain, disturbed)
 
@@ -340,15 +341,22 @@ def test_turns_are_taken_apart() -> None:
     assert host.after == pytest.approx(0.25)
     assert found.curves[0].launch == pytest.approx(70e-6)
     assert found.curves[0].seconds == pytest.approx((2e-5, 4e-5, 12e-4))
-    assert max(abs(s) for span in host.spread for both in span for s in both) < 1e-9
+    assert found.tape.took == pytest.approx(found.tape.should)
+    assert np.array(host.slower) == pytest.approx(1.0)
 
 
 def test_what_disturbs_is_kept_in_its_order() -> None:
-    spread = fit(_seen(400), {0: Curve((1, 512), (1e-5, 4e-4))}).host.spread
-    assert sum(map(len, spread)) == 400
-    for span in spread:
-        assert len(span) < 4 or list(span) != sorted(span)
-    assert sum(kernels > 3e-3 > host for span in spread for host, kernels in span) == 40
+    """Every tenth turn stalls; of other loads, turns take as long on average as they should."""
+    loads = [0] * 200 + [1] * 200
+    found = fit(_seen(400), {0: Curve((1, 512), (1e-5, 4e-4))}, loads=loads)
+    tape, calm = found.tape, found.host.tape
+    more = np.array(tape.took) - np.array(tape.should)
+    assert len(more) == 400 and np.flatnonzero(more > 3e-3).tolist() == list(range(0, 400, 10))
+    for part in (slice(0, 200), slice(200, 400)):
+        assert sum(tape.took[part]) == pytest.approx(sum(tape.should[part]))
+    paces = np.array(calm.took) / np.array(calm.should)
+    assert np.array_equal(np.array(calm.took)[::10], np.array(tape.took)[::10])
+    assert np.ptp(np.delete(paces, np.arange(0, 400, 10))) < 1e-9
 
 
 def test_steps_of_a_size_never_seen_are_as_the_nearest() -> None:

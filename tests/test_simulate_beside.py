@@ -157,12 +157,12 @@ def test_one_request_is_sent_after_the_other() -> None:
 
 
 def test_who_slept_wakes_first() -> None:
-    """Once a turn."""
+    """Each that is due after the one before was sent."""
     host = replace(HOST, waking=1e-4, locked=1e-5)
     work = replace(loaded("lstm", 20.0), arrivals=np.arange(1, 151) * 0.05)
     server = Beside(work, setting("lstm", host).costs, 512, Numpy())
-    assert server._on_host(0.0, 2.49) == pytest.approx(2.49 + 49 * 1e-5 + 1e-4)
-    assert server._on_host(2.5, 30.0) == pytest.approx(32.5 + 101 * 1e-5)
+    assert server._on_host(0.0, 2.49) == pytest.approx(2.49 + 49 * 1e-5 + 49 * 1e-4)
+    assert server._on_host(2.5, 30.0) == pytest.approx(32.5 + 101 * 1e-5 + 101 * 1e-4)
     server._note_host()
     assert server._on_host(32.5, 1.0) == 33.5
     assert server._waited(33.5, 1.0) == 34.5 and server._spent > 0.0
@@ -185,30 +185,32 @@ def test_steps_are_known_as_launches_took() -> None:
 
 def _seen(turns: int) -> list[Seen]:
     """Kernels go at half of their speed while the host works, and those that are begun so take
-    40 us more; turns that admit any take 100 us more, those that answer any 200; those
-    in which anyone is sent 50 us.
+    40 us more; turns that admit any take 100 us more, those that answer any 200; who
+    slept before sending takes 50 us more, and 25 of kernels.
     """
     draw, found = np.random.default_rng(1), []
     for _ in range(turns):
         told = draw.uniform(0.5e-3, 1e-3, 5) * (draw.integers(0, 5) == np.arange(5))
         requests, sent, met = (int(n) for n in draw.integers(0, 20, 3))
         admits, answers, begun = (bool(n) for n in draw.integers(0, 2, 3))
-        host = 50e-6 + requests * 20e-6 + sent * 30e-6 + (sent > 0) * 50e-6
+        woke, woke_met = (int(draw.integers(0, n + 1)) for n in (sent, met))
+        host = 50e-6 + requests * 20e-6 + sent * 30e-6 + woke * 50e-6
         host += admits * 100e-6 + answers * 200e-6
-        work = 70e-6 + 2 * float(told.sum()) + met * 10e-6 + begun * 40e-6
+        work = 70e-6 + 2 * float(told.sum()) + met * 10e-6 + woke_met * 25e-6 + begun * 40e-6
         asked = begun * float(draw.uniform(0.0, 2e-3))
         apart = min(asked, 2 * work)
         found.append(
             Seen(
                 host, 0.0, work + 0.5 * apart, told, float(requests), sent, met, 1, 1, admits,
-                answers, apart, asked < 2 * work, int(begun),
+                answers, apart, asked < 2 * work, int(begun), woke, woke_met,
             )
         )  # fmt: skip
     return found
 
 
 def test_turns_with_launches_beside_them_are_taken_apart() -> None:
-    found = fit(_seen(400), {0: Curve((1, 8, 512), (1e-5, 2e-5, 4e-4))}, threads=2)
+    turns = _seen(400)
+    found = fit(turns, {0: Curve((1, 8, 512), (1e-5, 2e-5, 4e-4))}, threads=2)
     host = found.host
     assert (host.turn, host.request, host.locked, host.waking) == pytest.approx(
         (50e-6, 20e-6, 30e-6, 50e-6)
@@ -217,4 +219,6 @@ def test_turns_with_launches_beside_them_are_taken_apart() -> None:
     assert (host.apart, host.starting, host.beside) == pytest.approx((0.5, 40e-6, 10e-6))
     assert found.curves[0].launch == pytest.approx(70e-6)
     assert found.curves[0].seconds == pytest.approx((2e-5, 4e-5, 8e-4))
-    assert max(abs(s) for span in host.spread for both in span for s in both) < 1e-9
+    assert host.waking_beside == pytest.approx(25e-6)
+    joined = [i for i, t in enumerate(turns) if t.joined]
+    assert np.array(found.tape.took)[joined] == pytest.approx(np.array(found.tape.should)[joined])

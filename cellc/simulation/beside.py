@@ -7,6 +7,7 @@ before, admits and schedules the next one, then the host joins in. No torch.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from cellc.arithmetic import Arithmetic
 from cellc.policies import Policy
 from cellc.scheduler import Batch
 from cellc.simulation.clock import REST, Turn
-from cellc.simulation.curves import CostTable
+from cellc.simulation.curves import AWAKE, CostTable
 from cellc.simulation.servers import SWITCH, Cellular, Work
 
 MOST_LOST = 6 * SWITCH  # in a part of a turn, which gives Python's lock away now and then
@@ -41,15 +42,17 @@ class Beside(Cellular):
         max_batch: int,
         arithmetic: Arithmetic,
         policy: str | Policy = "cellular",
+        seed: int = 0,
     ) -> None:
-        super().__init__(work, costs, max_batch, arithmetic, policy)
+        super().__init__(work, costs, max_batch, arithmetic, policy, seed)
+        self._pace = 1.0, 1.0  # how many times as long the host and kernels take in this turn
         self._known: dict[tuple[int, int], float] = {}  # seconds of a step, as launches took
         self._num_told = 0  # requests, of all servers, that were sent
         self._free = 0.0  # from when on their thread is
+        self._draw = random.Random(seed)
         self._begun: _Begun | None = None
         self._midway = False  # a turn has landed a launch, and goes on
         self._spent = 0.0  # by the host in this turn
-        self._lent = False  # has the thread that sends taken Python's lock in this turn?
 
     def _step(self, cell: int, num_rows: int) -> float:
         return self._known.get((cell, num_rows.bit_length())) or self._costs.step(cell, num_rows)
@@ -78,10 +81,10 @@ class Beside(Cellular):
             self._note_host()
             return self._rest(now)
         own, work = admission + host.turn, self._run(batch)
-        more, longer = self._spread(own + work)
-        at = self._on_host(at, own + max(more, -own / 2))
+        self._pace = self._slower(own + len(batch.finished) / 2 * host.request + work)
+        at = self._on_host(at, own)
         at, before = self._settled(at)
-        begun = _Begun(batch, at, work + max(longer, -work / 2))
+        begun = _Begun(batch, at, work * self._pace[1])
         if self._pacer.expected(batch) > pacing.BESIDE:
             begun.work += host.starting
             at, finished = self._answered(at, before)
@@ -103,7 +106,8 @@ class Beside(Cellular):
         """When the host begins: the first that waits was sent, and others meanwhile."""
         host = self._costs.host
         self._num_told = max(self._num_told, int(self._waiting[0][0]))
-        return self._send(max(now, self._free) + host.wake, 0.0)
+        at = max(now, self._free)
+        return self._send(at, at + host.wake, 0.0)
 
     def _turned(self, now: float, at: float, finished: list[int]) -> Turn:
         self.counts.busy += at - now
@@ -138,15 +142,16 @@ class Beside(Cellular):
 
     def _note_host(self) -> None:
         self._pacer.note_host(self._spent)
-        self._spent, self._lent = 0.0, False
+        self._spent = 0.0
 
     def _on_host(self, start: float, seconds: float) -> float:
         """When the host has worked for so long. Who is due meanwhile is sent, which takes Python's
         lock from it.
         """
-        host, first, lent = self._costs.host, self._num_told, self._lent
-        end = self._send(start + seconds, host.locked, 0.0 if lent else host.waking)
-        self._lent = lent or self._num_told > first
+        host, more = self._costs.host, self._pace[0]
+        end = self._send(
+            start, start + seconds * more, host.locked * more, host.waking * more, host.waits
+        )
         self._spent += end - start
         return end
 
@@ -154,20 +159,29 @@ class Beside(Cellular):
         """When a kernel that all threads run has run. Who is due meanwhile is sent, which takes a
         processor from it.
         """
-        return self._send(start + seconds, self._costs.host.beside)
+        host, longer = self._costs.host, self._pace[1]
+        waking = host.waking_beside * longer
+        return self._send(start, start + seconds, host.beside * longer, waking, host.waits_beside)
 
-    def _send(self, until: float, each: float, waking: float = 0.0) -> float:
+    def _send(
+        self, since: float, until: float, each: float, waking: float = 0.0, waits: float = 0.0
+    ) -> float:
         """When what would end then has ended, if each that is sent meanwhile makes it longer, and
-        the first `waking` more. One is sent after the other.
+        those by `waking` more that the thread slept before, and then it `waits`. One is sent after
+        the other.
         """
         arrivals, locked, lost = self._work.arrivals, self._costs.host.locked, 0.0
         number, end = self._num_told, until
         while number < len(arrivals) and lost <= MOST_LOST:
-            start = max(float(arrivals[number]), self._free)
+            due = float(arrivals[number])
+            slept = due > self._free + AWAKE
+            start = max(due, self._free)
+            if slept and waits:
+                start = max(due, since) + self._draw.expovariate(1 / waits)
             if start > end:
                 break
+            lost += each + (waking if slept else 0.0)
             self._free = start + locked
-            lost += each + (waking if number == self._num_told else 0.0)
             end = until + lost
             number += 1
         self._num_told = number

@@ -101,6 +101,9 @@ class Clock:
         finished, shed = self._turns[number].finished, self._turns[number].shed
         if len(finished):
             self.answered[finished] = now
+        if len(self.servers) == 1:
+            return len(finished) + len(shed)
+        if len(finished):
             self._loads[number] -= int(self.weights[finished].sum())
         if len(shed):
             self._loads[number] -= int(self.weights[shed].sum())
@@ -113,7 +116,7 @@ class Clock:
             if self._turns[0].idle:
                 until = self.arrivals[start]
                 self._wake[0] = float(until)
-            self._placed = int(np.searchsorted(self.arrivals, until, "right"))
+            self._placed = int(self.arrivals.searchsorted(until, "right"))
             self.servers[0].add(np.arange(start, self._placed))
             return
         while self._placed < len(self.arrivals) and self.arrivals[self._placed] <= until:

@@ -102,6 +102,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--rate or --loads, not both")
     if args.validate and (args.device != "cpu" or args.trace or args.plot or args.devices > 1):
         raise UsageError("--validate is for --device cpu, one device, without --trace and --plot")
+    if args.rounds and not args.validate:
+        raise UsageError("--rounds is for --validate")
 
 
 def _lengths(args: argparse.Namespace, trace: Trace | None) -> Sequence[int]:

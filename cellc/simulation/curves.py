@@ -6,6 +6,7 @@ Comes in: cells by number; goes out: `CostTable`, to `cellc.simulation.servers`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,14 +16,14 @@ import numpy.typing as npt
 from cellc.cells import Cell
 from cellc.costs import Curve
 from cellc.kernels.triton_devices import DEVICES, V100, Device, roofline
+from cellc.simulation.tape import Tape
 
 GPUS: Mapping[str, Device] = {"v100": V100, "h100": DEVICES["cuda:90"]}
 EFFICIENCY = 0.6  # of a data sheet's f32 that cellc's LSTM of 1,024 units reaches (docs/gpu.md)
 STEP = 4.6e-6  # the least step that docs/gpu.md has, of kernels that run one after the other
 POINTS = tuple(1 << k for k in range(17))
-
-
-SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: shorter ones are disturbed otherwise
+AWAKE = 2e-5  # seconds between requests that are sent without sleeping
+SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: costs fit shorter ones otherwise
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,12 @@ class Host:
     launches run beside its work; 0: they do not. `starting`: what such a launch takes more.
     `beside` and `locked`: what kernels and the host lose to each request that is sent meanwhile:
     the thread that sends it takes a processor from the former, Python's lock from the latter, which
-    loses `waking` more in turns in which anyone is sent.
-    `spread`: what turns took beyond all that on the host and in kernels, in the order they were
-    seen, as what disturbs one lasts; by what they should have taken (SPANS). `lag`: until the
-    sending thread wakes when a request is due, as often one as another.
+    loses `waking` more, and kernels `waking_beside`, where that thread had slept. Then it waits
+    before it sends, for Python's lock while the host works (`waits`), for a processor while kernels
+    run (`waits_beside`): on average, and as likely to end at any time; who is due goes, too.
+    `slower`: how many times as long turns take on the host and in kernels, by what they should
+    take (SPANS); `tape`: the same of each that was seen, beyond that. `lag`: until the sending
+    thread wakes when a request is due, as often one as another.
     """
 
     turn: float
@@ -47,13 +50,17 @@ class Host:
     after: float = 0.0
     beside: float = 0.0
     locked: float = 0.0
-    spread: tuple[tuple[tuple[float, float], ...], ...] = ((),) * (len(SPANS) + 1)
+    slower: tuple[tuple[float, float], ...] = ((1.0, 1.0),) * (len(SPANS) + 1)
+    tape: Tape = Tape()
     lag: tuple[float, ...] = ()
     admitting: float = 0.0
     answering: float = 0.0
     apart: float = 0.0
     starting: float = 0.0
     waking: float = 0.0
+    waking_beside: float = 0.0
+    waits: float = 0.0
+    waits_beside: float = 0.0
 
     @property
     def sending(self) -> float:
@@ -72,6 +79,12 @@ class CostTable:
         rows = range(1, max_batch + 1)
         self._steps = {k: np.array([0.0, *map(c, rows)]) for k, c in curves.items()}
         self._fast = {k: seconds.tolist() for k, seconds in self._steps.items()}
+
+    def with_host(self, host: Host) -> CostTable:
+        """The same launches, another host."""
+        table = copy.copy(self)
+        table.host = host
+        return table
 
     def step(self, cell: int, num_rows: int) -> float:
         """Seconds of one step of up to `max_batch` rows."""

@@ -16,6 +16,7 @@ import numpy as np
 from cellc.costs import Curve
 from cellc.simulation.clock import F64
 from cellc.simulation.curves import SPANS, Host
+from cellc.simulation.tape import Tape
 from cellc.simulation.watch import SIZES, Seen
 
 LEAST = 10  # turns with steps of some size that tell such a share
@@ -27,11 +28,18 @@ class Measured:
 
     curves: dict[int, Curve]
     host: Host
+    tape: Tape  # of all turns; the host's is calm
 
 
-def fit(turns: Sequence[Seen], curves: Mapping[int, Curve], threads: int = 1) -> Measured:
+def fit(
+    turns: Sequence[Seen],
+    curves: Mapping[int, Curve],
+    threads: int = 1,
+    loads: Sequence[int] | None = None,
+) -> Measured:
     """By least squares. Of long turns, seconds count less: what disturbs them adds up. With several
-    `threads`, launches ran beside the host's work.
+    `threads`, launches ran beside the host's work. `loads`: what each turn was seen at; the tape
+    holds how turns of each vary, not that costs fit one load less well than another.
     """
     beside = threads > 1
     told = np.stack([t.told for t in turns])
@@ -41,20 +49,22 @@ def fit(turns: Sequence[Seen], curves: Mapping[int, Curve], threads: int = 1) ->
 
     host, after, kernels, apart = of("host"), of("after"), of("kernels"), of("apart")
     requests, sent = of("requests"), of("sent")
-    parts = np.stack(
-        [of("launched"), requests, sent, (sent > 0) * beside, of("admits"), of("answers")], 1
-    )
+    woke, woke_met = of("woke") * beside, of("woke_met") * beside
+    parts = np.stack([of("launched"), requests, sent, woke, of("admits"), of("answers")], 1)
     of_turns = weighted(parts, host, 1 + requests)
-    of_kernels = np.concatenate([told, np.stack([of("ended"), of("met"), of("begun")], 1)], 1)
+    others = np.stack([of("ended"), of("met"), woke_met, of("begun")], 1)
+    of_kernels = np.concatenate([told, others], 1)
     judged = np.array([t.ended > 0 and t.joined for t in turns])  # others say nothing of the rest
     share, sizes = (threads - 1) / threads if beside else 1.0, np.maximum(told.sum(1), 1e-6)
     work = kernels - (1 - share) * apart
     found = weighted(of_kernels[judged], work[judged], sizes[judged])
-    *shares, launch, by_each, starting = found
+    *shares, launch, by_each, waking_beside, starting = found
     host_should, work_should = parts @ of_turns, of_kernels @ found
-    spans = np.searchsorted(SPANS, host_should + work_should, "right")
-    rest = np.stack([host - host_should, work - work_should], 1)
-    spread = tuple(tuple(map(tuple, rest[spans == k].tolist())) for k in range(len(SPANS) + 1))
+    should, took = np.stack([host_should, work_should], 1), np.stack([host, work], 1)
+    spans = np.searchsorted(SPANS, should.sum(1), "right")
+    members = [spans == k for k in range(len(SPANS) + 1)]
+    slower = np.array([_ratios(should[those], took[those]) for those in members])
+    tape = _tape((should * slower[spans]).sum(1), took.sum(1), loads)
     known = [k for k, s in enumerate(shares) if s and (told[judged, k] > 0).sum() >= LEAST]
     assert known, "too few turns"
     factors = [shares[min(known, key=lambda n: abs(n - k))] for k in range(len(shares))]
@@ -67,14 +77,29 @@ def fit(turns: Sequence[Seen], curves: Mapping[int, Curve], threads: int = 1) ->
             after=float(after.sum() / host.sum()),
             beside=by_each,
             locked=locked,
-            spread=spread,
+            slower=tuple((a, b) for a, b in slower.tolist()),
+            tape=tape.calm(),
             admitting=admitting,
             answering=answering,
             waking=waking,
+            waking_beside=waking_beside,
             starting=starting,
             apart=share if beside else 0.0,
         ),
+        tape,
     )
+
+
+def _ratios(should: F64, took: F64) -> F64:
+    """How many times as long as they should turns took, on the host and in kernels."""
+    total = should.sum(0)
+    return np.where(total > 0, took.sum(0) / np.where(total > 0, total, 1), 1.0)
+
+
+def _tape(should: F64, took: F64, loads: Sequence[int] | None) -> Tape:
+    numbers = np.zeros(len(should), np.int64) if loads is None else np.asarray(loads)
+    expected, got = np.bincount(numbers, should), np.bincount(numbers, took)
+    return Tape(should.tolist(), (took * (expected / np.maximum(got, 1e-9))[numbers]).tolist())
 
 
 def _slower(curve: Curve, factors: Sequence[float], launch: float) -> Curve:

@@ -46,7 +46,7 @@ class Outcome:
 
     def as_json(self) -> dict[str, Any]:
         found = asdict(self)
-        for samples in ("spread", "lag"):
+        for samples in ("tape", "slower", "lag"):
             del found["host"][samples]
         return found
 

@@ -43,6 +43,7 @@ class Setting:
     timeout_ms: float = 0.0
     width: int = 10
     policy: Policy | None = None  # of the user's own
+    seed: int = 0  # of what disturbs turns, where that was measured
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def simulate(
     """Latencies in seconds of all requests (NaN: shed), and what was launched."""
     due = work.arrivals
     if setting.costs.host.lag:
-        late = np.random.default_rng(0).choice(setting.costs.host.lag, len(due))
+        late = np.random.default_rng(setting.seed).choice(setting.costs.host.lag, len(due))
         work = replace(work, arrivals=np.sort(due + late))
-    servers = [_server(batching, setting, work) for _ in range(setting.devices)]
+    servers = [_server(batching, setting, work, k) for k in range(setting.devices)]
     calls = np.array([plan.num_calls for plan in work.plans])
     latencies = Clock(work.arrivals, calls[work.chosen], servers, tell).run() + work.arrivals - due
     counts = Counts()
@@ -100,13 +101,14 @@ def simulate(
     return latencies, counts
 
 
-def _server(batching: str, setting: Setting, work: Work) -> Server:
+def _server(batching: str, setting: Setting, work: Work, number: int) -> Server:
     what = work, setting.costs, setting.max_batch, setting.arithmetic
     if ours(batching):
         policy = setting.policy if batching == OWN else OURS[batching]
         assert policy is not None
         beside = setting.costs.host.apart > 0 and not takes_deadlines(policy)
-        return (Beside if beside else Cellular)(*what, policy=copy.deepcopy(policy))
+        kind, seed = Beside if beside else Cellular, setting.seed + number
+        return kind(*what, policy=copy.deepcopy(policy), seed=seed)
     if batching == WHOLE:
         return WholeRequests(*what)
     profiles = Profiles.of(work, len(setting.costs.curves), setting.max_batch, setting.arithmetic)

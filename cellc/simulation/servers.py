@@ -10,7 +10,6 @@ the same costs. No torch.
 from __future__ import annotations
 
 import math
-import random
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -28,9 +27,9 @@ from cellc.policies import Policy
 from cellc.scheduler import Batch, Scheduler
 from cellc.simulation.clock import F64, I64, REST, Counts, Turn
 from cellc.simulation.curves import SPANS, CostTable
+from cellc.simulation.tape import Player
 from cellc.urgency import Waiting, Wish
 
-RUN = 30  # turns in a row that disturbances are taken from
 SWITCH = 5e-3  # seconds that one thread keeps Python's lock from another (sys.setswitchinterval)
 
 
@@ -104,22 +103,27 @@ class _Scheduled:
             return _NOBODY
         taken = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._num_waiting -= len(taken)
-        plans = [self._work.plans[i] for i in self._work.chosen[taken].tolist()]
-        due = self._work.arrivals[taken] + self._work.deadline
-        wishes = [Wish(at) for at in due.tolist()]
+        every = self._work.plans
+        plans = [every[i] for i in self._work.chosen[taken].tolist()]
+        wishes: list[Wish] = []
+        if self._scheduler.urgency is not None:
+            due = self._work.arrivals[taken] + self._work.deadline
+            wishes = [Wish(at) for at in due.tolist()]
         self._scheduler.add(plans, taken.tolist(), np.zeros((len(taken), 0), np.int64), wishes)
         return taken
 
     def _run(self, batch: Batch) -> float:
         """Count a launch; its seconds."""
-        sizes = np.diff(batch.steps)
-        seconds = self._costs.launch(batch.cell, sizes)
-        counts = self.counts
+        counts, num_rows, num_steps = self.counts, len(batch.calls), len(batch.steps) - 1
         counts.launches += 1
-        counts.steps += len(sizes)
-        counts.rows += len(batch.calls)
+        counts.steps += num_steps
+        counts.rows += num_rows
+        if num_steps == 1:
+            counts.largest = max(counts.largest, num_rows)
+            return self._costs.curves[batch.cell].launch + self._costs.step(batch.cell, num_rows)
+        sizes = batch.steps[1:] - batch.steps[:-1]
         counts.largest = max(counts.largest, int(sizes[0]))
-        return seconds
+        return self._costs.launch(batch.cell, sizes)
 
 
 class Cellular(_Scheduled):
@@ -132,26 +136,18 @@ class Cellular(_Scheduled):
         max_batch: int,
         arithmetic: Arithmetic,
         policy: str | Policy = "cellular",
+        seed: int = 0,
     ) -> None:
         super().__init__(work, costs, max_batch, arithmetic, policy)
         self._rested = True
         self._sent = -math.inf  # requests that came until then are there
-        self._draw = random.Random(0)
-        self._runs = [(0, 0)] * len(costs.host.spread)  # of each span: where, and turns left
+        self._player = Player(costs.host.tape, seed)
 
-    def _spread(self, took: float) -> tuple[float, float]:
-        """What a turn takes beyond what it should, on the host and in kernels: RUN in a row of
-        those that were seen.
-        """
-        span = bisect_right(SPANS, took)
-        seen = self._costs.host.spread[span]
-        if not seen:
-            return 0.0, 0.0
-        at, left = self._runs[span]
-        if not left:
-            at, left = self._draw.randrange(len(seen)), RUN
-        self._runs[span] = (at + 1) % len(seen), left - 1
-        return seen[at]
+    def _slower(self, took: float) -> tuple[float, float]:
+        """How many times as long as it should a turn takes, on the host and in kernels."""
+        host, kernels = self._costs.host.slower[bisect_right(SPANS, took)]
+        slower = self._player.next(took) / took if took > 0 else 1.0
+        return host * slower, kernels * slower
 
     def _num_sent(self, now: float) -> int:
         """How many of those that wait are there. Who sends them needs Python's lock, which this
@@ -230,15 +226,17 @@ class Cellular(_Scheduled):
         host = self._costs.host
         on_host = host.turn + (admitted + len(batch.finished)) / 2 * host.request
         on_host += bool(admitted) * host.admitting + bool(batch.finished) * host.answering
-        took = on_host + self._run(batch)
-        took += max(sum(self._spread(took)), -took / 2)
+        work = self._run(batch)
+        more, longer = self._slower(on_host + work)
+        on_host *= more
+        took = on_host + work * longer
         if self._rested:
             took += host.wake + min(admitted * host.sending, SWITCH)
             self._rested = False
         num_sent = self._sending(now + took - on_host * host.after)
-        locked = num_sent * host.locked
+        locked = num_sent * host.locked * more
         self._pacer.note_host(on_host + locked)
-        return took + num_sent * host.beside + locked
+        return took + num_sent * host.beside * longer + locked
 
 
 class WholeRequests(_Scheduled):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ from cellc.compiled import Compiled
 from cellc.costs import Curve
 from cellc.scheduler import Batch
 from cellc.simulation.clock import F64
-from cellc.simulation.curves import CostTable, Host
+from cellc.simulation.curves import AWAKE, CostTable, Host
 
 SIZES = (4, 16, 64, 256)  # rows of steps: fewer ones take longer than their curve by another share
 
@@ -28,7 +29,8 @@ class Seen(NamedTuple):
     after them and after the turn before, and those of it after them; seconds of kernels that ended
     in it, and what curves say of these, by the rows of steps (SIZES); requests that it admitted or
     answered, half each; those that were sent while the host worked, and while it was in kernels.
-    `launched`, `ended`: launches; `begun`: those of the latter that ran beside the host's work;
+    `woke`, `woke_met`: before how many of those the thread that sends had slept. `launched`,
+    `ended`: launches; `begun`: those of the latter that ran beside the host's work;
     `admits`, `answers`: did it do that at all; `apart`: seconds that other threads ran kernels
     while the host worked; `joined`: it was with each before it ended.
     """
@@ -47,6 +49,8 @@ class Seen(NamedTuple):
     apart: float = 0.0
     joined: bool = True
     begun: int = 0
+    woke: int = 0
+    woke_met: int = 0
 
 
 class Watch:
@@ -80,8 +84,20 @@ class Watch:
 
         engine._turns.step = turn  # type: ignore[method-assign]
         self._ended, self._known = 0.0, self._num_sent
+        self._woken, self._known_woken, self._sent = 0, 0, 0.0
         self._left: float | None = None  # when a turn ended that left work to the next one
         self._begin()
+
+    def sending(self, submit: Callable[[Any], Future[Any]]) -> Callable[[Any], Future[Any]]:
+        """`submit`, by one thread, which may sleep until the next request is due."""
+
+        def send(request: Any) -> Future[Any]:
+            self._woken += time.perf_counter() - self._sent > AWAKE
+            future = submit(request)
+            self._sent = time.perf_counter()
+            return future
+
+        return send
 
     def _hook(self, name: str, wrapper: Callable[..., Any]) -> None:
         setattr(self._launcher, name, partial(wrapper, getattr(self._launcher, name)))
@@ -98,16 +114,18 @@ class Watch:
             self.began = time.perf_counter()
         self._told, self._kernels, self._apart, self._joined = _nothing(), 0.0, 0.0, True
         self._late = time.perf_counter() - self._left if self._left is not None else 0.0
-        self._num_launched = self._num_ended = self._num_begun = self._met = 0
+        self._num_launched = self._num_ended = self._num_begun = self._met = self._woke_met = 0
         if self.beside:  # who was sent since the last turn took nothing from the host
-            self._known = self._num_sent
+            self._known, self._known_woken = self._num_sent, self._woken
 
     def _blocked(self, work: Callable[..., None], *args: Any) -> None:
         """The host is in a kernel."""
         running, start, sent = self._launcher.running, time.perf_counter(), self._num_sent
+        woken = self._woken
         begun = running is not None and running.prepared is not None
         work(*args)
         self._met += self._num_sent - sent
+        self._woke_met += self._woken - woken
         if running is not None and begun:
             self._num_begun += 1
             end, apart = time.perf_counter(), start - running.start
@@ -134,7 +152,7 @@ class Watch:
         after = time.perf_counter() - self._ended
         left = self._engine.counters.requests - self._done
         came = len(self._engine.flight.live) - self._live + left
-        sent = self._num_sent - self._known
+        sent, woke = self._num_sent - self._known, self._woken - self._known_woken
         self.turns.append(
             Seen(
                 seconds + self._late,
@@ -151,9 +169,11 @@ class Watch:
                 self._apart,
                 self._joined,
                 self._num_begun,
+                woke - self._woke_met,
+                self._woke_met,
             )
         )
-        self._known = self._num_sent
+        self._known, self._known_woken = self._num_sent, self._woken
         note_host(seconds)
         left_work = self._live - left + came > 0 or self._engine.num_waiting > 0
         self._left = time.perf_counter() if left_work else None
