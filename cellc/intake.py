@@ -347,7 +347,7 @@ def owned(ticket: Ticket) -> Ticket:
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
     """As `clone`, but torch's threads stay asleep: once woken by a long request, they spin for
-    some 30 ms on processors that launches need.
+    long on processors that launches need.
     """
     given = tensor.detach()
     plain = type(given) is torch.Tensor and given.is_cpu and given.layout is torch.strided
