@@ -30,9 +30,8 @@ Loads are shares of the peak of the best batching of whole requests, unless --ra
 second. The same seed gives the same figures, except for cpu, whose costs are measured anew.
 
 --validate serves requests on this machine, simulates the same arrivals, prints both, and exits with
-1 where throughput is off by more than 15%, or p90 by more than 25% and beyond the quartiles of the
-real runs; its loads are shares of what the engine answers when more come than it can answer, and
-one that is too much."""
+1 where throughput is off by more than 15%, or p90 by more than 25%; its loads are shares of what
+the engine answers when more come than it can answer, and one that is too much."""
 _EPILOG = """\
 examples:
   cellc simulate lstm --device v100
