@@ -23,11 +23,12 @@ from cellc.carry import Carry, Late
 from cellc.compiler import Compiler
 from cellc.errors import MODEL_CLOSED, CellcError, UnsupportedError
 from cellc.figures import figures_of
-from cellc.intake import Intake, owned
+from cellc.intake import Intake
 from cellc.launch import Backend
 from cellc.legs import Leg
 from cellc.modules import named_tensors, without_collecting
 from cellc.options import Options
+from cellc.owning import owned
 from cellc.passes import PassOptions
 from cellc.profiling import Profile
 from cellc.request import as_call

@@ -11,13 +11,11 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
 from cellc.carry import Late
 from cellc.compiler import Compiler
-from cellc.copier import Copier
 from cellc.errors import (
     CallbackWait,
     CellcError,
@@ -28,6 +26,7 @@ from cellc.errors import (
 from cellc.familiar import familiar
 from cellc.frontends.drawing import Draws
 from cellc.legs import Entry, Leg
+from cellc.owning import owned
 from cellc.pipeline import check_outside
 from cellc.request import Request, Structure, as_call
 from cellc.ticket import Ticket
@@ -35,7 +34,6 @@ from cellc.unfolded import Wanted
 
 Begin = Callable[[Sequence[Ticket]], None]
 TOGETHER = 96  # requests that are unfolded while those before them run
-ALONE = 1 << 15  # elements that torch copies without its threads
 MANY = 384  # likewise, at most, where no forward has to run for that
 
 
@@ -330,36 +328,6 @@ class Intake:
             return leaf
 
         return pytree.tree_map(cast, call)
-
-
-def owned(ticket: Ticket) -> Ticket:
-    """With tensors of its own, whatever the caller does to those given."""
-    late = ticket.tensors
-    if isinstance(late, Late):  # nobody writes to what is carried
-        given = [copied(t) for t in late.given]
-        ticket.tensors = Late(late.form, given, late.blocks, late.row)
-    else:
-        ticket.tensors = [copied(t) for t in late]
-    if ticket.call is not None:
-        ticket.call = Copier(lambda leaf, _: copied(leaf)).call(*ticket.call)
-    return ticket
-
-
-def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """As `clone`, but torch's threads stay asleep: once woken by a long request, they spin for
-    long on processors that launches need.
-    """
-    given = tensor.detach()
-    plain = type(given) is torch.Tensor and given.is_cpu and given.layout is torch.strided
-    if not plain or given.numel() <= ALONE or not _in_numpy(given):
-        return given.clone()
-    made = torch.empty_like(given)
-    np.copyto(made.numpy(), given.numpy())
-    return made
-
-
-def _in_numpy(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is not torch.bfloat16 and not (tensor.is_neg() or tensor.is_conj())
 
 
 def _alike(got: Any, want: Any) -> bool:

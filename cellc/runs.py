@@ -16,7 +16,8 @@ from typing import Any
 from cellc.batches import Batches
 from cellc.engine import Engine
 from cellc.errors import FORKED, ClosedError, Overloaded, distinct
-from cellc.intake import Intake, owned
+from cellc.intake import Intake
+from cellc.owning import owned
 from cellc.ticket import Ticket
 from cellc.waiting import Future
 from cellc.wants import NOTHING_WANTED, Wants

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, overload
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from cellc import env, files, log
@@ -36,7 +37,6 @@ from cellc.kernels.triton_interpreter import round_as_devices
 from cellc.kernels.triton_launches import Launches, Loop, Memory, Run, current
 from cellc.kernels.triton_persistent import print_persistent
 from cellc.kernels.triton_printer import Printed, print_program
-from cellc.kernels.triton_staging import Fetched
 from cellc.kernels.triton_steps import print_stepped
 from cellc.kernels.triton_tiles import PrintedKernel, compile_options
 from cellc.kernels.triton_tuned import known_loop, tuned
@@ -203,7 +203,7 @@ class TritonKernel:
 
         def run() -> Sequence[int]:
             flags = bound()
-            return BadRows(flags) if flags else ()
+            return BadRows([part.numpy for part in flags]) if flags else ()
 
         return run
 
@@ -230,7 +230,7 @@ class TritonKernel:
             with current(self.device):
                 for start, count in steps:
                     self._step(calls, bases, start, count, launch.num_rows)
-            return BadRows([Fetched(bad)]) if self.reports else ()
+            return BadRows([lambda: bad.cpu().numpy()]) if self.reports else ()
 
         return run
 
@@ -283,13 +283,13 @@ class TritonKernel:
 class BadRows(Sequence[int]):
     """Positions of bad rows, from flags of a launch's parts, waited for when first looked at."""
 
-    def __init__(self, flags: Sequence[Fetched]) -> None:
+    def __init__(self, flags: Sequence[Callable[[], npt.NDArray[Any]]]) -> None:
         self._flags = flags
         self._rows: list[int] = []
 
     def rows(self) -> list[int]:
         if self._flags:
-            flags = np.concatenate([part.numpy() for part in self._flags])
+            flags = np.concatenate([part() for part in self._flags])
             self._rows, self._flags = np.flatnonzero(flags).tolist(), ()
         return self._rows
 

@@ -301,7 +301,7 @@ def test_parts_of_a_launch_without_ragged_inputs(sizes: list[int]) -> None:
 
 def test_flags_are_fetched_as_they_were() -> None:
     first, second = torch.tensor([0, 1, 0]), torch.tensor([1, 0])
-    rows = BadRows([Fetched(first), Fetched(second)])
+    rows = BadRows([Fetched(first).numpy, Fetched(second).numpy])
     first.zero_()
     second.zero_()
     assert list(rows) == [1, 3] and len(rows) == 2 and rows[1] == 3

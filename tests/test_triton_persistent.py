@@ -61,7 +61,7 @@ class Both:
 
     def __call__(self, launch: Launch, arenas: Mapping[RowType, torch.Tensor]) -> Sequence[int]:
         flags = self.looped.bind(launch, arenas)()
-        return BadRows(flags)
+        return BadRows([part.numpy for part in flags])
 
 
 @interpreted

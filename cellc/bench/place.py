@@ -46,6 +46,7 @@ class Place:
         if self.on_cpu:
             return
         try:
+            torch.cuda.set_device(self.device)
             torch.zeros(1, device=self.device)
         except Exception as error:  # in torch's or the driver's words
             raise UsageError(f"--device {self.device}: {str(error).splitlines()[0]}") from error

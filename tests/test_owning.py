@@ -1,4 +1,4 @@
-"""Intake: requests keep tensors of their own, whatever the caller does to those given."""
+"""Requests keep tensors of their own, whatever the caller does to those given."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cellc.intake import ALONE, copied
+from cellc.owning import ALONE, copied
 
 LONG = torch.arange(2 * ALONE, dtype=torch.float32).reshape(4, -1)
 
