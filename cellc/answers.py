@@ -1,7 +1,7 @@
 """Answers: what launches say of the questions and yields of requests in flight.
 
 Duty: read the events of a launch, vectorised over its calls: answers other than those that legs
-expect, and rows that are yielded. Comes in from the scheduler: a `Batch`; goes out to the engine.
+expect, and rows that are yielded. Used by `cellc.onward`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import numpy as np
 import numpy.typing as npt
 
 from cellc.plan import EVENT_ENTRIES, I32, YIELDED, ragged_range
-from cellc.scheduler import Batch
 
 _ENTRIES = np.arange(1, 1 + EVENT_ENTRIES)
 
@@ -26,16 +25,21 @@ class Events(NamedTuple):
 
 
 def read_events(
-    batch: Batch, entries: I32, values_of: Callable[[int, npt.NDArray[np.int64]], Any]
+    begin: I32,
+    requests: I32,
+    entries: I32,
+    values_of: Callable[[int, npt.NDArray[np.int64]], Any],
 ) -> Events:
-    """`entries` is the scheduler's table; `values_of(type, slots)` reads rows of one number."""
-    counts = entries[batch.events]
+    """Of calls whose events `begin` at those of the `entries` of the scheduler's table, one of each
+    of `requests`; `values_of(type, slots)` reads rows of one number.
+    """
+    counts = entries[begin]
     if (counts == 1).all():  # as of most calls
-        table, requests = entries[batch.events[:, None] + _ENTRIES], batch.answering
+        table = entries[begin[:, None] + _ENTRIES]
     else:
-        index = ragged_range(batch.events.astype(np.int64) + 1, counts * EVENT_ENTRIES)
+        index = ragged_range(begin.astype(np.int64) + 1, counts * EVENT_ENTRIES)
         table = entries[index].reshape(-1, EVENT_ENTRIES)
-        requests = np.repeat(batch.answering, counts)
+        requests = np.repeat(requests, counts)
     types, slots, expected, numbers = table.T
     unexpected: dict[int, tuple[int, Any]] = {}
     yielded: list[tuple[int, int]] = []

@@ -2,10 +2,11 @@
 
 Duty: what costs the scheduler and the planner time (`cellc.scheduler` says what the table holds).
 `place` copies blocks of plans into it. `advance`, from the calls that a launch begins with, follows
-their chains, looks up the slots of all rows, tells successors, counts down requests. `arrange`
-gives calls of new requests their numbers, places and records (`cellc.arranging`), `tree` checks
-arrays of children, `copy` brings large tensors into arenas. Here by numpy; `kernels.native` has the
-same in C++ for machines with a compiler.
+their chains, looks up the slots of all rows, tells successors, counts down requests; `unlike`, of
+what they gave, finds what may not be as expected. `arrange` gives calls of new requests their
+numbers, places and records (`cellc.arranging`), `tree` checks arrays of children, `copy` brings
+large tensors into arenas. Here by numpy; `kernels.native` has the same in C++ for machines with a
+compiler.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import numpy.typing as npt
 
 from cellc.arranging import Arranged, Wiring, arrange
 from cellc.plan import (
+    CELL,
     CHAIN,
     EDGES,
     EVENT,
@@ -35,7 +37,7 @@ from cellc.plan import (
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 SCHEDULED = 1 << 30  # in MISSING: the call is in a launch already
-RUNNING = SCHEDULED + 1  # that has not ended
+NUMBER_KINDS = {"bool": 1, "i32": 2, "i64": 3, "f32": 4, "f64": 5}  # dtypes as in `native.cpp`
 
 _NONE = np.zeros(0, np.int32)
 
@@ -47,6 +49,7 @@ class Advanced(NamedTuple):
     steps: I32  # [K + 1] offsets into calls
     slots: I32  # [record length, N]
     ready: I64  # calls that wait for nothing more, each once
+    cell: int  # theirs, where they are of one; -1 else
     finished: Sequence[int]  # requests whose last call is among these, ascending
     events: I32  # entries where events of the calls begin
     answering: I32  # the request of each of these calls
@@ -66,6 +69,13 @@ class Arithmetic(Protocol):
     ) -> Advanced:
         """`heads` are ready calls of one cell, whose records have `length` entries; `left`, calls
         that each request still has, is written to.
+        """
+        ...
+
+    def unlike(self, table: I32, events: I32, places: I64) -> I64:
+        """Positions of `events`, entries of the table where those of calls begin, that may hold
+        anything but expected answers (`cellc.plan`). `places` [row types, 2]: where the rows of a
+        type are, and a NUMBER_KINDS of what they are, or 0.
         """
         ...
 
@@ -115,7 +125,13 @@ class Numpy:
             events, answering = events[having], requests[having]
         else:
             events = answering = _NONE
-        return Advanced(calls, steps, slots, ready, _finish(left, requests), events, answering)
+        cells = table[ready, CELL]
+        cell = int(cells[0]) if len(cells) and (cells == cells[0]).all() else -1
+        done = _finish(left, requests)
+        return Advanced(calls, steps, slots, ready, cell, done, events, answering)
+
+    def unlike(self, table: I32, events: I32, places: I64) -> I64:
+        return np.arange(len(events))  # `cellc.answers` looks at all of them itself
 
     def arrange(self, wiring: Wiring) -> Arranged:
         return arrange(wiring)

@@ -109,6 +109,11 @@ class Cell:
         return tuple(self.type_of(o) for o in self.outputs)
 
     @cached_property
+    def has_ragged(self) -> bool:
+        """Is there a ragged input?"""
+        return any(spec.ragged for spec in self.inputs)
+
+    @cached_property
     def flops_per_row(self) -> int:
         return sum(
             ops.flops(o.op, [self.shape_of(x) for x in o.operands], o.type.shape) for o in self.ops

@@ -45,12 +45,15 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Launch:
-    """N rows of one cell in K steps: step k is rows steps[k]:steps[k + 1]; slots are arena rows."""
+    """N rows of one cell in K steps: step k is rows steps[k]:steps[k + 1]; slots are arena rows.
+    `table`: inputs and outputs as one array, where they are the rows of one, and nothing is ragged.
+    """
 
     steps: Index  # [K + 1], steps[0] == 0, steps[K] == N
     inputs: Sequence[Index | Ragged]  # one a cell input; Index is [N]
     outputs: Index  # [number of cell outputs, N]
     crew: Crew = EVERYBODY
+    table: Index | None = None
 
     @property
     def num_rows(self) -> int:

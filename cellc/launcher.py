@@ -286,9 +286,9 @@ class Launcher:
     def tables(self, batch: Batch) -> Launch:
         cell = self._compiler.by_number[batch.cell]
         table = batch.table
-        if not any(spec.ragged for spec in cell.inputs):
+        if not cell.has_ragged:
             count = len(cell.inputs)
-            return Launch(batch.steps, [table[i] for i in range(count)], table[count:], self._crew)
+            return Launch(batch.steps, list(table[:count]), table[count:], self._crew, table)
         inputs: list[Any] = []
         k = 0
         for spec in cell.inputs:

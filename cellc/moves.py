@@ -47,6 +47,8 @@ class Moves:
             going, failed = onward.after(batch, self._flight.live)
         else:
             going, failed = onward.settle()
+        if not (going or failed):
+            return []
         moved = [ticket for ticket, _ in [*going, *failed]]
         anew = [t for t, error in failed if isinstance(error, Replan) and t.call is not None]
         self._flight.fail(

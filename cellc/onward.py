@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-from cellc.answers import read_events
+from cellc.answers import Events, read_events
 from cellc.errors import StepsError
 from cellc.faults import Failure, fault_of
 from cellc.legs import Branch, Leg
@@ -26,6 +26,7 @@ from cellc.ticket import NOTHING, Ticket, error_of
 
 Going: TypeAlias = list[tuple[Ticket, Branch]]
 Failed: TypeAlias = list[tuple[Ticket, Exception]]
+_NOTHING = Events({}, [])
 
 
 class Onward:
@@ -53,7 +54,12 @@ class Onward:
 
     def after(self, batch: Batch, live: Mapping[int, Ticket]) -> tuple[Going, Failed]:
         """Read a launch's events; (requests that go on, and where; requests that failed)."""
-        events = read_events(batch, self._scheduler.entries, self._arenas.scalars)
+        unlike = self._scheduler.unlike(batch, self._arenas.places)
+        events = _NOTHING
+        if len(unlike):
+            begin, requests = batch.events[unlike], batch.answering[unlike]
+            entries = self._scheduler.entries
+            events = read_events(begin, requests, entries, self._arenas.scalars)
         share = len(events.unexpected) / len(batch.events)
         self.stopping += (share - self.stopping) / 16
         for number, (question, value) in events.unexpected.items():

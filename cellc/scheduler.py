@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from cellc.arithmetic import RUNNING, SCHEDULED, Arithmetic, Numpy
+from cellc.arithmetic import SCHEDULED, Arithmetic, Numpy
 from cellc.errors import PolicyError
 from cellc.plan import (
     CELL,
@@ -58,6 +58,7 @@ class Batch:
     events: I32  # entries where events of its calls begin
     answering: I32  # the request of each of these calls
     held: npt.NDArray[np.int64]  # calls made ready, which wait for `note_ran`
+    held_cell: int = -1  # theirs, where they are of one
 
 
 class Scheduler:
@@ -86,6 +87,7 @@ class Scheduler:
         self._turns = 0
         self.turn = Turn(max_batch)
         self._begun: Batch | None = None  # see `note_begun`
+        self._beside: Batch | None = None  # the same, for as long as it runs beside the host's work
         self._owners: frozenset[int] | None = None  # of its calls
         self._picked: Queue | None = None  # what `next` takes, until something changes
 
@@ -180,22 +182,28 @@ class Scheduler:
         from now on?
         """
         _, first = self._requests[request]
-        return bool((self._table.data[first + calls, MISSING] == SCHEDULED).all())
+        if not (self._table.data[first + calls, MISSING] == SCHEDULED).all():
+            return False
+        running = self._beside
+        return (
+            running is None
+            or not self.runs(request)
+            or not bool(np.isin(first + calls, running.calls).any())
+        )
 
     def note_begun(self, batch: Batch) -> None:
         """The last batch: what it gave is not read yet."""
         self._begun, self._owners = batch, None
 
     def note_running(self, batch: Batch) -> None:
-        """It runs beside the host's work."""
-        self._table.data[batch.calls, MISSING] = RUNNING
+        """It runs beside the host's work; it has begun."""
+        self._beside = batch
 
     def note_ran(self, batch: Batch) -> None:
         """It has run; none of its requests was released meanwhile."""
-        if len(batch.calls) and self._table.data[batch.calls[0], MISSING] == RUNNING:
-            self._table.data[batch.calls, MISSING] = SCHEDULED
+        self._beside = None
         if len(batch.held):
-            self._push(batch.held)
+            self._push(batch.held, batch.held_cell)
             self._picked = None
 
     def note_read(self, batch: Batch | None) -> None:
@@ -220,7 +228,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all requests."""
         self._left[:] = 0
-        self._begun = None
+        self._begun = self._beside = None
         self._requests.clear()
         self._queues.clear()
         self._table.clear()
@@ -248,7 +256,7 @@ class Scheduler:
         )
         hold = hold and len(done.events) > 0
         if not hold:
-            self._push(done.ready)
+            self._push(done.ready, done.cell)
         return Batch(
             cell,
             done.calls,
@@ -258,7 +266,14 @@ class Scheduler:
             done.events,
             done.answering,
             done.ready if hold else _NO_CALLS,
+            done.cell,
         )
+
+    def unlike(self, batch: Batch, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Positions of its events that may be anything but expected answers; `places` says where
+        rows are (`Arithmetic.unlike`).
+        """
+        return self._arithmetic.unlike(self._table.data, batch.events, places)
 
     def first_call(self, request: int) -> int:
         """Number of the first call of its plan."""
@@ -309,15 +324,18 @@ class Scheduler:
             raise PolicyError(policy=type(self.policy).__name__, got=repr(chosen))
         return chosen
 
-    def _push(self, calls: npt.NDArray[np.int64]) -> None:
+    def _push(self, calls: npt.NDArray[np.int64], cell: int = -1) -> None:
+        """`cell`: that of all of them, if it is known."""
         if len(calls) == 0:
             return
+        if cell >= 0:
+            return self._queue(cell).push(calls, self._turns)
         cells = self._table.data[calls, CELL]
         while len(calls):
-            cell = cells[0]
-            mine = cells == cell
+            first = cells[0]
+            mine = cells == first
             whole = mine.all()
-            self._queue(int(cell)).push(calls if whole else calls[mine], self._turns)
+            self._queue(int(first)).push(calls if whole else calls[mine], self._turns)
             if whole:
                 return
             calls, cells = calls[~mine], cells[~mine]

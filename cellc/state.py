@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from cellc.arithmetic import NUMBER_KINDS
 from cellc.dtypes import TORCH_DTYPES
 from cellc.layout import arranged, as_block, parted
 from cellc.ops import RowType
@@ -35,6 +36,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self._tables, self._params, self._device = tables, params, device
         self._tensors: dict[RowType, torch.Tensor] = {}
         self._views: list[npt.NDArray[Any] | None] = []
+        self.places = np.zeros((0, 2), np.int64)  # see `Arithmetic.unlike`
         self._types: list[RowType] = []
         self._regions: list[Regions] = []
         self._written: dict[tuple[RowType, Hashable], int] = {}
@@ -119,7 +121,12 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def _view(self, type: RowType, number: int) -> None:
         plain = self._device.type == "cpu" and type.dtype != "bf16"
-        self._views[number] = self._tensors[type].numpy() if plain else None
+        tensor = self._tensors[type]
+        self._views[number] = tensor.numpy() if plain else None
+        if len(self.places) <= number:
+            self.places = np.concatenate([self.places, np.zeros((number + 8, 2), np.int64)])
+        kind = NUMBER_KINDS.get(type.dtype, 0) if plain and not type.shape else 0
+        self.places[number] = tensor.data_ptr(), kind
 
     def _constant(self, type: RowType, key: Any) -> torch.Tensor | bool | int | float:
         return constant_row(self._params, self._device, type, key)

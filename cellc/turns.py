@@ -128,9 +128,10 @@ class Turns:
             self._mark("launch")
             if before is not None:
                 self._end(before)
-            late = beside and self._running.error is None and launcher.worth_beside()
-            if not (launcher.busy or late):  # what it ends is delivered while the next one runs
-                self._land()
+            if not launcher.busy:
+                late = beside and self._running.error is None and launcher.worth_beside()
+                if not late:  # else what it ends is delivered while the next one runs
+                    self._land()
         launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
 
     def _nudged(self, seconds: float) -> None:
@@ -200,7 +201,8 @@ class Turns:
 
     def _complete(self, batch: Batch, failed: dict[int, Failure]) -> list[Ticket]:
         self._onward.note(failed, self._flight.live)
-        finished = [self._flight.live[n] for n in batch.finished if n in self._flight.live]
+        live = self._flight.live
+        finished = [live[n] for n in batch.finished if n in live]
         if len(batch.events) or self._onward.held:
             stay = {id(t) for t in [*self._moves.go_on(batch), *self._onward.held.values()]}
             finished = [t for t in finished if id(t) not in stay]

@@ -20,6 +20,7 @@ from cellc.arithmetic import I32, I64, Advanced, Arithmetic, Numpy
 from cellc.arranging import Arranged, Wiring
 from cellc.errors import BackendError
 from cellc.kernels import cpp_build
+from cellc.kernels.address import address
 from cellc.plan import NUM_COLUMNS, Plan, record_length
 from cellc.rows import RaggedRefs
 
@@ -55,17 +56,19 @@ class Native:
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
         self._place, self._arrange = library.cellc_place, library.cellc_arrange
         self._tree, self._copy = library.cellc_tree, library.cellc_copy
+        self._unlike = library.cellc_unlike
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._expand.argtypes = [pointer, pointer, number, number, pointer]
         self._advance.argtypes = [ctypes.c_char_p, pointer]
         self._place.argtypes = [pointer, number, pointer, ctypes.c_char_p, pointer, number]
         self._arrange.argtypes = [pointer, pointer]
         self._copy.argtypes = [pointer, number]
+        self._unlike.argtypes = [pointer, pointer, number, pointer, pointer]
         self._expand.restype = self._advance.restype = self._place.restype = None
         self._copy.restype = None
         self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
         self._room = threading.local()  # for what `tree` finds
-        self._arrange.restype = self._tree.restype = number
+        self._arrange.restype = self._tree.restype = self._unlike.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
         firsts = np.ascontiguousarray(first_calls, np.int64)
@@ -81,12 +84,12 @@ class Native:
     def advance(
         self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int
     ) -> Advanced:
-        found = (ctypes.c_int64 * 3)()
+        found = (ctypes.c_int64 * 4)()
         heads = np.ascontiguousarray(heads, np.int64)
-        place = table.ctypes.data
+        place = address(table)
         limit = _NO_LIMIT if max_steps is None else max_steps
-        self._expand(place, heads.ctypes.data, len(heads), limit, found)
-        rows, num_steps, woken = found
+        self._expand(place, address(heads), len(heads), limit, found)
+        rows, num_steps, woken, _ = found
         longs = np.empty(2 * rows + woken, np.int64)
         ints = np.empty((length + 2) * rows + num_steps + 1, np.int32)
         calls, finished, ready = longs[:rows], longs[rows : 2 * rows], longs[2 * rows :]
@@ -94,11 +97,11 @@ class Native:
         events = ints[length * rows : (length + 1) * rows]
         answering = ints[(length + 1) * rows : (length + 2) * rows]
         steps = ints[(length + 2) * rows :]
-        long, int_ = longs.ctypes.data, ints.ctypes.data
+        long, int_ = address(longs), address(ints)
         self._advance(
             _pack(
                 place,
-                left.ctypes.data,
+                address(left),
                 length,
                 rows,
                 long,
@@ -111,16 +114,23 @@ class Native:
             ),
             found,
         )
-        num_ready, num_finished, num_events = found
+        num_ready, num_finished, num_events, cell = found
         return Advanced(
             calls,
             steps,
             slots,
             ready[:num_ready],
+            cell,
             finished[:num_finished].tolist(),
             events[:num_events],
             answering[:num_events],
         )
+
+    def unlike(self, table: I32, events: I32, places: I64) -> I64:
+        count = len(events)
+        found = np.empty(count, np.int64)
+        where = address(table), address(events), count, address(places), address(found)
+        return found[: self._unlike(*where)]
 
     def copy(self, pieces: I64) -> None:
         self._copy(np.ascontiguousarray(pieces).ctypes.data, len(pieces))
