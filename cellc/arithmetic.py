@@ -72,6 +72,12 @@ class Arithmetic(Protocol):
         """
         ...
 
+    def look(
+        self, table: I32, heads: I64, max_steps: int | None, length: int
+    ) -> tuple[I64, I32, I32]:
+        """`calls`, `steps` and `slots` of what `advance` would give; changes nothing."""
+        ...
+
     def unlike(self, table: I32, events: I32, places: I64) -> I64:
         """Positions of `events`, entries of the table where those of calls begin, that may hold
         anything but expected answers (`cellc.plan`). `places` [row types, 2]: where the rows of a
@@ -116,8 +122,7 @@ class Numpy:
     ) -> Advanced:
         calls, steps, ends = _expand(table, heads, max_steps)
         rows = table[calls]
-        entries = table.reshape(-1)
-        slots = entries[rows[:, RECORD] + np.arange(length)[:, None]]
+        slots = _slots(table, rows, length)
         ready = _wake(table, calls, rows, ends)
         events, requests = rows[:, EVENT], rows[:, REQUEST]
         if events.any():
@@ -129,6 +134,12 @@ class Numpy:
         cell = int(cells[0]) if len(cells) and (cells == cells[0]).all() else -1
         done = _finish(left, requests)
         return Advanced(calls, steps, slots, ready, cell, done, events, answering)
+
+    def look(
+        self, table: I32, heads: I64, max_steps: int | None, length: int
+    ) -> tuple[I64, I32, I32]:
+        calls, steps, _ = _expand(table, heads, max_steps)
+        return calls, steps, _slots(table, table[calls], length)
 
     def unlike(self, table: I32, events: I32, places: I64) -> I64:
         return np.arange(len(events))  # `cellc.answers` looks at all of them itself
@@ -173,6 +184,11 @@ def _expand(table: I32, heads: I64, max_steps: int | None) -> tuple[I64, I32, I6
     np.cumsum(sizes, out=steps[1:])
     calls = (heads + number[: len(sizes)])[number[: len(sizes)] < counts]
     return calls, steps, heads + counts - 1
+
+
+def _slots(table: I32, rows: I32, length: int) -> I32:
+    slots: I32 = table.reshape(-1)[rows[:, RECORD] + np.arange(length)[:, None]]
+    return slots
 
 
 def _wake(table: I32, calls: I64, rows: I32, ends: I64) -> I64:

@@ -28,7 +28,7 @@ class Branches(Structures):
         """Where requests go on whose answers are not those that their legs expected."""
         with self._lock:
             found: dict[Ask, Branch | Exception] = {}
-            for ask in asks:
+            for ask in dict.fromkeys(asks):
                 request = ask.leg.root.wanted.request
                 branch = self.paths.known(ask)
                 if request.nested and request.steering != self.arguments.steering:

@@ -49,6 +49,17 @@ class Running:
     error: Exception | None = None
 
 
+@dataclass
+class Foreseen:
+    """A launch that may follow another, made while that runs: good for as long as arenas stay where
+    they are.
+    """
+
+    running: Running  # which has not begun
+    steps: int  # at most, as the scheduler was asked for it
+    generation: int  # of the arenas
+
+
 class Launcher:
     """See the module. `running`: the last launch. `blocked`: seconds that callers waited for
     kernels.
@@ -90,9 +101,11 @@ class Launcher:
         if batch is None:
             return None
         launch = self.tables(batch)
-        took = min(time.perf_counter() - begin, SHARED)
-        self._turn_seconds += (took - self._turn_seconds) / SMOOTH
+        self._note_turn(time.perf_counter() - begin)
         return batch, launch
+
+    def _note_turn(self, took: float) -> None:
+        self._turn_seconds += (min(took, SHARED) - self._turn_seconds) / SMOOTH
 
     def measure_with(self, other: Launcher) -> None:
         """Both know what either measures: their cells, device and threads are the same."""
@@ -156,6 +169,46 @@ class Launcher:
             return (1 - (1 - stopping) ** steps) / (turn + steps * seconds)
 
         return max(_STEPS, key=useful)
+
+    def foresee(self, running: Running, *, shared: bool) -> Foreseen | None:
+        """While a launch runs, the one that follows where its answers are as expected; None where
+        nothing does, or that is not known. `shared`: somebody could join.
+        """
+        batch, rows = running.batch, len(running.batch.held)
+        if not 0 < rows < 2 * pacing.ROWS_BESIDE:  # more are run half by half
+            return None
+        steps = self._pacer.steps(batch.held_cell, rows, shared=shared)
+        following = self._scheduler.look(batch, steps)
+        if following is None or self._pacer.expected(following) <= pacing.BESIDE:
+            return None
+        prepare = getattr(self._compiler.kernel(following.cell), "prepare", None)
+        if prepare is None:
+            return None
+        launch, generation = self.tables(following), self._arenas.generation
+        made = prepare(launch, self._arenas)
+        return Foreseen(Running(following, launch, 0.0, 0.0, made), steps, generation)
+
+    def follow(self, before: Running, foreseen: Foreseen) -> Running | None:
+        """Begin with what was foreseen, if what ran before it gave what it was to give."""
+        start = time.perf_counter()
+        batch, running = before.batch, foreseen.running
+        if before.error is not None or len(before.invalid):
+            return None
+        if foreseen.generation != self._arenas.generation:
+            return None
+        if len(self._scheduler.unlike(batch, self._arenas.places)):
+            return None
+        running.expected, running.start = self._pacer.expected(running.batch), start
+        self.running = running  # before it begins: it is waited for then, whatever comes between
+        assert running.prepared is not None
+        running.prepared.begin()
+        self._note_turn(time.perf_counter() - start)
+        following = self._scheduler.next(foreseen.steps, hold=True)
+        assert following is not None and np.array_equal(following.calls, running.batch.calls)
+        running.batch = following
+        self._scheduler.note_begun(following)
+        self._scheduler.note_running(following)
+        return running
 
     def run(self, batch: Batch, launch: Launch) -> dict[int, Failure]:
         """Run a batch; returns the requests of which calls failed."""

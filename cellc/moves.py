@@ -7,16 +7,15 @@ end, or let them begin again. Between `cellc.onward`, which says where they go, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from cellc.flight import Flight
+from cellc.flight import Flight, side_by_side
 from cellc.legs import Branch, Entry
 from cellc.limits import Limits
 from cellc.onward import Onward
 from cellc.paths import Replan
+from cellc.plan import I64
 from cellc.replica import Learned
 from cellc.scheduler import Batch, Scheduler
 from cellc.state import Arenas
@@ -85,14 +84,15 @@ class Moves:
         """Give requests the regions of their next legs, with the rows that these need."""
         moving: list[tuple[Ticket, Branch]] = []
         stuck: list[Ticket] = []
+        refused: list[tuple[Ticket, Exception]] = []
+        known: dict[Branch, bool | Exception] = {}
         for ticket, branch in going:
             plan = branch.leg.plan
-            try:
-                fits = self._arenas.prepare(plan)
-                if (refusal := self._limits.refusal(branch.leg)) is not None:
-                    raise refusal
-            except Exception as error:
-                self._flight.fail([(ticket, error)])
+            if branch not in known:
+                known[branch] = self._fits(branch)
+            fits = known[branch]
+            if isinstance(fits, Exception):
+                refused.append((ticket, fits))
                 continue
             more = self._arenas.bytes_of(plan) - ticket.nbytes if fits else 0
             if not fits or (self._flight.live_bytes + more > self._limits.memory):
@@ -101,6 +101,7 @@ class Moves:
             self._flight.live_bytes += more
             ticket.nbytes += more
             moving.append((ticket, branch))
+        self._flight.fail(refused)
         if stuck:
             ways = zip(stuck, self._onward.again(stuck), strict=True)
             found = [(t, w) for t, w in ways]
@@ -121,13 +122,32 @@ class Moves:
         self._flight.fail([(tickets[i], error) for i, error in errors.items()])
         self._flight.add([t for i, t in enumerate(tickets) if i not in errors])
 
-    def _carry(self, moving: Sequence[tuple[Ticket, Branch]], bases: npt.NDArray[np.int64]) -> None:
+    def _fits(self, branch: Branch) -> bool | Exception:
+        """Have the arenas what its leg needs? Or why they never will."""
+        try:
+            fits = self._arenas.prepare(branch.leg.plan)
+            return self._limits.refusal(branch.leg) or fits
+        except Exception as error:
+            return error
+
+    def _carry(self, moving: Sequence[tuple[Ticket, Branch]], bases: I64) -> None:
         """Copy rows from regions that requests leave to those that they get."""
-        copies: dict[int, tuple[list[Any], list[Any]]] = {}
-        for (ticket, branch), base in zip(moving, bases, strict=True):
+        copies: dict[int, tuple[list[I64], list[I64]]] = {}
+        old = side_by_side([ticket for ticket, _ in moving])
+        for branch, members in _alike(moving).items():
+            before, after = old[members], bases[members]
             for type, slots, owned, start in branch.moves:
                 sources, targets = copies.setdefault(type, ([], []))
-                sources.append(slots + owned * ticket.bases[type])
-                targets.append(np.arange(start, start + len(slots)) + base[type])
+                sources.append((slots + owned * before[:, type, None]).reshape(-1))
+                made = np.arange(start, start + len(slots)) + after[:, type, None]
+                targets.append(made.reshape(-1))
         for type, (sources, targets) in copies.items():
             self._arenas.move(type, np.concatenate(sources), np.concatenate(targets))
+
+
+def _alike(moving: Sequence[tuple[Ticket, Branch]]) -> dict[Branch, list[int]]:
+    """Positions of those that go the same way."""
+    found: dict[Branch, list[int]] = {}
+    for i, (_, branch) in enumerate(moving):
+        found.setdefault(branch, []).append(i)
+    return found

@@ -104,13 +104,18 @@ class Pacer:
         if beside and not busy and cell in self._answering and rows >= 2 * ROWS_BESIDE:
             rows = (rows + 1) // 2  # the answers of one half are read while the other runs
             scheduler.max_batch = rows
-        seconds = self._step_seconds(cell, rows)
-        steps = num_steps(seconds, self.host_seconds, shared=joined or waited)
-        most = self._ahead(seconds)
-        batch = scheduler.next(steps if most is None else min(steps, most), hold=beside)
+        steps = self.steps(cell, rows, shared=joined or waited)
+        batch = scheduler.next(steps, hold=beside)
         if batch is not None and len(batch.events):
             self._answering.add(cell)
         return batch
+
+    def steps(self, cell: int, rows: int, *, shared: bool) -> int:
+        """Of a launch at most; `shared`: somebody could join."""
+        seconds = self._step_seconds(cell, rows)
+        steps = num_steps(seconds, self.host_seconds, shared=shared)
+        most = self._ahead(seconds)
+        return steps if most is None else min(steps, most)
 
     def worth_beside(self) -> bool:
         """Would the next launch keep the machine busy while the host does its part?"""

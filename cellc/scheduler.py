@@ -43,7 +43,7 @@ from cellc.urgency import NO_WISH, Seconds, Urgency, Wish
 I32 = npt.NDArray[np.int32]
 ADDED_TOGETHER = 256  # requests: bounds the memory that admission takes for itself
 GUESS = 1e-4  # seconds of a step, where nobody knows
-_NO_CALLS = np.zeros(0, np.int64)
+_NO_CALLS, _NO_EVENTS = np.zeros(0, np.int64), np.zeros(0, np.int32)
 
 
 @dataclass(frozen=True)
@@ -274,6 +274,17 @@ class Scheduler:
         rows are (`Arithmetic.unlike`).
         """
         return self._arithmetic.unlike(self._table.data, batch.events, places)
+
+    def look(self, batch: Batch, max_steps: int | None = None) -> Batch | None:
+        """What `next` would give once a batch that holds calls has run, if nothing else comes;
+        changes nothing, and knows no more of it than its rows. None where other calls are ready.
+        """
+        cell, heads = batch.held_cell, batch.held
+        if cell < 0 or not 0 < len(heads) <= self.turn.max_batch or self.num_ready:
+            return None
+        length = self.record_lengths[cell]
+        calls, steps, slots = self._arithmetic.look(self._table.data, heads, max_steps, length)
+        return Batch(cell, calls, steps, slots, (), _NO_EVENTS, _NO_EVENTS, _NO_CALLS)
 
     def first_call(self, request: int) -> int:
         """Number of the first call of its plan."""

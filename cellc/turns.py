@@ -114,6 +114,8 @@ class Turns:
             self._admission.expire(start, self._timeout)
         self._mark("admit")
         if self._running is not None and not launcher.worth_beside():
+            if beside and self._follow():
+                return
             self._land()  # more may be ready then
         following = launcher.next(
             joined=bool(self._flight.futures), waited=self._threads.waited, beside=beside
@@ -133,6 +135,29 @@ class Turns:
                 if not late:  # else what it ends is delivered while the next one runs
                     self._land()
         launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
+
+    def _follow(self) -> bool:
+        """Make the launch that follows while one runs, and begin with it as soon as that has ended,
+        if it ended as expected; what is left to do for either is done while it runs.
+        """
+        launcher, before = self._launcher, self._running
+        if before is None or not launcher.busy or self._onward.watches:
+            return False
+        shared = bool(self._flight.futures) or self._threads.waited
+        foreseen = launcher.foresee(before, shared=shared)
+        if foreseen is None:
+            return False
+        self._mark("schedule")
+        launcher.settle()
+        start = time.perf_counter()
+        following = launcher.follow(before, foreseen)
+        if following is None:
+            return False
+        self._running = following
+        launcher.note_host(time.perf_counter() - start)
+        self._mark("launch")
+        self._end(before)
+        return True
 
     def _nudged(self, seconds: float) -> None:
         self._admission.admit(time.perf_counter())

@@ -15,6 +15,13 @@
 namespace {
 
 constexpr int32_t SCHEDULED = 1 << 30, SEEN = -1;
+// Requests' blocks lie far apart, and kernels fill caches between launches: memory is asked for so many
+// calls before it is read.
+constexpr int64_t AHEAD = 8;
+
+inline void soon(const void* memory) {
+    __builtin_prefetch(memory, 1);
+}
 
 struct Chain {
     int64_t head;
@@ -29,8 +36,11 @@ extern "C" void cellc_expand(const int32_t* table, const int64_t* heads, int64_t
                              int64_t max_steps, int64_t* out) {
     chains.clear();
     int64_t rows = 0, longest = 0, woken = 0;
+    for (int64_t i = 0; i < std::min(AHEAD, num_heads); ++i) soon(table + heads[i] * COLUMNS);
     for (int64_t i = 0; i < num_heads; ++i) {
+        if (i + AHEAD < num_heads) soon(table + heads[i + AHEAD] * COLUMNS);
         const int32_t* row = table + heads[i] * COLUMNS;
+        soon(row + 2 * COLUMNS), soon(table + row[RECORD]), soon(table + row[SUCCESSOR]);
         const int64_t length = std::min<int64_t>(row[CHAIN], max_steps);
         woken += row[NUM_SUCCESSORS] + 1;
         int32_t count = 1;
@@ -60,12 +70,12 @@ struct Arrays {
     int32_t *events, *answering;  // [rows]
 };
 
-// Out: calls that are ready, requests that are finished, calls with events, and the cell of all calls
-// that are ready, or -1.
-extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
-    int32_t* const table = a->table;
+namespace {
+
+// Calls of the chains, step by step, and their slots
+void look(const Arrays* a) {
     const int64_t rows = a->rows;
-    int64_t at = 0, num_ready = 0, num_finished = 0, num_events = 0, num_steps = 0;
+    int64_t at = 0, num_steps = 0;
     a->steps[0] = 0;
     for (int32_t step = 0; at < rows; ++step) {
         for (const Chain& chain : chains) {
@@ -75,9 +85,27 @@ extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
         a->steps[++num_steps] = static_cast<int32_t>(at);
     }
     for (int64_t i = 0; i < rows; ++i) {
-        int32_t* row = table + a->calls[i] * COLUMNS;
-        const int32_t* record = table + row[RECORD];
+        const int32_t* record = a->table + a->table[a->calls[i] * COLUMNS + RECORD];
         for (int64_t k = 0; k < a->length; ++k) a->slots[k * rows + i] = record[k];
+    }
+}
+
+}  // namespace
+
+// Of `Arrays`, calls, steps and slots alone; changes nothing.
+extern "C" void cellc_look(const Arrays* a) {
+    look(a);
+}
+
+// Out: calls that are ready, requests that are finished, calls with events, and the cell of all calls
+// that are ready, or -1.
+extern "C" void cellc_advance(const Arrays* a, int64_t* out) {
+    int32_t* const table = a->table;
+    const int64_t rows = a->rows;
+    int64_t num_ready = 0, num_finished = 0, num_events = 0;
+    look(a);
+    for (int64_t i = 0; i < rows; ++i) {
+        int32_t* row = table + a->calls[i] * COLUMNS;
         row[MISSING] = SCHEDULED;
         const int32_t request = row[REQUEST];
         if (--a->left[request] == 0) a->finished[num_finished++] = request;
@@ -123,6 +151,8 @@ struct Event {
     int32_t type, slot, expected, number;
 };
 
+constexpr int64_t SIZES[] = {0, 1, 4, 8, 4, 8};  // of kinds
+
 static bool is_expected(const Rows* places, const Event& event) {
     if (event.type < 0) return false;
     const Rows& rows = places[event.type];
@@ -137,12 +167,21 @@ static bool is_expected(const Rows* places, const Event& event) {
     }
 }
 
+static void ask_for(const Rows* places, const int32_t* entries) {
+    const auto& event = *reinterpret_cast<const Event*>(entries + 1);
+    if (event.type < 0 || !places[event.type].kind) return;
+    soon(places[event.type].first + event.slot * SIZES[places[event.type].kind]);
+}
+
 // In: table, entries where events of calls begin, how many, rows of each type. Out: positions of those
 // that hold anything but expected answers. Returns how many.
 extern "C" int64_t cellc_unlike(const int32_t* table, const int32_t* events, int64_t count,
                                 const Rows* places, int64_t* out) {
     int64_t found = 0;
+    for (int64_t i = 0; i < std::min(2 * AHEAD, count); ++i) soon(table + events[i]);
     for (int64_t i = 0; i < count; ++i) {
+        if (i + 2 * AHEAD < count) soon(table + events[i + 2 * AHEAD]);
+        if (i + AHEAD < count) ask_for(places, table + events[i + AHEAD]);
         const int32_t* entries = table + events[i];
         const auto* event = reinterpret_cast<const Event*>(entries + 1);
         if (!std::all_of(event, event + entries[0], [&](const Event& e) { return is_expected(places, e); }))

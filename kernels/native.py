@@ -54,6 +54,7 @@ class Native:
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
         self._expand, self._advance = library.cellc_expand, library.cellc_advance
+        self._look = library.cellc_look
         self._place, self._arrange = library.cellc_place, library.cellc_arrange
         self._tree, self._copy = library.cellc_tree, library.cellc_copy
         self._unlike = library.cellc_unlike
@@ -64,8 +65,9 @@ class Native:
         self._arrange.argtypes = [pointer, pointer]
         self._copy.argtypes = [pointer, number]
         self._unlike.argtypes = [pointer, pointer, number, pointer, pointer]
+        self._look.argtypes = [ctypes.c_char_p]
         self._expand.restype = self._advance.restype = self._place.restype = None
-        self._copy.restype = None
+        self._copy.restype = self._look.restype = None
         self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
         self._room = threading.local()  # for what `tree` finds
         self._arrange.restype = self._tree.restype = self._unlike.restype = number
@@ -125,6 +127,19 @@ class Native:
             events[:num_events],
             answering[:num_events],
         )
+
+    def look(
+        self, table: I32, heads: I64, max_steps: int | None, length: int
+    ) -> tuple[I64, I32, I32]:
+        found = (ctypes.c_int64 * 3)()
+        place, limit = address(table), _NO_LIMIT if max_steps is None else max_steps
+        self._expand(place, address(heads), len(heads), limit, found)
+        rows, num_steps, _ = found
+        calls, steps = np.empty(rows, np.int64), np.empty(num_steps + 1, np.int32)
+        slots = np.empty((length, rows), np.int32)
+        made = address(calls), address(steps), address(slots)
+        self._look(_pack(place, 0, length, rows, *made, 0, 0, 0, 0))
+        return calls, steps, slots
 
     def unlike(self, table: I32, events: I32, places: I64) -> I64:
         count = len(events)

@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cellc.arithmetic import Numpy
+from cellc.answers import Events, read_events
+from cellc.arithmetic import NUMBER_KINDS, Numpy
 from cellc.calls import CallGraph, CallGroup, Forest, join
 from cellc.errors import VerifyError
 from cellc.kernels.native import Native, find_arithmetic
-from cellc.plan import Tables
+from cellc.plan import YIELDED, Tables
 from cellc.planner import make_plans
 from cellc.rows import RaggedRefs
 from tests.test_plan import random_graph
@@ -104,6 +105,44 @@ def test_calls_in_circles(seed: int, data: st.DataObject) -> None:
         else:
             errors.append("")
     assert errors[0] == errors[1]
+
+
+@given(st.data())
+@checked
+def test_answers_that_are_as_expected_are_left_out(data: st.DataObject) -> None:
+    """Of calls with any number of events, of all types: those left have one that is not an expected
+    answer, or of rows that are no plain numbers; and read as numpy reads them, the same is found.
+    """
+    draw = random.Random(data.draw(st.integers(0, 1 << 30)))
+    dtypes = [np.bool_, np.int32, np.int64, np.float32, np.float64, np.float16]
+    rows = [np.array([draw.choice([0, 1, 7, -3]) for _ in range(6)]).astype(t) for t in dtypes]
+    kinds = [*NUMBER_KINDS.values(), 0]
+    places = np.array([(r.ctypes.data, k) for r, k in zip(rows, kinds, strict=True)], np.int64)
+    entries, begin, plain = [0], [], []
+    for _ in range(draw.randrange(40)):
+        begin.append(len(entries))
+        events = []
+        for number in range(draw.choice([1, 1, 1, 2, 5])):
+            type, slot = draw.choice([*range(len(rows)), YIELDED]), draw.randrange(6)
+            known = type != YIELDED and draw.random() < 0.9
+            expected = int(rows[type][slot]) if known else draw.choice([0, 1, 8])
+            events.append((type, slot, expected, number))
+        entries += [len(events), *np.array(events).reshape(-1).tolist()]
+        numbers = [kinds[type] and rows[type][slot] == want for type, slot, want, _ in events]
+        plain.append(all(k != YIELDED and n for (k, *_), n in zip(events, numbers, strict=True)))
+    table, at = np.array(entries, np.int32), np.array(begin, np.int32)
+    found = find_arithmetic().unlike(table, at, places)
+    assert found.tolist() == [i for i, expected in enumerate(plain) if not expected]
+    if not begin:
+        return
+    owners = np.arange(len(at), dtype=np.int32)
+
+    def values_of(type: int, slots: np.ndarray) -> np.ndarray:
+        return rows[type][slots]
+
+    want = read_events(at, owners, table, values_of)
+    got = read_events(at[found], owners[found], table, values_of) if len(found) else Events({}, [])
+    assert got.unexpected == want.unexpected and sorted(got.yielded) == sorted(want.yielded)
 
 
 @given(st.integers(0, 6), st.integers(0, 3), st.data())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import random
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,6 +109,43 @@ def test_answers_of_one_half_are_read_while_the_other_runs(make: Any) -> None:
             for x, got in zip(given, compiled.map(given), strict=True):
                 same(got, model(x) if whole else list(model(x)))
     assert Chance.late > 20
+
+
+@torch.no_grad()
+def test_what_follows_is_made_while_a_launch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs where all answers are as expected, and is never run where one is not; others come
+    meanwhile, and arenas grow.
+    """
+    torch.manual_seed(8)
+    model, generator = Decoder().eval(), random.Random(7)
+    for parameter in model.parameters():
+        parameter.mul_(2.5)  # decisions that differ
+    assert len({len(model(words(generator, 9, 9))) for _ in range(30)}) > 3
+    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1 << 20)
+    monkeypatch.setattr(launcher.Launcher, "ahead", lambda *_: generator.choice((1, 1, 2)))
+    follow, tried = launcher.Launcher.follow, {True: 0, False: 0}
+
+    def counted(self: Any, before: Any, foreseen: Any) -> Any:
+        running = follow(self, before, foreseen)
+        tried[running is not None] += 1
+        return running
+
+    monkeypatch.setattr(launcher.Launcher, "follow", counted)
+    with cellc.compile(model, backend="cpp") as compiled:
+        for count in (2, 5, 40, 300):
+            given = [words(generator, 9, 9) for _ in range(count)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x))
+            futures = []
+            for x in given:
+                futures.append(compiled.submit(x))
+                if generator.random() < 0.1:
+                    time.sleep(1e-3)
+            for x, future in zip(given, futures, strict=True):
+                same(future.result(60), model(x))
+        stats = compiled.stats()
+        assert stats["running"] == stats["live_bytes"] == stats["failed"] == 0
+    assert min(tried.values()) >= 5, tried
 
 
 @torch.no_grad()

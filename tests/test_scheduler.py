@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,13 +58,24 @@ class Both:
 
     def advance(self, table: Any, left: Any, *given: Any) -> Advanced:
         other_table, other_left = table.copy(), left.copy()
+        looked = [a.look(table, *given) for a in (self.one, self.other)]
+        assert np.array_equal(table, other_table)
         made = self.other.advance(other_table, other_left, *given)
         want = self.one.advance(table, left, *given)
         assert np.array_equal(table, other_table) and np.array_equal(left, other_left)
         for a, b in zip(made, want, strict=True):
             assert np.array_equal(a, b)
-            assert isinstance(b, list) or a.dtype == b.dtype
+            assert isinstance(b, (list, int)) or a.dtype == b.dtype
+        for found in looked:
+            for a, b in zip(found, want, strict=False):
+                assert np.array_equal(a, b) and a.dtype == b.dtype
         return want
+
+    def look(self, *given: Any) -> Any:
+        return self.one.look(*given)
+
+    def unlike(self, *given: Any) -> Any:
+        return self.one.unlike(*given)
 
 
 class Engine:
@@ -397,3 +409,35 @@ def test_calls_of_a_launch_that_runs_beside_have_not_run_yet() -> None:
     assert scheduler.ran(one, np.array([0])) and scheduler.runs(one)
     scheduler.note_read(batch)
     assert not scheduler.runs(one)
+
+
+def test_what_follows_is_known_while_a_launch_runs() -> None:
+    """It is what comes then, and nothing changes by asking; not where other calls are ready."""
+    engine = Engine([chain_graph(3), chain_graph(3)], 512, "cellular")
+    engine.add(0, 4)
+    scheduler = engine.scheduler
+    done = scheduler.next(1)
+    assert done is not None
+    held = scheduler._pick()
+    assert held is not None
+    calls, cell = held.pop(512, 0), held.cell
+    running = replace(done, held=calls, held_cell=cell)
+    for max_steps in (None, 1, 2):
+        before = scheduler._table.data.copy()
+        seen = scheduler.look(running, max_steps)
+        assert seen is not None and not seen.finished
+        assert np.array_equal(before, scheduler._table.data)
+        assert len(seen.steps) - 1 == (max_steps or 2)
+    engine.add(1, 1)
+    assert scheduler.look(running) is None  # others are ready
+    assert scheduler.next() is not None
+    scheduler.max_batch = 3
+    assert scheduler.look(running) is None  # they would not all be in it
+    scheduler.max_batch = 512
+    seen = scheduler.look(running)
+    scheduler.note_ran(running)
+    following = scheduler.next()
+    assert seen is not None and following is not None
+    for name in ("cell", "calls", "steps", "table"):
+        assert np.array_equal(getattr(seen, name), getattr(following, name))
+    assert len(following.finished) == 4

@@ -1,7 +1,8 @@
 """What a launch costs the host, and what share of the machine's arithmetic is left for cells.
 
 Host cost is all but kernels: scheduling, index tables, plans and regions, answers read. Decoding,
-a turn makes one launch of one step while nobody comes or goes; reading, whole requests come, run in
+a turn makes one launch of one step while nobody comes or goes, over as many as one leg of a request
+has, the way to its next leg among them; reading, whole requests come, run in
 chains, and are answered. The share is of a matrix product's speed, measured in the same round.
 """
 
@@ -21,6 +22,7 @@ from cellc.bench.place import HERE, Place
 from cellc.bench.recurrent import LastState, make_requests
 
 STEPS = 100
+LEG = 64  # steps, of which one leads to the next leg
 SIZE = 2048  # of the product
 LENGTH = 24
 LAUNCH = "us a launch of one step, {} rows decoding"
@@ -60,7 +62,7 @@ class Decoding:
         for _ in range(20):  # they are admitted, and have read
             engine.step()
         before, start = compiled.stats(), time.perf_counter()
-        for _ in range(STEPS // 2):
+        for _ in range(LEG):
             engine.step()
         seconds, after = time.perf_counter() - start, compiled.stats()
         engine.run(tickets)
