@@ -124,6 +124,7 @@ def _add_reports(bench: argparse.ArgumentParser) -> None:
     )
     bench.add_argument("--targets", action="store_true", help="what cellc is built to, held or not")
     bench.add_argument("--paper", action="store_true", help="BatchMaker's claims, measured here")
+    bench.add_argument("--peers", action="store_true", help="peers beside another machine's")
     bench.add_argument("--markdown", type=Path, metavar="FILE", help="write all tables as a page")
     bench.add_argument(
         "--plot",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cellc.bench import command, paper, targets
+from cellc.bench import command, host, paper, reference, targets, trees
 from cellc.bench.batch_server import Policy
 from cellc.bench.case import Figure, Outcome
 from cellc.bench.found import Found, Lacking, Measured
@@ -17,7 +17,7 @@ from cellc.bench.online_figures import CELLC as SERVED
 from cellc.bench.online_figures import POISSON, OnlineOutcome, Run, figures_of
 from cellc.bench.online_workloads import STATED
 from cellc.bench.page import page
-from cellc.bench.recurrent import BUCKETS, CELLC, ONNX_BUCKETS
+from cellc.bench.recurrent import BUCKETS, CELLC, ONNX_BUCKETS, PACKED
 from cellc.bench.sheets import as_markdown, number
 from cellc.bench.trees import RECURSION, UNFOLD
 from cellc.bench.workloads import NAMES
@@ -181,6 +181,23 @@ def test_claims_need_figures() -> None:
     quiet.noisy = True
     assert paper.sheet(quiet).rows[0][2:] == ["2.60x", "holds"]
     assert set(paper.WORKLOADS) <= set(NAMES)
+
+
+def test_peers_beside_those_of_another_machine() -> None:
+    """Rates are compared at the speed of this machine's products."""
+    ours = found()
+    assert all(p.share is None and p.why for p in reference.compare(ours))
+    facts = {host.PEAK: reference.THEIR_PRODUCT / 2}
+    ours.add([measured("saturation", {}, facts=facts)])
+    ours.add([measured("lstm-256", {BUCKETS: [3650.0], PACKED: [1500.0]}, "vectors")])
+    peers = {(p.workload, p.way): p for p in reference.compare(ours)}
+    buckets, packed = (peers["lstm-256 vectors", way] for way in (BUCKETS, PACKED))
+    assert buckets.share == pytest.approx(1.0) and buckets.holds
+    assert packed.share == pytest.approx(1500 * 2 / 3629) and packed.holds is False
+    assert "not measured" in peers["treelstm-256", trees.EAGER].why
+    rows = {row[1]: row[2:] for row in reference.sheet(ours).rows if row[0] == "lstm-256 vectors"}
+    assert rows[PACKED] == ["below 0.9", "3,629", "1,500", "0.83"]
+    assert set(reference.WORKLOADS) <= set(NAMES)
 
 
 def test_kept_and_read(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from cellc.bench import gpu, online_command, page, paper, plots, targets
+from cellc.bench import gpu, online_command, page, paper, plots, reference, targets
 from cellc.bench.case import Case, Differs, Outcome, measure
 from cellc.bench.found import SHARE, Found, Measured
 from cellc.bench.lengths import DISTRIBUTION, draw_lengths, read_lengths
@@ -172,6 +172,7 @@ def _asked(args: argparse.Namespace, place: Place) -> Asked:
     at_once = [
         *(targets.workloads() if args.targets else ()),
         *(paper.WORKLOADS if args.paper else ()),
+        *(reference.WORKLOADS if args.peers else ()),
     ]
     served = [
         *(targets.workloads(online=True) if args.targets else ()),
@@ -181,7 +182,7 @@ def _asked(args: argparse.Namespace, place: Place) -> Asked:
 
 
 def _asked_of_device(args: argparse.Namespace) -> Asked:
-    for option in ("online", "targets", "paper"):
+    for option in ("online", "targets", "paper", "peers"):
         if getattr(args, option):
             raise UsageError(f"--{option} is about processors, and does not go with --device")
     return Asked(list(dict.fromkeys(args.workload)) or (() if args.given else ON_DEVICES), ())
@@ -253,3 +254,5 @@ def _summaries(args: argparse.Namespace, found: Found) -> Iterator[tuple[str, Sh
         yield "cellc bench --targets", targets.sheet(found)
     if args.paper:
         yield "cellc bench --paper", paper.sheet(found)
+    if args.peers:
+        yield "cellc bench --peers", reference.sheet(found)

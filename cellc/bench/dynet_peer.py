@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from cellc.bench.peers import Array
@@ -21,7 +22,9 @@ MEGABYTES = 2048  # of its memory pool, which grows where that is too little
 def load() -> Any:
     """The module, set to batch by itself."""
     importlib.import_module("dynet_config").set(autobatch=1, mem=str(MEGABYTES), random_seed=1)
-    return importlib.import_module("dynet")
+    module = importlib.import_module("dynet")
+    torch.set_flush_denormal(False)  # which loading it turned on, for all that this thread does
+    return module
 
 
 class DynetLSTM:

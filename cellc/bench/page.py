@@ -49,11 +49,12 @@ def _introduction(found: Found) -> str:
         f"Measured on {when}, on {found.machine}, {found.threads} threads, torch {found.torch}: "
         f"{'; '.join(shapes)}. All ways of a table were checked for equal results first; rounds "
         "alternate, and those in which other programs used the machine are dropped. This page is "
-        "written by `cellc bench --targets --paper --markdown FILE`, and by its parts: "
+        "written by `cellc bench --targets --paper --peers --markdown FILE`, and by its parts: "
         "`cellc bench WORKLOAD --from figures.json --json figures.json` adds one (`--online` its "
-        "latencies), `cellc bench --from figures.json --targets --paper --markdown FILE` writes "
-        "what is there, and `--plot` a picture beside it (with `--online`, of latencies only). "
-        "GPU: `gpu.md`. What varies in latencies: `online.md`. How peers are tuned: `peers.md`."
+        "latencies), `cellc bench --from figures.json --targets --paper --peers --markdown FILE` "
+        "writes what is there, and `--plot` a picture beside it (with `--online`, of latencies "
+        "only). GPU: `gpu.md`. What varies in latencies: `online.md`. How peers are tuned: "
+        "`peers.md`."
     )
 
 

@@ -34,7 +34,12 @@ BUCKETS = f"PyTorch, buckets of {WIDTH}"
 ALONE = "PyTorch, one at a time"
 ONNX, ONNX_ALONE = "onnxruntime", "onnxruntime, one at a time"
 ONNX_BUCKETS = f"onnxruntime, buckets of {WIDTH}"
-PACKED = 256  # sequences at once: more do not fit into the cache
+PACKING = 256  # sequences at once: more do not fit into the cache
+PADDED, PACKED = (
+    f"PyTorch, padded {BATCH} in arrival order",
+    f"PyTorch, packed, {PACKING} of like lengths",
+)
+STEPS = f"PyTorch, steps by hand, {SHRINKING} that shrink"
 OPENVINO = f"OpenVINO, buckets of {WIDTH}"
 TENSORFLOW = f"TensorFlow, Keras masked, {BATCH} of like lengths"
 DYNET = "DyNet autobatching, all at once"
@@ -175,18 +180,9 @@ def recurrent_case(
     ways = [
         Way(ALONE, lambda: [model(x) for x in requests[:sample]], sample),
         Way(BUCKETS, lambda: torch_ways.padded(requests, buckets_of(requests))),
-        Way(
-            f"PyTorch, padded {BATCH} in arrival order",
-            lambda: torch_ways.padded(requests, portions(count)),
-        ),
-        Way(
-            f"PyTorch, packed, {PACKED} of like lengths",
-            lambda: torch_ways.packed(requests, PACKED),
-        ),
-        Way(
-            f"PyTorch, steps by hand, {SHRINKING} that shrink",
-            lambda: by_hand()(requests),
-        ),
+        Way(PADDED, lambda: torch_ways.padded(requests, portions(count))),
+        Way(PACKED, lambda: torch_ways.packed(requests, PACKING)),
+        Way(STEPS, lambda: by_hand()(requests)),
         *others.ways,
         Way(CELLC, lambda: compiled.map(requests)),
     ]
