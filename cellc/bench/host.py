@@ -1,9 +1,10 @@
 """What a launch costs the host, and what share of the machine's arithmetic is left for cells.
 
-Host cost is all but kernels: scheduling, index tables, plans and regions, answers read. Decoding,
-a turn makes one launch of one step while nobody comes or goes, over as many as one leg of a request
-has, the way to its next leg among them; reading, whole requests come, run in
-chains, and are answered. The share is of a matrix product's speed, measured in the same round.
+Host cost is all but kernels: scheduling, index tables, plans and regions, answers read. What is
+done while a kernel runs takes no time of its own, and is not counted. Decoding, a turn makes one
+launch of one step while nobody comes or goes, over as many as one leg of a request has, the way to
+its next leg among them; reading, whole requests come, run in chains, and are answered. The share is
+of a matrix product's speed, measured in the same round.
 """
 
 from __future__ import annotations
