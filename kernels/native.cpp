@@ -14,7 +14,7 @@
 
 namespace {
 
-constexpr int32_t SCHEDULED = 1 << 30, SEEN = -1;
+constexpr int32_t SCHEDULED = 1 << 30, SEEN = -1, UNEXPECTED = INT32_MIN;
 // Requests' blocks lie far apart, and kernels fill caches between launches: memory is asked for so many
 // calls before it is read.
 constexpr int64_t AHEAD = 8;
@@ -154,7 +154,7 @@ struct Event {
 constexpr int64_t SIZES[] = {0, 1, 4, 8, 4, 8};  // of kinds
 
 static bool is_expected(const Rows* places, const Event& event) {
-    if (event.type < 0) return false;
+    if (event.type < 0 || event.expected == UNEXPECTED) return false;  // whatever it holds
     const Rows& rows = places[event.type];
     const int64_t slot = event.slot;
     switch (rows.kind) {

@@ -18,7 +18,7 @@ from cellc.arithmetic import NUMBER_KINDS, Numpy
 from cellc.calls import CallGraph, CallGroup, Forest, join
 from cellc.errors import VerifyError
 from cellc.kernels.native import Native, find_arithmetic
-from cellc.plan import YIELDED, Tables
+from cellc.plan import UNEXPECTED, YIELDED, Tables
 from cellc.planner import make_plans
 from cellc.rows import RaggedRefs
 from tests.test_plan import random_graph
@@ -115,20 +115,30 @@ def test_answers_that_are_as_expected_are_left_out(data: st.DataObject) -> None:
     """
     draw = random.Random(data.draw(st.integers(0, 1 << 30)))
     dtypes = [np.bool_, np.int32, np.int64, np.float32, np.float64, np.float16]
-    rows = [np.array([draw.choice([0, 1, 7, -3]) for _ in range(6)]).astype(t) for t in dtypes]
+    wide = (np.int32, np.int64, np.float32, np.float64)  # hold what stands for no answer, too
+    rows = [
+        np.array([draw.choice([0, 1, 7, -3, *[UNEXPECTED] * (t in wide)]) for _ in range(6)], t)
+        for t in dtypes
+    ]
     kinds = [*NUMBER_KINDS.values(), 0]
     places = np.array([(r.ctypes.data, k) for r, k in zip(rows, kinds, strict=True)], np.int64)
-    entries, begin, plain = [0], [], []
-    for _ in range(draw.randrange(40)):
+    entries, begin, plain, other = [0], [], [], set()
+    for owner in range(draw.randrange(40)):
         begin.append(len(entries))
         events = []
         for number in range(draw.choice([1, 1, 1, 2, 5])):
             type, slot = draw.choice([*range(len(rows)), YIELDED]), draw.randrange(6)
             known = type != YIELDED and draw.random() < 0.9
-            expected = int(rows[type][slot]) if known else draw.choice([0, 1, 8])
+            expected = int(rows[type][slot]) if known else draw.choice([0, 1, 8, UNEXPECTED])
             events.append((type, slot, expected, number))
+            held = rows[type][slot].item()
+            if type != YIELDED and (held != expected or expected == UNEXPECTED):
+                other.add(owner)
         entries += [len(events), *np.array(events).reshape(-1).tolist()]
-        numbers = [kinds[type] and rows[type][slot] == want for type, slot, want, _ in events]
+        numbers = [
+            kinds[type] and rows[type][slot].item() == want and want != UNEXPECTED
+            for type, slot, want, _ in events
+        ]
         plain.append(all(k != YIELDED and n for (k, *_), n in zip(events, numbers, strict=True)))
     table, at = np.array(entries, np.int32), np.array(begin, np.int32)
     found = find_arithmetic().unlike(table, at, places)
@@ -142,6 +152,7 @@ def test_answers_that_are_as_expected_are_left_out(data: st.DataObject) -> None:
 
     want = read_events(at, owners, table, values_of)
     got = read_events(at[found], owners[found], table, values_of) if len(found) else Events({}, [])
+    assert want.unexpected.keys() == other
     assert got.unexpected == want.unexpected and sorted(got.yielded) == sorted(want.yielded)
 
 

@@ -9,6 +9,7 @@ import gc
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from test_soak import (
     Classifier,
     Decoder,
     Flaky,
+    FlakyBeside,
     Injected,
     Speaker,
     Tree,
@@ -146,6 +148,70 @@ def test_what_follows_is_made_while_a_launch_runs(monkeypatch: pytest.MonkeyPatc
         stats = compiled.stats()
         assert stats["running"] == stats["live_bytes"] == stats["failed"] == 0
     assert min(tried.values()) >= 5, tried
+
+
+@torch.no_grad()
+def test_what_follows_may_be_of_several_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not foreseen then; who is in flight goes on."""
+    torch.manual_seed(8)
+    model, generator = Decoder().eval(), random.Random(9)
+    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1 << 20)
+    monkeypatch.setattr(launcher.Launcher, "ahead", lambda *_: 1)
+    foresee, asked = launcher.Launcher.foresee, [0]
+
+    def several(self: Any, running: Any, **kwargs: Any) -> Any:
+        """As the scheduler gives it where ready calls are of several cells."""
+        if len(running.batch.held):
+            asked[0] += 1
+            running = replace(running, batch=replace(running.batch, held_cell=-1))
+        return foresee(self, running, **kwargs)
+
+    monkeypatch.setattr(launcher.Launcher, "foresee", several)
+    with cellc.compile(model, backend="cpp") as compiled:
+        for count in (2, 10, 40, 40):
+            given = [words(generator, 9, 9) for _ in range(count)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x))
+    assert asked[0] > 5
+
+
+@torch.no_grad()
+def test_what_follows_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whom a launch that ran ends has a result, though what follows it fails."""
+    torch.manual_seed(8)
+    model, generator = Decoder().eval(), random.Random(3)
+    for parameter in model.parameters():
+        parameter.mul_(2.5)  # decisions that differ
+    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1 << 20)
+    monkeypatch.setattr(launcher.Launcher, "ahead", lambda *_: 1)
+    foresee, inside, refused = launcher.Launcher.foresee, [False], [0]
+
+    def noting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inside[0] = True
+        try:
+            return foresee(self, *args, **kwargs)
+        finally:
+            inside[0] = False
+
+    class Refusing(FlakyBeside):
+        """Foreseen launches cannot be made."""
+
+        def _perhaps(self) -> None:
+            if inside[0]:
+                refused[0] += 1
+                raise Injected
+
+    monkeypatch.setattr(launcher.Launcher, "foresee", noting)
+    with cellc.compile(model, backend="cpp") as compiled:
+        compiled.map([words(generator, 9, 9) for _ in range(40)])
+        kernels = compiled._compiler.kernels
+        for number, kernel in list(kernels.items()):
+            kernels[number] = Refusing(kernel, [0.0])
+        for _ in range(6):
+            given = [words(generator, 9, 9) for _ in range(40)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x))
+    assert refused[0] > 5
 
 
 @torch.no_grad()

@@ -454,3 +454,22 @@ def test_floats_are_rounded_as_pythons(backend: Any) -> None:
     with cellc.compile(products, backend=backend) as compiled:
         for x, got in zip(requests, compiled.map(requests), strict=True):
             assert got == products(x)
+
+
+# -- the number that stands for no answer --
+
+
+def named(x: Tensor) -> Any:
+    """Each number is asked for, as one and as the negative of another."""
+    names = {1 << 31: 2.0, -(1 << 31): 3.0, (1 << 31) - 1: 5.0}
+    made = x[:1] * 0.5
+    for y in x:
+        made = made + names.get(y.item(), 1.0) + names.get(int(y), 0.25)
+    return made
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+def test_every_number_may_be_an_answer(dtype: torch.dtype) -> None:
+    edge = 1 << 31
+    given = [[edge], [-edge, edge], [1, edge, 4], [edge - 1, 1 - edge, edge], [7, 8, -edge]]
+    check(named, [torch.tensor(x, dtype=dtype) for x in given])
