@@ -175,17 +175,20 @@ class Launcher:
         nothing does, or that is not known. `shared`: somebody could join.
         """
         batch, rows = running.batch, len(running.batch.held)
-        if not 0 < rows < 2 * pacing.ROWS_BESIDE:  # more are run half by half
+        if batch.held_cell < 0 or not 0 < rows < 2 * pacing.ROWS_BESIDE:  # more run half by half
             return None
         steps = self._pacer.steps(batch.held_cell, rows, shared=shared)
         following = self._scheduler.look(batch, steps)
         if following is None or self._pacer.expected(following) <= pacing.BESIDE:
             return None
-        prepare = getattr(self._compiler.kernel(following.cell), "prepare", None)
-        if prepare is None:
+        try:
+            prepare = getattr(self._compiler.kernel(following.cell), "prepare", None)
+            if prepare is None:
+                return None
+            launch, generation = self.tables(following), self._arenas.generation
+            made = prepare(launch, self._arenas)
+        except Exception:  # again where it is begun, of whose requests it is known then
             return None
-        launch, generation = self.tables(following), self._arenas.generation
-        made = prepare(launch, self._arenas)
         return Foreseen(Running(following, launch, 0.0, 0.0, made), steps, generation)
 
     def follow(self, before: Running, foreseen: Foreseen) -> Running | None:
