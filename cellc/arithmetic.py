@@ -2,11 +2,11 @@
 
 Duty: what costs the scheduler and the planner time (`cellc.scheduler` says what the table holds).
 `place` copies blocks of plans into it. `advance`, from the calls that a launch begins with, follows
-their chains, looks up the slots of all rows, tells successors, counts down requests; `unlike`, of
-what they gave, finds what may not be as expected. `arrange` gives calls of new requests their
-numbers, places and records (`cellc.arranging`), `tree` checks arrays of children, `copy` brings
-large tensors into arenas. Here by numpy; `kernels.native` has the same in C++ for machines with a
-compiler.
+their chains, looks up the slots of all rows, tells successors, counts down requests; `look` says
+which rows those would be, and changes nothing; `unlike`, of what they gave, finds what may not be
+as expected. `arrange` gives calls of new requests their numbers, places and records
+(`cellc.arranging`), `tree` checks arrays of children, `copy` brings large tensors into arenas. Here
+by numpy; `kernels.native` has the same in C++ for machines with a compiler.
 """
 
 from __future__ import annotations

@@ -175,9 +175,7 @@ class Launcher:
         nothing does, or that is not known. `shared`: somebody could join.
         """
         batch, rows = running.batch, len(running.batch.held)
-        if batch.held_cell < 0:  # of several cells
-            return None
-        if not 0 < rows < 2 * pacing.ROWS_BESIDE:  # more are run half by half
+        if batch.held_cell < 0 or not 0 < rows < 2 * pacing.ROWS_BESIDE:  # more run half by half
             return None
         steps = self._pacer.steps(batch.held_cell, rows, shared=shared)
         following = self._scheduler.look(batch, steps)
@@ -187,8 +185,8 @@ class Launcher:
         try:
             prepare = getattr(self._compiler.kernel(following.cell), "prepare", None)
             made = None if prepare is None else prepare(launch, self._arenas)
-        except Exception:
-            return None  # `begin` meets it again, and fails who is in that launch
+        except Exception:  # again where it is begun, of whose requests it is known then
+            return None
         if made is None:
             return None
         return Foreseen(Running(following, launch, 0.0, 0.0, made), steps, generation)

@@ -3,7 +3,8 @@
 // Duty: blocks of plans placed; calls of new requests arranged (`arranging.h`); and two calls a launch,
 // so that the caller gives arrays of the right size: `cellc_expand` follows the chains of the heads and
 // changes nothing; `cellc_advance` fills the arrays and tells successors and requests. Between them the
-// lengths that were found wait in memory of the thread. After it, `cellc_unlike` looks at its answers.
+// lengths that were found wait in memory of the thread. `cellc_look` in its place only looks. After the
+// launch, `cellc_unlike` looks at its answers.
 #include <stdint.h>
 
 #include <algorithm>

@@ -132,6 +132,7 @@ class Native:
         self, table: I32, heads: I64, max_steps: int | None, length: int
     ) -> tuple[I64, I32, I32]:
         found = (ctypes.c_int64 * 3)()
+        heads = np.ascontiguousarray(heads, np.int64)
         place, limit = address(table), _NO_LIMIT if max_steps is None else max_steps
         self._expand(place, address(heads), len(heads), limit, found)
         rows, num_steps, _ = found

@@ -150,6 +150,46 @@ def test_what_follows_is_made_while_a_launch_runs(monkeypatch: pytest.MonkeyPatc
     assert min(tried.values()) >= 5, tried
 
 
+class Stacked(nn.Module):
+    """What the lower cell gives is an answer, and is read by both cells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(40, 8), nn.Linear(8, 40)
+        self.lower, self.upper = nn.GRUCell(8, 8), nn.RNNCell(8, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        state, top, token = torch.zeros(8), torch.zeros(8), tokens[0]
+        for _ in range(12):
+            state = self.lower(self.embedding(token), state)
+            token = self.head(state).argmax()
+            if token.item() < 8:
+                break
+            top = self.upper(state, top)
+        return top
+
+
+@torch.no_grad()
+def test_calls_of_several_cells_follow_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(9)
+    model, generator = Stacked().eval(), random.Random(8)
+    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1 << 20)
+    foresee, mixed = launcher.Launcher.foresee, 0
+
+    def counted(self: Any, running: Any, *, shared: bool) -> Any:
+        nonlocal mixed
+        mixed += len(running.batch.held) > 0 and running.batch.held_cell < 0
+        return foresee(self, running, shared=shared)
+
+    monkeypatch.setattr(launcher.Launcher, "foresee", counted)
+    with cellc.compile(model, backend="cpp") as compiled:
+        for _ in range(8):
+            given = [words(generator, 9, 9) for _ in range(60)]
+            for x, got in zip(given, compiled.map(given), strict=True):
+                same(got, model(x))
+    assert mixed > 0
+
+
 @torch.no_grad()
 def test_what_follows_may_be_of_several_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not foreseen then; who is in flight goes on."""
