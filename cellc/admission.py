@@ -195,10 +195,13 @@ class Admission:
         if self._counters.timeline is not None:
             self._counters.timeline.admitted(tickets)
 
+    def forget_entering(self) -> None:
+        """Whoever was being admitted waits again, or has ended."""
+        self._entering = ()
+
     def in_flight(self) -> list[Ticket]:
         """Requests that have begun and have not ended, whatever was left midway."""
         waiting = set(map(id, self.inbox))
         flying = [*self._flight.live.values(), *self._flight.leaving, *self._entering]
-        self._entering = ()
         found = {id(t): t for t in flying}
         return [t for t in found.values() if not t.done and id(t) not in waiting]

@@ -66,6 +66,7 @@ class Turns:
         self._counters = flight.counters
         self._timeout, self._looked = timeout, 0.0
         self._running: Running | None = None  # the launch that has not been completed
+        self._midway = False  # something was left so: what comes next begins with a restart
         self.dropped: deque[Ticket] = deque()
         arenas.settle = launcher.settle
 
@@ -84,19 +85,27 @@ class Turns:
 
     def forget(self, tickets: Sequence[Ticket]) -> None:
         """Requests that nobody waits for any more."""
+        if self._midway:
+            self.restart()
         self.land()
         self._forget(tickets)
 
     def _guarded(self, work: Callable[[], None]) -> None:
+        if self._midway:  # the restart after an interruption was interrupted, too
+            self.restart()
+        self._midway = True
         try:
-            work()
-        except Exception as error:  # ours: what is in flight fails with it, the engine goes on
-            self._fail_all(error)
+            try:
+                work()
+            except Exception as error:  # ours: what is in flight fails with it, the engine goes on
+                self._fail_all(error)
+            self._midway = False
         except BaseException as error:  # this thread is interrupted, or ends
             self.restart(error if self._threads.in_background else None)
             raise
         finally:
-            self._flight.leaving = ()
+            if not self._midway:
+                self._flight.leaving = ()
 
     def _step(self) -> None:
         launcher = self._launcher
@@ -191,21 +200,24 @@ class Turns:
 
     def restart(self, cause: BaseException | None = None) -> None:
         """A turn was left midway: requests in flight begin again, from their data, or fail with a
-        cause.
+        cause. Interrupted, it is done again (`_midway`): they wait before anything is forgotten.
         """
+        self._midway = True
         self._launcher.settle()
         self._running = None
         with self._guard:
             again = self._admission.in_flight()
-            for known in (self._flight, self._onward, self._scheduler, self._arenas):
-                known.clear()
             for ticket in again:
                 ticket.entry, ticket.first, ticket.number = ticket.first or ticket.entry, None, -1
                 ticket.held = ticket.branch = ticket.failure = ticket.fault = None
             waiting = list(self._admission.inbox)
             if cause is None:
                 self._admission.queue_first(again)
+            for known in (self._flight, self._onward, self._scheduler, self._arenas):
+                known.clear()
             self._flight.futures = sum(t.started for t in [*waiting, *again] if not t.done)
+            self._admission.forget_entering()
+            self._midway = False
         try:
             if cause is not None:
                 self._counters.recoveries += 1

@@ -9,7 +9,6 @@ import gc
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -188,31 +187,6 @@ def test_calls_of_several_cells_follow_a_launch(monkeypatch: pytest.MonkeyPatch)
             for x, got in zip(given, compiled.map(given), strict=True):
                 same(got, model(x))
     assert mixed > 0
-
-
-@torch.no_grad()
-def test_what_follows_may_be_of_several_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not foreseen then; who is in flight goes on."""
-    torch.manual_seed(8)
-    model, generator = Decoder().eval(), random.Random(9)
-    monkeypatch.setattr(pacing, "ROWS_BESIDE", 1 << 20)
-    monkeypatch.setattr(launcher.Launcher, "ahead", lambda *_: 1)
-    foresee, asked = launcher.Launcher.foresee, [0]
-
-    def several(self: Any, running: Any, **kwargs: Any) -> Any:
-        """As the scheduler gives it where ready calls are of several cells."""
-        if len(running.batch.held):
-            asked[0] += 1
-            running = replace(running, batch=replace(running.batch, held_cell=-1))
-        return foresee(self, running, **kwargs)
-
-    monkeypatch.setattr(launcher.Launcher, "foresee", several)
-    with cellc.compile(model, backend="cpp") as compiled:
-        for count in (2, 10, 40, 40):
-            given = [words(generator, 9, 9) for _ in range(count)]
-            for x, got in zip(given, compiled.map(given), strict=True):
-                same(got, model(x))
-    assert asked[0] > 5
 
 
 @torch.no_grad()

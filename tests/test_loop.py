@@ -16,6 +16,7 @@ import cellc
 from cellc.frontends.placeholder import modes_kept
 from cellc.kernels import cpp_build
 from cellc.loop import Loop
+from cellc.turns import Turns
 from cellc.waiting import Condition, Future
 from tests.interruptions import Interruption
 
@@ -151,6 +152,64 @@ def test_interruptions_in_calls_leave_others_right(use: Any) -> None:
         engine = compiled._engine
         assert engine._arenas.live == engine.flight.live_bytes == engine.flight.futures == 0
         compiled.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_interruptions_of_what_follows_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C twice: the second comes while requests in flight are put back. None is lost, none has
+    another's rows.
+    """
+    torch.manual_seed(0)
+    model, x = Tagger().eval(), torch.randn(3, 4)
+    longer = torch.randn(9, 4)
+    with torch.no_grad():
+        want, want_longer = model(x), model(longer)
+    restart, complete = Turns.restart, Turns._complete
+
+    def points_of(number: int) -> int:
+        """Interrupt `number` points after the first interruption; how many there were until then,
+        or until it was over.
+        """
+        with cellc.compile(model, backend="eager") as compiled, monkeypatch.context() as patch:
+            compiled(x), compiled(longer)
+            engine, passed, counts = compiled._engine, [0], [0]
+
+            def leaves(self: Any, *given: Any) -> Any:
+                passed[0] += 1
+                if passed[0] == 2:  # some launches were completed, some requests are in flight
+                    raise KeyboardInterrupt
+                return complete(self, *given)
+
+            def interrupted(self: Any, cause: Any = None) -> None:
+                patch.setattr(Turns, "restart", restart)
+                points = Interruption(number)
+                try:
+                    with points:
+                        restart(self, cause)
+                finally:
+                    counts[0] = points.count
+
+            patch.setattr(Turns, "_complete", leaves)
+            patch.setattr(Turns, "restart", interrupted)
+            others = [compiled._ticket((y,), {}) for y in (x, longer, x)]
+            engine.enqueue(others)
+            with pytest.raises(KeyboardInterrupt):
+                compiled.map([x, longer, x])
+            engine.run(others)
+            for ticket, result in zip(others, (want, want_longer, want), strict=True):
+                torch.testing.assert_close(ticket.result, result)
+            for _ in range(2):
+                got = compiled.map([longer, x, longer])
+                for one, result in zip(got, (want_longer, want, want_longer), strict=True):
+                    torch.testing.assert_close(one, result)
+            assert engine._arenas.live == engine.flight.live_bytes == engine.flight.futures == 0
+            assert not engine._inbox
+            return counts[0]
+
+    count = points_of(0)
+    assert count > 30
+    numbers = list(range(1, count, 3))
+    assert [points_of(n) for n in numbers] == numbers
 
 
 def test_modes_that_an_interruption_leaves_on_are_taken_off() -> None:
