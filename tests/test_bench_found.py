@@ -197,6 +197,8 @@ def test_peers_beside_those_of_another_machine() -> None:
     assert "not measured" in peers["treelstm-256", trees.EAGER].why
     rows = {row[1]: row[2:] for row in reference.sheet(ours).rows if row[0] == "lstm-256 vectors"}
     assert rows[PACKED] == ["below 0.9", "3,629", "1,500", "0.83"]
+    ours.add([replace(m, requests=16) for m in ours.of("lstm-256")])
+    assert "lstm-256 vectors: 16 requests" in reference.sheet(ours).notes
     assert set(reference.WORKLOADS) <= set(NAMES)
 
 

@@ -8,7 +8,7 @@ not.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
@@ -23,6 +23,7 @@ from cellc.errors import UsageError
 
 T = TypeVar("T", Outcome, OnlineOutcome)
 SHARE = 0.7  # of the peer's peak: the load that targets and claims are about
+REQUESTS = 512  # at once, likewise
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ class Found:
     @property
     def all(self) -> list[Measured[Any]]:
         return [*self.cases, *self.online]
+
+    def unlike(self, workloads: Container[str]) -> str:
+        """What of these was measured with other requests or units than is usual."""
+        notes = [
+            f"{m.key}: {m.requests} requests" + (f", {m.units} units" if m.units else "")
+            for m in self.all
+            if m.workload in workloads and (m.requests != REQUESTS or m.units)
+        ]
+        return "; ".join(dict.fromkeys(notes))  # at once and as they come
 
     def outcome(self, key: str) -> Outcome:
         """Raises Lacking where it was not measured, or disturbed."""

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cellc.bench import host, trees
-from cellc.bench.found import Found, Lacking
+from cellc.bench.found import REQUESTS, Found, Lacking
 from cellc.bench.recurrent import (
     ALONE,
     BUCKETS,
@@ -81,11 +81,12 @@ def compare(found: Found) -> list[Peer]:
     peers = []
     for key, rates in THEIRS.items():
         for way, theirs in rates.items():
+            here = None
             try:
                 here = _rate(found, key, way)
                 scale = found.fact("saturation", host.PEAK) / THEIR_PRODUCT
             except Lacking as why:
-                peers.append(Peer(key, way, theirs, why=str(why)))
+                peers.append(Peer(key, way, theirs, here, why=str(why)))
             else:
                 peers.append(Peer(key, way, theirs, here, here / (theirs * scale)))
     return peers
@@ -105,7 +106,8 @@ def sheet(found: Found) -> Sheet:
     for peer in compare(found):
         there = f"{peer.theirs:,.0f}"
         if peer.here is None or peer.share is None:
-            rows.append([peer.workload, peer.way, peer.why, there, "", ""])
+            rate = "" if peer.here is None else f"{peer.here:,.0f}"
+            rows.append([peer.workload, peer.way, peer.why, there, rate, ""])
         else:
             holds = "" if peer.holds else f"below {LEAST:g}"
             rows.append(
@@ -120,5 +122,7 @@ def sheet(found: Found) -> Sheet:
             f"a {host.SIZE}^3 product: {product:.0f} GFLOP/s here, {THEIR_PRODUCT:.0f} there; at "
             f"least {LEAST:g} of theirs is meant"
         )
+    if unlike := found.unlike(WORKLOADS):
+        notes += f"; theirs are of {REQUESTS} requests, but {unlike}"
     columns = ("workload", "peer", "", "there, requests/s", "here", "of theirs at this speed")
     return Sheet("Peers, beside another machine's", columns, rows, notes, left=3)

@@ -15,7 +15,6 @@ from cellc.bench.online_workloads import STATED
 from cellc.bench.recurrent import BUCKETS, CELLC, ONNX, ONNX_BUCKETS
 from cellc.bench.sheets import Sheet, number
 
-REQUESTS = 512
 Measure = Callable[[Found], float]
 
 
@@ -210,16 +209,6 @@ def sheet(found: Found) -> Sheet:
                 [target.what, target.text, f"{number(verdict.measured)}{target.unit}", held]
             )
     columns = ("what", "target", "measured", "")
-    return Sheet("Targets", columns, rows, _unlike(found), left=len(columns))
-
-
-def _unlike(found: Found) -> str:
-    """What was measured otherwise than targets say."""
-    decide = {t.workload for t in TARGETS}
-    notes = [
-        f"{m.key}: {m.requests} requests" + (f", {m.units} units" if m.units else "")
-        for m in found.all
-        if m.workload in decide and (m.requests != REQUESTS or m.units)
-    ]
-    notes = list(dict.fromkeys(notes))  # at once and as they come
-    return f"not as targets are meant: {'; '.join(notes)}" if notes else ""
+    unlike = found.unlike({t.workload for t in TARGETS})
+    notes = f"not as targets are meant: {unlike}" if unlike else ""
+    return Sheet("Targets", columns, rows, notes, left=len(columns))
