@@ -28,6 +28,7 @@ from cellc.bench.tree_models import (
     TreeLSTM,
     as_arrays,
     run_levels,
+    with_packed_weights,
 )
 from cellc.bench.tree_peers import DynetTreeLSTM, TorchfoldTreeLSTM
 from cellc.compiled import Compiled
@@ -36,7 +37,10 @@ from cellc.trees import Tree
 
 EAGER_SAMPLE = 96  # trees of a round that run eagerly: it takes long
 EAGER, LEVELS = "eager recursion, one tree at a time", "PyTorch, levels batched by hand"
-DYNET, TORCHFOLD = "DyNet autobatching", "torchfold, 128 at once"
+PACKED_BATCH = 256
+EAGER_PACKED = "eager recursion, weights in oneDNN's layout"
+LEVELS_PACKED = f"levels by hand, {PACKED_BATCH} at once, weights in oneDNN's layout"
+DYNET, TORCHFOLD = "DyNet autobatching", "torchfold"
 SEEN, NEW = "cellc, plain recursion, structures seen", "cellc, plain recursion, every tree new"
 TREE_SEEN, TREE_NEW = "cellc.Tree, structures seen", "cellc.Tree, every tree new"
 UNFOLD = "us a cell call to unfold, {}, never seen"
@@ -109,8 +113,9 @@ def tree_case(hidden: int, count: int, path: Path | None = None, place: Place = 
     new = New(forest, lambda batch: recursion.map(batch.requests))
     new_arrays = New(forest, lambda batch: arrays.map(batch.array_requests))
     ways = [
-        Way(EAGER, lambda: [model(t) for t in forest.now.nested[:sample]], sample),
-        Way(LEVELS, lambda: run_levels(model, forest.now.arrays).unbind()),
+        Way(EAGER, partial(_eagerly, model, forest, sample), sample),
+        Way(LEVELS, partial(_by_levels, model, forest, count)),
+        *(_packed_ways(model, forest, sample) if place.on_cpu else ()),
         *others,
         Way(NEW, new, fresh=new.fresh),
         Way(SEEN, lambda: recursion.map(forest.now.requests)),
@@ -134,7 +139,7 @@ def tree_case(hidden: int, count: int, path: Path | None = None, place: Place = 
         unit="trees",
         missing=missing,
         compiled=[recursion, arrays],
-        against=[LEVELS, *(way.name for way in others if way.name == DYNET)],
+        against=[way.name for way in ways if way.name in (LEVELS, LEVELS_PACKED, DYNET)],
         again=forest.renew,
         facts=facts,
     )
@@ -153,6 +158,26 @@ def _other_ways(model: TreeLSTM, forest: Forest, on_cpu: bool) -> tuple[list[Way
         else:
             ways.append(Way(name, partial(_unbound, peer, forest)))
     return ways, missing
+
+
+def _packed_ways(model: TreeLSTM, forest: Forest, sample: int) -> list[Way]:
+    packed = with_packed_weights(model)
+    return [
+        Way(EAGER_PACKED, partial(_eagerly, packed, forest, sample), sample),
+        Way(LEVELS_PACKED, partial(_by_levels, packed, forest, PACKED_BATCH)),
+    ]
+
+
+@torch.inference_mode()  # a tenth faster than no_grad: operations are small
+def _eagerly(model: TreeLSTM, forest: Forest, sample: int) -> Sequence[Tensor]:
+    return [model(tree) for tree in forest.now.nested[:sample]]
+
+
+@torch.inference_mode()
+def _by_levels(model: TreeLSTM, forest: Forest, batch: int) -> Sequence[Tensor]:
+    trees = forest.now.arrays
+    parts = [run_levels(model, trees[at : at + batch]) for at in range(0, len(trees), batch)]
+    return torch.cat(parts).unbind()
 
 
 def _unbound(peer: Callable[[], Peer], forest: Forest) -> Sequence[Tensor]:
