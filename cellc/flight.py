@@ -28,6 +28,7 @@ from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 
 T = TypeVar("T")
+FEW = 8  # requests that end together, whose results are copied one by one
 KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
 
 
@@ -234,9 +235,13 @@ class Flight:
         self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
-        if len(tickets) == 1:
-            bases = tickets[0].bases
-            return [self._arenas.read([(rows, int(bases[rows.type])) for rows in outputs[0]])]
+        if len(tickets) <= FEW:
+            read = self._arenas.read
+            bases = [ticket.bases.tolist() for ticket in tickets]
+            return [
+                read([(rows, base[rows.type]) for rows in given])
+                for given, base in zip(outputs, bases, strict=True)
+            ]
         together = [t.together for t in tickets]
         return gather(self._arenas, outputs, side_by_side(tickets), together)
 
@@ -276,8 +281,11 @@ class Flight:
 
     def free(self, tickets: Sequence[Ticket]) -> None:
         """Give the regions of requests back."""
-        if tickets:
-            self._arenas.free([t.entry.plan for t in tickets], side_by_side(tickets))
+        plans = [t.entry.plan for t in tickets]
+        if len(tickets) <= FEW:
+            self._arenas.free_few(plans, [t.bases.tolist() for t in tickets])
+        else:
+            self._arenas.free(plans, side_by_side(tickets))
 
     def fail(self, failed: Sequence[tuple[Ticket, BaseException]]) -> None:
         """End requests in flight with errors."""

@@ -76,6 +76,17 @@ def arranged(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
     return flat if rows.order is None else flat.permute(rows.order).contiguous()
 
 
+def as_tensor(flat: npt.NDArray[Any], rows: OutputRows) -> torch.Tensor:
+    """`arranged` of an array of its own, by one call of torch: each costs as much as all of numpy's
+    here, after a kernel has filled the caches, and lets another thread have Python.
+    """
+    if len(rows.positions) != 1:
+        flat = flat.reshape((*rows.positions, *flat.shape[1:]))
+    if rows.order is not None:
+        flat = np.ascontiguousarray(flat.transpose(rows.order))
+    return torch.from_numpy(flat)
+
+
 def parted(flat: torch.Tensor, rows: OutputRows, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
     """Rows of tensors like one, [rows of all, *row], as these, with dimensions in the model's
     order. Each has a version of its own: autograd sees no writing to one in another.

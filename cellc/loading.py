@@ -22,6 +22,8 @@ from cellc.ticket import Ticket, out_of_range
 from cellc.unfolded import DRAWN
 from cellc.writing import Writer
 
+FEW = 16  # requests that begin together, whose data is copied one by one
+
 
 @dataclass(slots=True)
 class Column:
@@ -43,24 +45,26 @@ class Loader:
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
         errors: dict[int, BaseException] = {}
-        columns = self._alone if len(tickets) == 1 else self._columns
+        columns = self._one_by_one if len(tickets) <= FEW else self._columns
         for column in columns(tickets, bases):
             self._copy(column, errors)
         return errors
 
-    def _alone(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
-        """What of a lone request is not copied yet."""
-        (ticket,), write = tickets, self.writer.write_one
-        for rows in ticket.entry.plan.data:
-            if rows.leaf >= 0:
-                tensor, start = ticket.tensor(rows.leaf), int(bases[0, rows.type]) + rows.start
+    def _one_by_one(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
+        """What of a few requests is not copied yet."""
+        write = self.writer.write_one
+        for position, (ticket, base) in enumerate(zip(tickets, bases.tolist(), strict=True)):
+            for rows in ticket.entry.plan.data:
+                if rows.leaf < 0:
+                    continue
+                tensor, start = ticket.tensor(rows.leaf), base[rows.type] + rows.start
                 try:
                     written = write(rows, start, tensor)
                 except Exception:
                     written = False
                 if not written:
                     starts, counts = np.array([start]), np.array([rows.count])
-                    yield Column(rows, (0,), starts, counts, [tensor])
+                    yield Column(rows, (position,), starts, counts, [tensor])
 
     def _columns(self, tickets: Sequence[Ticket], bases: I64) -> Iterator[Column]:
         plans = [ticket.entry.plan for ticket in tickets]

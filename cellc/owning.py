@@ -6,14 +6,11 @@ requests are submitted, streamed, or tried.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from cellc.carry import Late
 from cellc.copier import Copier
 from cellc.ticket import Ticket
-
-ALONE = 1 << 15  # elements that torch copies without its threads
 
 
 def owned(ticket: Ticket) -> Ticket:
@@ -30,17 +27,13 @@ def owned(ticket: Ticket) -> Ticket:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """As `clone`, but torch's threads stay asleep: once woken by a long request, they spin for
-    long on processors that launches need.
+    """As `clone`, by numpy where it can: torch takes longer for small ones, and for large ones wakes
+    threads, which then spin for long on processors that launches need.
     """
-    given = tensor.detach()
-    plain = type(given) is torch.Tensor and given.is_cpu and given.layout is torch.strided
-    if not plain or given.numel() <= ALONE or not _in_numpy(given):
-        return given.clone()
-    made = torch.empty_like(given)
-    np.copyto(made.numpy(), given.numpy())
-    return made
-
-
-def _in_numpy(tensor: torch.Tensor) -> bool:
-    return tensor.dtype is not torch.bfloat16 and not (tensor.is_neg() or tensor.is_conj())
+    given = tensor.detach() if tensor.requires_grad else tensor
+    if type(given) is torch.Tensor and given.is_cpu and given.layout is torch.strided:
+        try:
+            return torch.from_numpy(given.numpy().copy("K"))
+        except (TypeError, RuntimeError):  # numpy has no such numbers
+            pass
+    return given.detach().clone()

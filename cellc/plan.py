@@ -144,6 +144,17 @@ class Plan:
         """Slots of each row type, as size classes (`cellc.regions`)."""
         return np.array([size_class(n) for n in self.num_slots], np.int64)
 
+    @cached_property
+    def pieces(self) -> Sequence[tuple[int, int]]:
+        """Row types of which it has slots, and how many of each, as a size class."""
+        return [(type, room) for type, room in enumerate(self.rooms.tolist()) if room]
+
+    @cached_property
+    def first_calls(self) -> tuple[Sequence[int], int]:
+        """(`ready` as a list, the cell of all of those calls, or -1)."""
+        cells = set(self.calls[self.ready, CELL].tolist())
+        return self.ready.tolist(), cells.pop() if len(cells) == 1 else -1
+
     @property
     def block(self) -> tuple[I32, I32]:
         """Calls, records and successors (and events) as one array, and what to add to each entry:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 I64 = npt.NDArray[np.int64]
+FEW = 16  # pieces that are given out and taken back one by one: arrays take longer
 
 
 @cache
@@ -82,6 +83,29 @@ class Regions:
             self.capacity = capacity
         return starts
 
+    def take(self, room: int) -> int:
+        """Start of one piece, whose size is a size class and not 0."""
+        free = self._free.get(room)
+        if free:
+            self.live += 1
+            return free.pop()
+        start, end = self._next, self._next + room
+        if end > self.capacity:
+            capacity = max(2 * self.capacity, end)
+            self._grow(capacity)
+            self.capacity = capacity
+        self._next = end
+        self.live += 1
+        return start
+
+    def give(self, start: int, room: int) -> None:
+        """Take one piece back."""
+        self.live -= 1
+        if self.live == 0:
+            self.clear()
+        else:
+            self._free[room].append(start)
+
     def _take(self, room: int) -> int:
         free = self._free.get(room)
         if free:
@@ -136,11 +160,24 @@ class Flat:
         data[: len(self.data)] = self.data
         self.data = data
 
-    def allocate_rooms(self, rooms: I64) -> I64:
-        return self._regions.allocate_rooms(rooms)
+    def allocate_rooms(self, rooms: Sequence[int]) -> list[int]:
+        """Starts of pieces of such sizes, which are size classes."""
+        if len(rooms) > FEW or 0 in rooms:
+            return self._regions.allocate_rooms(np.array(rooms, np.int64)).tolist()  # type: ignore[no-any-return]
+        starts: list[int] = []
+        try:
+            for room in rooms:
+                starts.append(self._regions.take(room))
+        except BaseException:  # there is no memory
+            self.free_rooms(starts, rooms[: len(starts)])
+            raise
+        return starts
 
-    def free_rooms(self, starts: I64, rooms: I64) -> None:
-        self._regions.free_rooms(starts, rooms)
+    def free_rooms(self, starts: Sequence[int], rooms: Sequence[int]) -> None:
+        if len(rooms) > FEW or 0 in rooms:
+            return self._regions.free_rooms(np.array(starts, np.int64), np.array(rooms, np.int64))
+        for start, room in zip(starts, rooms, strict=True):
+            self._regions.give(start, room)
 
     def clear(self) -> None:
         self._regions.clear()

@@ -131,33 +131,37 @@ class Scheduler:
         """
         self._turns += 1
         self._picked = None
-        rooms = np.array([plan.table_room for plan in plans], np.int64)
-        first_calls = self._table.allocate_rooms(rooms)
-        firsts = first_calls.tolist()
+        firsts = self._table.allocate_rooms([plan.table_room for plan in plans])
         self._reserve(max(requests))
         self._requests.update(zip(requests, zip(plans, firsts, strict=True), strict=True))
-        numbers = np.asarray(requests)
-        self._left[numbers] = [len(plan.calls) for plan in plans]
+        left = self._left
+        for request, plan in zip(requests, plans, strict=True):
+            left[request] = plan.num_calls
         if self.urgency is not None:
             self.urgency.place(plans, firsts, wishes or [NO_WISH] * len(plans))
         for start in range(0, len(plans), ADDED_TOGETHER):
             part = slice(start, start + ADDED_TOGETHER)
-            self._place(plans[part], numbers[part], first_calls[part], bases[part])
+            self._place(plans[part], requests[part], firsts[part], bases[part])
 
     def _place(
         self,
         plans: Sequence[Plan],
-        numbers: npt.NDArray[np.int64],
-        first_calls: npt.NDArray[np.int64],
+        numbers: Sequence[int],
+        firsts: Sequence[int],
         bases: npt.NDArray[np.int64],
     ) -> None:
         """Copy the blocks of plans into the table, and queue the calls that are ready."""
         added = np.zeros((len(plans), REGION + bases.shape[1]), np.int32)
+        first_calls = np.array(firsts, np.int64)
         added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
         added[:, NUMBER], added[:, REGION:] = numbers, bases
         self._arithmetic.place(self._table.data, plans, first_calls, added)
-        ready = [plan.ready for plan in plans]
-        self._push(np.repeat(first_calls, list(map(len, ready))) + np.concatenate(ready))
+        begin = [plan.first_calls for plan in plans]
+        ready = [
+            first + call for first, (calls, _) in zip(firsts, begin, strict=True) for call in calls
+        ]
+        cells = {cell for _, cell in begin}
+        self._push(np.array(ready, np.int64), cells.pop() if len(cells) == 1 else -1)
 
     def _reserve(self, request: int) -> None:
         if request >= len(self._left):
@@ -223,7 +227,7 @@ class Scheduler:
         """Free finished requests' places in the arrays."""
         ended = [self._requests.pop(request) for request in requests]
         firsts, rooms = [first for _, first in ended], [plan.table_room for plan, _ in ended]
-        self._table.free_rooms(np.array(firsts, np.int64), np.array(rooms, np.int64))
+        self._table.free_rooms(firsts, rooms)
 
     def clear(self) -> None:
         """Forget all requests."""

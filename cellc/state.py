@@ -17,14 +17,15 @@ import torch
 
 from cellc.arithmetic import NUMBER_KINDS
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import arranged, as_block, parted
+from cellc.layout import arranged, as_block, as_tensor, parted
 from cellc.ops import RowType
 from cellc.plan import OutputRows, Plan, Tables, table_bytes
-from cellc.regions import Regions, size_class
+from cellc.regions import FEW, Regions, size_class
 
 FIRST_CAPACITY = 256
 FIRST_CONSTANTS = 16
 SMALL_OUTPUT = 1 << 14  # bytes of a returned tensor
+ONE_BY_ONE = 4  # returned tensors of a request that are copied so
 
 
 class Arenas(Mapping[RowType, torch.Tensor]):
@@ -157,6 +158,8 @@ class Arenas(Mapping[RowType, torch.Tensor]):
 
     def allocate(self, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
         """First slots of the regions of requests, one a plan: [m, row types]."""
+        if len(plans) <= FEW:
+            return self._allocate_few(plans)
         rooms = _rooms(plans, len(self._regions))
         wanted = (rooms != 0).any(0)
         bases = np.zeros((len(plans), len(self._regions)), np.int64)
@@ -168,6 +171,28 @@ class Arenas(Mapping[RowType, torch.Tensor]):
                     self._free_rooms(bases[:, :number], rooms)
                     raise
         return bases
+
+    def _allocate_few(self, plans: Sequence[Plan]) -> npt.NDArray[np.int64]:
+        regions = self._regions
+        bases = [[0] * len(regions) for _ in plans]
+        given: list[tuple[Regions, int, int]] = []
+        try:
+            for base, plan in zip(bases, plans, strict=True):
+                for type, room in plan.pieces:
+                    start = base[type] = regions[type].take(room)
+                    given.append((regions[type], start, room))
+        except BaseException:  # there is no memory
+            for those, start, room in given:
+                those.give(start, room)
+            raise
+        return np.array(bases, np.int64)
+
+    def free_few(self, plans: Sequence[Plan], bases: Sequence[Sequence[int]]) -> None:
+        """`free` of few requests, whose bases are lists."""
+        regions = self._regions
+        for plan, base in zip(plans, bases, strict=True):
+            for type, room in plan.pieces:
+                regions[type].give(base[type], room)
 
     def free(self, plans: Sequence[Plan], bases: npt.NDArray[np.int64]) -> None:
         """Free the regions of requests; `bases` as `allocate` gave them, or more row types."""
@@ -212,14 +237,22 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """Returned tensors of a request, each (its rows, the base of its region), with dimensions
         in the model's order.
 
-        Small ones that are alike are gathered together; a tensor of over SMALL_OUTPUT bytes has its
-        own memory. Of many requests: `cellc.gathering`.
+        Of more than ONE_BY_ONE, small ones that are alike are gathered together; any other tensor
+        has its own memory. Of many requests: `cellc.gathering`.
         """
         out: list[torch.Tensor | None] = [None] * len(wanted)
         small: dict[Any, list[int]] = {}
         for i, (rows, base) in enumerate(wanted):
-            if len(wanted) > 1 and len(rows.slots) * self._types[rows.type].nbytes <= SMALL_OUTPUT:
+            view = self._views[rows.type]
+            if len(wanted) > ONE_BY_ONE and self._bytes(rows) <= SMALL_OUTPUT:
                 small.setdefault(rows.kind, []).append(i)
+            elif view is not None:
+                if rows.contiguous:
+                    start = base + rows.first
+                    array = view[start : start + len(rows.slots)].copy()
+                else:
+                    array = view.take(rows.slots + rows.owned * np.int64(base), 0)
+                out[i] = as_tensor(array, rows)
             elif rows.contiguous:
                 start = base + int(rows.slots[0])
                 flat = self[self._types[rows.type]][start : start + len(rows.slots)]

@@ -67,11 +67,11 @@ class Writer:
     def write_one(self, rows: DataRows, start: int, tensor: torch.Tensor) -> bool:
         """`write` of one tensor; False where it takes more than a copy, or is wrong."""
         type, _, view = self._arenas.arena(rows.type)
-        if view is None or not tensor.is_cpu or tensor.is_neg():
+        if view is None or not tensor.is_cpu:
             return False
         form = rows.row_dims, type.shape, rows.windows
         flat = tensor if are_rows(*form) else as_rows(tensor, *form)
-        part = flat.detach().numpy()
+        part = (flat.detach() if flat.requires_grad else flat).numpy()
         view[start : start + len(part)] = part
         return rows.bound is None or not outside([part], [flat], rows.bound)
 

@@ -53,35 +53,30 @@ class Native:
 
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
-        self._expand, self._advance = library.cellc_expand, library.cellc_advance
-        self._look = library.cellc_look
-        self._place, self._arrange = library.cellc_place, library.cellc_arrange
-        self._tree, self._copy = library.cellc_tree, library.cellc_copy
-        self._unlike = library.cellc_unlike
-        pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._expand.argtypes = [pointer, pointer, number, number, pointer]
-        self._advance.argtypes = [ctypes.c_char_p, pointer]
-        self._place.argtypes = [pointer, number, pointer, ctypes.c_char_p, pointer, number]
-        self._arrange.argtypes = [pointer, pointer]
-        self._copy.argtypes = [pointer, number]
-        self._unlike.argtypes = [pointer, pointer, number, pointer, pointer]
-        self._look.argtypes = [ctypes.c_char_p]
-        self._expand.restype = self._advance.restype = self._place.restype = None
-        self._copy.restype = self._look.restype = None
-        self._tree.argtypes = [ctypes.c_char_p, number, number, pointer]
+        pointer, number, given = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
+
+        def brief(name: str, result: Any, *arguments: Any) -> Any:
+            """A function of microseconds, which keeps Python from other threads: one that took it
+            meanwhile would be waited for longer than that.
+            """
+            return ctypes.PYFUNCTYPE(result, *arguments)((f"cellc_{name}", library))
+
+        self._expand = brief("expand", None, pointer, pointer, number, number, pointer)
+        self._advance = brief("advance", None, given, pointer)
+        self._look = brief("look", None, given)
+        self._place = brief("place", None, pointer, number, pointer, given, pointer, number)
+        self._unlike = brief("unlike", number, pointer, pointer, number, pointer, pointer)
+        self._tree = brief("tree", number, given, number, number, pointer)
+        self._arrange, self._copy = library.cellc_arrange, library.cellc_copy
+        self._arrange.argtypes, self._arrange.restype = [pointer, pointer], number
+        self._copy.argtypes, self._copy.restype = [pointer, number], None
         self._room = threading.local()  # for what `tree` finds
-        self._arrange.restype = self._tree.restype = self._unlike.restype = number
 
     def place(self, table: I32, plans: Sequence[Plan], first_calls: I64, added: I32) -> None:
         firsts = np.ascontiguousarray(first_calls, np.int64)
-        self._place(
-            table.ctypes.data,
-            len(plans),
-            firsts.ctypes.data,
-            b"".join([plan.addresses for plan in plans]),
-            added.ctypes.data,
-            added.shape[1],
-        )
+        addresses = b"".join([plan.addresses for plan in plans])
+        where = address(table), len(plans), address(firsts), addresses, address(added)
+        self._place(*where, added.shape[1])
 
     def advance(
         self, table: I32, left: I64, heads: I64, max_steps: int | None, length: int

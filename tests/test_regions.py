@@ -11,7 +11,8 @@ from cellc.regions import Flat, Regions, size_class
 
 checked = settings(deadline=None, derandomize=True, max_examples=60)
 SIZES = st.integers(0, 40)
-# Steps: (take `count` pieces of `size`), or (give back the first `count` of the k-th live batch).
+# Steps: (take `count` pieces of `size`, one by one or together), or (give back the first `count` of
+# the k-th live batch, likewise).
 STEPS = st.lists(
     st.tuples(st.booleans(), SIZES, st.integers(1, 5)) | st.tuples(st.just(None), SIZES, SIZES),
     max_size=40,
@@ -35,11 +36,19 @@ def test_pieces_never_overlap(steps: list[tuple[bool | None, int, int]], reserve
     live: list[tuple[int, list[int]]] = []  # size, starts
     for fresh, size, count in steps:
         if fresh is not None:
-            live.append((size, regions.allocate([size] * count)))
+            if fresh and size:
+                starts = [regions.take(size_class(size)) for _ in range(count)]
+            else:
+                starts = regions.allocate([size] * count)
+            live.append((size, starts))
         elif live:
-            size, starts = live[size % len(live)]
+            size_of, starts = live[size % len(live)]
             given_back = [starts.pop() for _ in range(min(count, len(starts)))]
-            regions.free(given_back, [size] * len(given_back))
+            if count % 2 and size_of:
+                for start in given_back:
+                    regions.give(start, size_class(size_of))
+            else:
+                regions.free(given_back, [size_of] * len(given_back))
         taken = sorted((s, s + size_class(n)) for n, starts in live if n for s in starts)
         assert regions.live == len(taken)
         assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
@@ -88,15 +97,15 @@ def test_flat_arrays_keep_their_rows() -> None:
     flat = Flat(np.zeros((4, 2), np.int32))
     pieces = []
     for k in range(1, 9):
-        for start in flat.allocate_rooms(np.full(2, size_class(k))).tolist():
+        for start in flat.allocate_rooms([size_class(k)] * 2):
             flat.data[start : start + k] = k
             pieces.append((start, k))
     assert flat.data.dtype == np.int32 and flat.data.shape[1] == 2
     for start, k in pieces:
         assert (flat.data[start : start + k] == k).all()
     for start, k in pieces:
-        flat.free_rooms(np.array([start]), np.array([size_class(k)]))
-    assert flat.allocate_rooms(np.array([5])).tolist() == [0]
+        flat.free_rooms([start], [size_class(k)])
+    assert flat.allocate_rooms([5]) == [0]
 
 
 def test_without_memory_nothing_is_given_out() -> None:

@@ -331,7 +331,7 @@ def test_an_interrupted_lone_request_leaves_nothing(monkeypatch: pytest.MonkeyPa
             (engine, "enqueue"),
             (engine._scheduler, "add"),
             (engine.flight, "copy_in"),
-            *((regions, "allocate_rooms") for regions in engine._arenas._regions),
+            *((regions, "take") for regions in engine._arenas._regions),
         ):
             engine._replays.clear()
             with monkeypatch.context() as patched:
