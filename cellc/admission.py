@@ -67,6 +67,8 @@ class Admission:
 
     def within_limits(self, tickets: Sequence[Ticket]) -> Sequence[Ticket]:
         """Those that may run; the others fail."""
+        if len(tickets) == 1 and self._limits.refusal(tickets[0].entry) is None:
+            return tickets
         refusals = {e: self._limits.refusal(e) for e in {t.entry for t in tickets}}
         if any(refusals.values()):
             refused = [(t, error) for t in tickets if (error := refusals[t.entry])]
@@ -98,6 +100,11 @@ class Admission:
             assert ticket.future is not None
             ticket.future.set_running_or_notify_cancel()
             self._flight.abandon(ticket)
+
+    def overdue(self, since: float) -> bool:
+        """Has who is next waited since before then?"""
+        with self._guard:
+            return bool(self.inbox) and self.inbox[0].arrived < since
 
     def expire(self, now: float, seconds: float) -> None:
         """End requests that have taken too long."""

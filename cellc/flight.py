@@ -197,8 +197,9 @@ class Flight:
         the call that runs the loop, the others begin again (`Turns.restart`).
         """
         now, counters = time.perf_counter(), self.counters
-        watched: list[tuple[Ticket, Entry, Sequence[torch.Tensor]]] = []  # not by their call alone
+        watched: list[tuple[Ticket, Entry, Sequence[torch.Tensor]]] = []  # by more than that
         latencies: list[float] = []
+        sent: list[Ticket] = []
         for ticket, entry, tensors in zip(tickets, entries, made, strict=True):
             ends = isinstance(entry, Leg) and (entry.error or ticket.draws)
             if ends or not ticket.plain or counters.timeline is not None:
@@ -212,8 +213,12 @@ class Flight:
             ticket.done = True
             ticket.tensors = ()
             latencies.append(now - ticket.arrived)
+            if ticket.future is not None:
+                self.futures -= ticket.started
+                sent.append(ticket)
         counters.requests += len(latencies)
         counters.latencies.extend(latencies)
+        each(self.answer, sent)
         each(lambda ended: self.finish(ended[0], *self._end(*ended), now), watched)
 
     @staticmethod
@@ -235,7 +240,7 @@ class Flight:
         self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
-        if len(tickets) <= FEW:
+        if len(tickets) == 1 or (len(tickets) <= FEW and self._arenas.in_numpy):
             read = self._arenas.read
             bases = [ticket.bases.tolist() for ticket in tickets]
             return [

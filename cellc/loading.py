@@ -45,7 +45,10 @@ class Loader:
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
         errors: dict[int, BaseException] = {}
-        columns = self._one_by_one if len(tickets) <= FEW else self._columns
+        few = len(tickets) <= FEW and self.writer.in_numpy
+        if few and len(tickets) > 1:
+            few = not any([type(ticket.tensors) is Late for ticket in tickets])
+        columns = self._one_by_one if few or len(tickets) == 1 else self._columns
         for column in columns(tickets, bases):
             self._copy(column, errors)
         return errors

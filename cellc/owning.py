@@ -27,13 +27,13 @@ def owned(ticket: Ticket) -> Ticket:
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
-    """As `clone`, by numpy where it can: torch takes longer for small ones, and for large ones wakes
-    threads, which then spin for long on processors that launches need.
+    """As `clone`, by numpy where it can: torch takes longer for small ones, and for large ones
+    wakes threads, which then spin for long on processors that launches need.
     """
     given = tensor.detach() if tensor.requires_grad else tensor
-    if type(given) is torch.Tensor and given.is_cpu and given.layout is torch.strided:
+    if type(given) is torch.Tensor:
         try:
             return torch.from_numpy(given.numpy().copy("K"))
-        except (TypeError, RuntimeError):  # numpy has no such numbers
+        except (TypeError, RuntimeError):  # numpy has no such numbers, or nothing of that device
             pass
     return given.detach().clone()

@@ -12,7 +12,7 @@ reads alternates between two places, so that a long chain needs two rows, not on
 from __future__ import annotations
 
 import struct
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any

@@ -37,7 +37,7 @@ from cellc.plan import (
 )
 from cellc.policies import MAX_AGE, Policy, Turn, make_policy, takes_deadlines
 from cellc.queues import Queue, UrgentQueue
-from cellc.regions import Flat
+from cellc.regions import FEW, Flat
 from cellc.urgency import NO_WISH, Seconds, Urgency, Wish
 
 I32 = npt.NDArray[np.int32]
@@ -151,10 +151,14 @@ class Scheduler:
         bases: npt.NDArray[np.int64],
     ) -> None:
         """Copy the blocks of plans into the table, and queue the calls that are ready."""
-        added = np.zeros((len(plans), REGION + bases.shape[1]), np.int32)
         first_calls = np.array(firsts, np.int64)
-        added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
-        added[:, NUMBER], added[:, REGION:] = numbers, bases
+        if len(plans) <= FEW:
+            lists = zip(firsts, numbers, bases.tolist(), strict=True)
+            added = np.array([(0, f * NUM_COLUMNS, f, n, *base) for f, n, base in lists], np.int32)
+        else:
+            added = np.zeros((len(plans), REGION + bases.shape[1]), np.int32)
+            added[:, FIRST_ENTRY], added[:, FIRST_CALL] = first_calls * NUM_COLUMNS, first_calls
+            added[:, NUMBER], added[:, REGION:] = numbers, bases
         self._arithmetic.place(self._table.data, plans, first_calls, added)
         begin = [plan.first_calls for plan in plans]
         ready = [

@@ -38,6 +38,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         self._tensors: dict[RowType, torch.Tensor] = {}
         self._views: list[npt.NDArray[Any] | None] = []
         self.places = np.zeros((0, 2), np.int64)  # see `Arithmetic.unlike`
+        self.in_numpy = False  # all of them; elsewhere a copy costs more than what it copies
         self._types: list[RowType] = []
         self._regions: list[Regions] = []
         self._written: dict[tuple[RowType, Hashable], int] = {}
@@ -124,6 +125,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         plain = self._device.type == "cpu" and type.dtype != "bf16"
         tensor = self._tensors[type]
         self._views[number] = tensor.numpy() if plain else None
+        self.in_numpy = all([view is not None for view in self._views])
         if len(self.places) <= number:
             self.places = np.concatenate([self.places, np.zeros((number + 8, 2), np.int64)])
         kind = NUMBER_KINDS.get(type.dtype, 0) if plain and not type.shape else 0

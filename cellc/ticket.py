@@ -69,8 +69,8 @@ class Ticket:
 
     @property
     def plain(self) -> bool:
-        """Does nobody see its end but the call that waits for it?"""
-        told = self.future is None and self.told is None and self.before_end is None
+        """Does nobody see its end but the call that waits for it, or its future?"""
+        told = self.told is None and self.before_end is None
         return told and self.wish is NO_WISH and not (self.trial or self.streams)
 
     def abandon(self) -> None:

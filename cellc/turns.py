@@ -115,12 +115,10 @@ class Turns:
         if self.dropped:
             self._land()
             self._forget(self.take_dropped())
+        if self._timeout is not None:
+            self._expire(start, self._timeout)
         beside = self.beside
         self._admission.admit(start, pacing.ADMITTED if beside else pacing.MAX_LIVE)
-        if self._timeout is not None and start - self._looked > 0.01:
-            self._looked = start
-            self._land()
-            self._admission.expire(start, self._timeout)
         self._mark("admit")
         if self._running is not None and not launcher.worth_beside():
             if beside and self._follow():
@@ -144,6 +142,13 @@ class Turns:
                 if not late:  # else what it ends is delivered while the next one runs
                     self._land()
         launcher.note_host(time.perf_counter() - start - (launcher.blocked - blocked))
+
+    def _expire(self, now: float, seconds: float) -> None:
+        """End requests that have taken too long: now and then, and before one of them begins."""
+        if now - self._looked > 0.01 or self._admission.overdue(now - seconds):
+            self._looked = now
+            self._land()
+            self._admission.expire(now, seconds)
 
     def _follow(self) -> bool:
         """Make the launch that follows while one runs, and begin with it as soon as that has ended,

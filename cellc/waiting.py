@@ -12,7 +12,7 @@ import _thread
 import threading
 from collections import deque
 from concurrent import futures
-from concurrent.futures._base import LOGGER
+from concurrent.futures._base import LOGGER, PENDING
 from typing import TYPE_CHECKING, Any, TypeVar
 
 T = TypeVar("T")
@@ -52,9 +52,13 @@ class Future(futures.Future[T]):
 
     _done_callbacks: list[Any]
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self) -> None:  # as its base does, but for the condition: thousands are made
         self._condition = Condition()
+        self._state = PENDING
+        self._result: T | None = None
+        self._exception: BaseException | None = None
+        self._waiters: list[Any] = []
+        self._done_callbacks = []
 
     def tell(self) -> None:
         """It has ended: wake who waits, call callbacks that were not called."""

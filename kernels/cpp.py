@@ -44,8 +44,6 @@ def _runtime() -> ctypes.CDLL:
     library.cellc_launch.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     library.cellc_launch.restype = ctypes.c_int64
     job = ctypes.POINTER(ctypes.c_void_p)
-    library.cellc_begin.argtypes = [ctypes.c_void_p, ctypes.c_char_p, job]
-    library.cellc_begin.restype = None
     library.cellc_end.argtypes = [job, ctypes.POINTER(ctypes.c_int64)]
     library.cellc_end.restype = ctypes.c_int64
     library.cellc_packed_count.argtypes = [ctypes.c_int64] * 3
@@ -58,6 +56,16 @@ def _runtime() -> ctypes.CDLL:
     library.cellc_free.argtypes, library.cellc_free.restype = [ctypes.c_void_p], None
     library.cellc_stop.restype = None
     return library
+
+
+@lru_cache
+def _begin() -> Callable[..., None]:
+    """`cellc_begin`, which takes microseconds: it keeps Python from other threads, one of which
+    would be waited for longer than that.
+    """
+    job = ctypes.POINTER(ctypes.c_void_p)
+    declared = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, job)
+    return declared(("cellc_begin", _runtime()))
 
 
 @lru_cache
@@ -224,7 +232,7 @@ class CppLaunch:
 
     def begin(self) -> None:
         job = self._job = ctypes.c_void_p()  # written by the library: nothing comes between
-        _runtime().cellc_begin(self._entry, self._packed, job)
+        _begin()(self._entry, self._packed, job)
 
     def end(self) -> tuple[Sequence[int], float]:
         if self._job is None or not self._job.value:
