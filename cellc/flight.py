@@ -28,7 +28,7 @@ from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 
 T = TypeVar("T")
-FEW = 8  # requests that end together, whose results are copied one by one
+FEW = 32  # requests that end together, whose results are copied one by one
 KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
 
 
