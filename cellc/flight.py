@@ -28,7 +28,7 @@ from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 
 T = TypeVar("T")
-FEW = 32  # requests that end together, whose results are copied one by one
+FEW = 32  # requests that end in one launch and came one by one: so are their results copied
 KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
 
 
@@ -240,14 +240,15 @@ class Flight:
         self, tickets: Sequence[Ticket], outputs: Sequence[tuple[OutputRows, ...]]
     ) -> Sequence[Sequence[torch.Tensor]]:
         """Output tensors of each ticket."""
-        if len(tickets) == 1 or (len(tickets) <= FEW and self._arenas.in_numpy):
+        together = [t.together for t in tickets]
+        few = len(tickets) <= FEW and self._arenas.in_numpy and not any(together)
+        if few or len(tickets) == 1:
             read = self._arenas.read
             bases = [ticket.bases.tolist() for ticket in tickets]
             return [
                 read([(rows, base[rows.type]) for rows in given])
                 for given, base in zip(outputs, bases, strict=True)
             ]
-        together = [t.together for t in tickets]
         return gather(self._arenas, outputs, side_by_side(tickets), together)
 
     def _keep(self, tickets: Sequence[Ticket]) -> None:
