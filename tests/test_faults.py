@@ -206,6 +206,22 @@ def test_callbacks_that_all_exit(
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+def test_nobody_begins_after_its_timeout(model: nn.Module, workers: int) -> None:
+    """Though the loop looked for those that are late just before."""
+    given = {"workers": workers, "timeout": 0.3}
+    with cellc.compile(model, backend="eager", options=given) as compiled:
+        compiled(torch.randn(2, 4))
+        engines = compiled._serving
+        for engine in engines._engines if isinstance(engines, Workers) else [engines]:
+            engine._turns._looked = time.perf_counter() + 100  # seconds: it does not look again
+        with standstill(compiled):
+            late = [compiled.submit(torch.randn(2, 4)) for _ in range(4)]
+            time.sleep(0.4)
+        assert all(type(future.exception(30)) is RequestTimeout for future in late)
+        assert compiled.submit(torch.randn(2, 4)).exception(30) is None
+
+
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_policy_that_exits(workers: int) -> None:
     class Exits:
         def pick(self, ready: Any, turn: Any) -> Any:

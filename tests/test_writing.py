@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,9 +16,9 @@ from torch import Tensor
 from cellc.arithmetic import Numpy
 from cellc.dtypes import TORCH_DTYPES
 from cellc.kernels.native import find_arithmetic
-from cellc.layout import are_rows, as_rows
+from cellc.layout import are_rows, arranged, as_rows, as_tensor
 from cellc.ops import RowType
-from cellc.plan import DataRows, Tables
+from cellc.plan import DataRows, OutputRows, Tables
 from cellc.rows import Windows
 from cellc.state import Arenas
 from cellc.writing import FEW, SMALL_DATA, Writer
@@ -95,6 +97,16 @@ def test_what_is_written(data: st.DataObject) -> None:
     rows = DataRows(0, "x", 0, int(counts[0]) if same else 2, 0, row_dims, None)
     assert Writer(arenas, arithmetic).write(rows, starts, counts, tensors) == []
     torch.testing.assert_close(arena, want, rtol=0, atol=0)
+    arenas = opened(type, int(starts[-1] + counts[-1]))
+    one_by_one = Writer(arenas, arithmetic)
+    for k, x in enumerate(tensors):
+        rows, written = replace(rows, count=int(counts[k])), False
+        with contextlib.suppress(TypeError, RuntimeError):  # numpy has no such numbers
+            written = one_by_one.write_one(rows, int(starts[k]), x)
+        if not written:
+            x = x.resolve_conj().resolve_neg()
+            assert not one_by_one.write(rows, starts[k : k + 1], counts[k : k + 1], [x])
+    torch.testing.assert_close(arenas[type], want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("number", [2, FEW + 4])
@@ -128,6 +140,30 @@ def test_tensors_that_are_rows(row_dims: Any, shape: Any, windows: Any, are: boo
     if are:
         x = torch.randn(4, *shape)
         assert as_rows(x, row_dims, shape) is x
+
+
+@pytest.mark.parametrize(
+    ("positions", "order", "row"),
+    [
+        ((5,), None, (3,)),
+        ((2, 3), None, ()),
+        ((), None, (4,)),
+        ((), None, ()),
+        ((0,), None, (4,)),
+        ((2, 3), (1, 0, 2), (4,)),
+        ((6,), (1, 0), (2,)),
+        ((), (1, 0), (2, 3)),
+    ],
+)
+def test_arrays_as_tensors(positions: Any, order: Any, row: Any) -> None:
+    """As torch arranges them."""
+    count = int(np.prod(positions))
+    slots = np.arange(count, dtype=np.int32)
+    rows = OutputRows(slots, np.ones_like(slots), 0, positions, order, True)
+    flat = torch.randn(count, *row)
+    got, want = as_tensor(flat.numpy().copy(), rows), arranged(flat.clone(), rows)
+    assert got.shape == want.shape and (not count or got.stride() == want.stride())
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("number", [1, FEW + 4])
