@@ -28,7 +28,7 @@ from cellc.state import Arenas
 from cellc.ticket import Counters, Ticket
 
 T = TypeVar("T")
-FEW = 32  # requests that end in one launch and came one by one: so are their results copied
+FEW = 64  # requests that end in one launch and came one by one: so are their results copied
 KEPT = 1 << 16  # bytes of what sessions keep, in one piece of memory
 
 

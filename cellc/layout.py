@@ -83,8 +83,8 @@ def arranged(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
 
 
 def as_tensor(flat: npt.NDArray[Any], rows: OutputRows) -> torch.Tensor:
-    """`arranged` of an array of its own, by one call of torch: each costs as much as all of numpy's
-    here, after a kernel has filled the caches, and lets another thread have Python.
+    """`arranged` of an array of its own, by one call of torch: most cost more than all of numpy's
+    here, after a kernel has filled the caches, and let another thread have Python.
     """
     if len(rows.positions) != 1:
         flat = flat.reshape((*rows.positions, *flat.shape[1:]))
@@ -103,6 +103,21 @@ def parted(flat: torch.Tensor, rows: OutputRows, sizes: Sequence[int]) -> Sequen
     if block.dim() == 1 or not block.shape[1]:
         return block.unbind(0)
     return torch.unsafe_split_with_sizes(block.flatten(0, 1), [block.shape[1]] * len(sizes))
+
+
+def parted_array(
+    flat: npt.NDArray[Any], rows: OutputRows, sizes: Sequence[int]
+) -> Sequence[torch.Tensor]:
+    """`parted` of an array, likewise by as few calls of torch."""
+    if rows.kind[1] is None:
+        return torch.unsafe_split_with_sizes(torch.from_numpy(flat), sizes)
+    block = flat.reshape((len(sizes), *rows.positions, *flat.shape[1:]))
+    if rows.order is not None:
+        block = np.ascontiguousarray(block.transpose(0, *(1 + d for d in rows.order)))
+    if block.ndim == 1 or not block.shape[1]:
+        return torch.from_numpy(block).unbind(0)
+    each, whole = block.shape[1], block.reshape(-1, *block.shape[2:])
+    return torch.unsafe_split_with_sizes(torch.from_numpy(whole), [each] * len(sizes))
 
 
 def as_block(flat: torch.Tensor, rows: OutputRows, count: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from cellc.ticket import Ticket, out_of_range
 from cellc.unfolded import DRAWN
 from cellc.writing import Writer
 
-FEW = 16  # requests that begin together, whose data is copied one by one
+FEW = 8  # requests that begin together, whose data is copied one by one
 
 
 @dataclass(slots=True)

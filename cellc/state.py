@@ -17,7 +17,7 @@ import torch
 
 from cellc.arithmetic import NUMBER_KINDS
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import arranged, as_block, as_tensor, parted
+from cellc.layout import arranged, as_block, as_tensor, parted, parted_array
 from cellc.ops import RowType
 from cellc.plan import OutputRows, Plan, Tables, table_bytes
 from cellc.regions import FEW, Regions, size_class
@@ -283,7 +283,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """Tensors of one kind, in one copy."""
         first, sizes = wanted[0][0], [len(rows.slots) for rows, _ in wanted]
         slots = np.concatenate([rows.slots + rows.owned * np.int64(base) for rows, base in wanted])
-        return parted(self.take(first.type, self.index(slots)), first, sizes)
+        return self.take_parts(first, self.index(slots), sizes)
 
     def index(self, slots: npt.NDArray[np.int64]) -> Any:
         """What `take` is given, whole or parts of it: slots, on the device in one copy."""
@@ -299,6 +299,15 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         if self._device.type == "cpu":
             index = torch.from_numpy(index)
         return self._tensors[self._types[number]].index_select(0, index)
+
+    def take_parts(
+        self, rows: OutputRows, index: Any, sizes: Sequence[int]
+    ) -> Sequence[torch.Tensor]:
+        """The same as tensors like one of `rows`, of so many rows each (`cellc.layout.parted`)."""
+        view = self._views[rows.type]
+        if view is not None:
+            return parted_array(view.take(index, 0), rows, sizes)
+        return parted(self.take(rows.type, index), rows, sizes)
 
     def row_bytes(self, number: int) -> int:
         """Of a row of a type."""

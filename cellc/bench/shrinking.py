@@ -88,13 +88,13 @@ def linear(weight: Tensor, bias: Tensor | None) -> Product:
     return lambda x: nn.functional.linear(x, weight, bias)
 
 
-def packed(weight: Tensor, bias: Tensor | None) -> Product:
-    """A layer whose weight lies as oneDNN wants it, where PyTorch has oneDNN: what `torch.compile`
-    makes of one whose weights are frozen.
+def packed(weight: Tensor, bias: Tensor | None, rows: int | None = None) -> Product:
+    """A layer whose weight lies as oneDNN wants it (for so many rows), where PyTorch has oneDNN:
+    what `torch.compile` makes of one whose weights are frozen.
     """
     backends: Any = torch.backends
     if not backends.mkldnn.is_available():
         return linear(weight, bias)
     ops: Any = torch.ops.mkldnn
-    kept = ops._reorder_linear_weight(weight, None)
+    kept = ops._reorder_linear_weight(weight, rows)
     return lambda x: ops._linear_pointwise(x, kept, bias, "none", [], "")

@@ -90,17 +90,18 @@ class ArrayTreeLSTM(nn.Module):
 class _Packed(nn.Module):
     """A linear layer whose weight lies as oneDNN wants it."""
 
-    def __init__(self, layer: nn.Linear) -> None:
+    def __init__(self, layer: nn.Linear, rows: int | None) -> None:
         super().__init__()
-        self._product = packed(layer.weight.detach(), layer.bias.detach())
+        self._product = packed(layer.weight.detach(), layer.bias.detach(), rows)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._product(x)
 
 
-def with_packed_weights(model: TreeLSTM) -> TreeLSTM:
-    """The same model, for few rows of many units: PyTorch's own product of one row and a weight of
-    more than a cache runs at half of the memory's speed on some processors, by one thread.
+def with_packed_weights(model: TreeLSTM, rows: int | None = None) -> TreeLSTM:
+    """The same model, for so many rows, or few rows of many units: PyTorch's own product of one row
+    and a weight of more than a cache runs at half of the memory's speed on some processors, by one
+    thread.
     """
     model = copy.copy(model)
     model._modules = dict(model._modules)
@@ -108,7 +109,7 @@ def with_packed_weights(model: TreeLSTM) -> TreeLSTM:
         part = copy.copy(model.get_submodule(name))
         layer = part.get_submodule("gates")
         assert isinstance(layer, nn.Linear)
-        part._modules = {"gates": _Packed(layer)}
+        part._modules = {"gates": _Packed(layer, rows)}
         model._modules[name] = part
     return model
 

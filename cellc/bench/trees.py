@@ -161,9 +161,9 @@ def _other_ways(model: TreeLSTM, forest: Forest, on_cpu: bool) -> tuple[list[Way
 
 
 def _packed_ways(model: TreeLSTM, forest: Forest, sample: int) -> list[Way]:
-    packed = with_packed_weights(model)
+    alone, packed = with_packed_weights(model, rows=1), with_packed_weights(model)
     return [
-        Way(EAGER_PACKED, partial(_eagerly, packed, forest, sample), sample),
+        Way(EAGER_PACKED, partial(_eagerly, alone, forest, sample), sample),
         Way(LEVELS_PACKED, partial(_by_levels, packed, forest, PACKED_BATCH)),
     ]
 
