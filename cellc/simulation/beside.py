@@ -69,7 +69,7 @@ class Beside(Cellular):
             room = pacing.MAX_LIVE - self._scheduler.num_requests
             admitted = len(self._admit(min(room, pacing.ADMITTED, self._num_sent(now))))
         self._midway = False
-        admission = bool(admitted) * host.admitting + admitted / 2 * host.request
+        admission = host.to_admit(admitted)
         if self._begun is not None and not self._pacer.worth_beside():
             at, finished = self._answered(*self._settled(self._on_host(at, admission)))
             self._midway = True
@@ -81,7 +81,7 @@ class Beside(Cellular):
             self._note_host()
             return self._rest(now)
         own, work = admission + host.turn, self._run(batch)
-        self._pace = self._slower(own + len(batch.finished) / 2 * host.request + work)
+        self._pace = self._slower(own + host.to_answer(len(batch.finished)) + work)
         at = self._on_host(at, own)
         at, before = self._settled(at)
         begun = _Begun(batch, at, work * self._pace[1])
@@ -137,8 +137,7 @@ class Beside(Cellular):
         if not finished:
             return at, finished
         self._scheduler.release(finished)
-        host = self._costs.host
-        return self._on_host(at, host.answering + len(finished) / 2 * host.request), finished
+        return self._on_host(at, self._costs.host.to_answer(len(finished))), finished
 
     def _note_host(self) -> None:
         self._pacer.note_host(self._spent)

@@ -22,6 +22,7 @@ GPUS: Mapping[str, Device] = {"v100": V100, "h100": DEVICES["cuda:90"]}
 EFFICIENCY = 0.6  # of a data sheet's f32 that cellc's LSTM of 1,024 units reaches (docs/gpu.md)
 STEP = 4.6e-6  # the least step that docs/gpu.md has, of kernels that run one after the other
 POINTS = tuple(1 << k for k in range(17))
+EARLY = 8  # requests that a turn admits, or answers, and that cost more than what follows
 AWAKE = 2e-5  # seconds between requests that are sent without sleeping
 SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: costs fit shorter ones otherwise
 
@@ -30,8 +31,8 @@ SPANS = (0.5e-3, 1e-3, 2e-3, 4e-3)  # seconds of turns: costs fit shorter ones o
 class Host:
     """Seconds of the host, kernels aside: of every launch, of every request (half when it is
     admitted, half when it is answered), and until it begins where it had nothing to do; more of
-    turns that admit (`admitting`) or answer (`answering`) any. `after`: the share of it that comes
-    when the kernel has run.
+    turns that admit (`admitting`) or answer (`answering`) any, and of the first EARLY that a turn
+    admits or answers (`early`). `after`: the share of it that comes when the kernel has run.
     `apart`: the share of their speed that kernels have while the host does something else, as
     launches run beside its work; 0: they do not. `starting`: what such a launch takes more.
     `beside` and `locked`: what kernels and the host lose to each request that is sent meanwhile:
@@ -55,12 +56,24 @@ class Host:
     lag: tuple[float, ...] = ()
     admitting: float = 0.0
     answering: float = 0.0
+    early: float = 0.0
     apart: float = 0.0
     starting: float = 0.0
     waking: float = 0.0
     waking_beside: float = 0.0
     waits: float = 0.0
     waits_beside: float = 0.0
+
+    def to_admit(self, count: int) -> float:
+        """So many requests in a turn."""
+        return bool(count) * self.admitting + self._half(count)
+
+    def to_answer(self, count: int) -> float:
+        """Likewise."""
+        return bool(count) * self.answering + self._half(count)
+
+    def _half(self, count: int) -> float:
+        return count / 2 * self.request + min(count, EARLY) / 2 * self.early
 
     @property
     def sending(self) -> float:

@@ -50,7 +50,8 @@ def fit(
     host, after, kernels, apart = of("host"), of("after"), of("kernels"), of("apart")
     requests, sent = of("requests"), of("sent")
     woke, woke_met = of("woke") * beside, of("woke_met") * beside
-    parts = np.stack([of("launched"), requests, sent, woke, of("admits"), of("answers")], 1)
+    turns_that = of("admits"), of("answers")
+    parts = np.stack([of("launched"), requests, sent, woke, *turns_that, of("early")], 1)
     of_turns = weighted(parts, host, 1 + requests)
     others = np.stack([of("ended"), of("met"), woke_met, of("begun")], 1)
     of_kernels = np.concatenate([told, others], 1)
@@ -68,7 +69,7 @@ def fit(
     known = [k for k, s in enumerate(shares) if s and (told[judged, k] > 0).sum() >= LEAST]
     assert known, "too few turns"
     factors = [shares[min(known, key=lambda n: abs(n - k))] for k in range(len(shares))]
-    turn, request, locked, waking, admitting, answering = of_turns
+    turn, request, locked, waking, admitting, answering, early = of_turns
     return Measured(
         {number: _slower(curve, factors, launch) for number, curve in curves.items()},
         Host(
@@ -81,6 +82,7 @@ def fit(
             tape=tape.calm(),
             admitting=admitting,
             answering=answering,
+            early=early,
             waking=waking,
             waking_beside=waking_beside,
             starting=starting,

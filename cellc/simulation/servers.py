@@ -224,8 +224,7 @@ class Cellular(_Scheduled):
     def _seconds_of(self, batch: Batch, now: float, admitted: int) -> float:
         """Of a turn."""
         host = self._costs.host
-        on_host = host.turn + (admitted + len(batch.finished)) / 2 * host.request
-        on_host += bool(admitted) * host.admitting + bool(batch.finished) * host.answering
+        on_host = host.turn + host.to_admit(admitted) + host.to_answer(len(batch.finished))
         work = self._run(batch)
         more, longer = self._slower(on_host + work)
         on_host *= more

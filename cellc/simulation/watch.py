@@ -19,7 +19,7 @@ from cellc.compiled import Compiled
 from cellc.costs import Curve
 from cellc.scheduler import Batch
 from cellc.simulation.clock import F64
-from cellc.simulation.curves import AWAKE, CostTable, Host
+from cellc.simulation.curves import AWAKE, EARLY, CostTable, Host
 
 SIZES = (4, 16, 64, 256)  # rows of steps: fewer ones take longer than their curve by another share
 
@@ -28,11 +28,11 @@ class Seen(NamedTuple):
     """A turn of the loop: seconds beside kernels, with those that the host waits for Python's lock
     after them and after the turn before, and those of it after them; seconds of kernels that ended
     in it, and what curves say of these, by the rows of steps (SIZES); requests that it admitted or
-    answered, half each; those that were sent while the host worked, and while it was in kernels.
-    `woke`, `woke_met`: before how many of those the thread that sends had slept. `launched`,
-    `ended`: launches; `begun`: those of the latter that ran beside the host's work;
-    `admits`, `answers`: did it do that at all; `apart`: seconds that other threads ran kernels
-    while the host worked; `joined`: it was with each before it ended.
+    answered, half each (`early`: of both, the first EARLY alone); those that were sent while the
+    host worked, and while it was in kernels. `woke`, `woke_met`: before how many of those the
+    thread that sends had slept. `launched`, `ended`: launches; `begun`: those of the latter that
+    ran beside the host's work; `admits`, `answers`: did it do that at all; `apart`: seconds that
+    other threads ran kernels while the host worked; `joined`: it was with each before it ended.
     """
 
     host: float
@@ -51,6 +51,7 @@ class Seen(NamedTuple):
     begun: int = 0
     woke: int = 0
     woke_met: int = 0
+    early: float = 0.0
 
 
 class Watch:
@@ -171,6 +172,7 @@ class Watch:
                 self._num_begun,
                 woke - self._woke_met,
                 self._woke_met,
+                (min(came, EARLY) + min(left, EARLY)) / 2,
             )
         )
         self._known, self._known_woken = self._num_sent, self._woken
