@@ -17,7 +17,7 @@ from cellc.errors import UsageError
 COLORS = ("#4c72b0", "#8c8c8c", "#dd8452", "#55a868", "#c44e52", "#8172b3")
 OURS = COLORS[2]
 LINES = {"p50": ":", "p90": "-", "p99": "--"}
-WIDTH = 8.0  # inches, as all lengths here
+WIDTH = 12.0  # inches, as all lengths here
 BAR, PANEL = 0.32, 3.2
 
 
@@ -51,7 +51,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], online: Sequence[OnlineOutcome
         _bars(axes, outcome)
     for axes, one in zip(panels[len(outcomes) :], online, strict=True):
         (_curves if _num_loads(one) > 1 else _spreads)(axes, one)
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=64)
 
 
 def _bars(axes: Any, outcome: Outcome) -> None:
@@ -82,8 +82,8 @@ def _curves(axes: Any, outcome: OnlineOutcome) -> None:
                 label=label if name == "p90" else None,
             )
     axes.set_yscale("log")
-    axes.set_xlabel("requests/s offered")
-    axes.set_ylabel("ms: " + ", ".join(f"{k} {_DRAWN[v]}" for k, v in LINES.items()))
+    lines = ", ".join(f"{k} {_DRAWN[v]}" for k, v in LINES.items())
+    axes.set_xlabel(f"requests/s offered; ms: {lines}")
     axes.grid(True, which="both", linewidth=0.3)
     axes.legend(fontsize="small")
     axes.set_title(_titled(outcome.title, outcome.quiet), fontsize="medium")
