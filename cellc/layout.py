@@ -116,7 +116,8 @@ def parted_array(
         block = np.ascontiguousarray(block.transpose(0, *(1 + d for d in rows.order)))
     if block.ndim == 1 or not block.shape[1]:
         return torch.from_numpy(block).unbind(0)
-    each, whole = block.shape[1], block.reshape(-1, *block.shape[2:])
+    each = block.shape[1]
+    whole = block.reshape(len(sizes) * each, *block.shape[2:])
     return torch.unsafe_split_with_sizes(torch.from_numpy(whole), [each] * len(sizes))
 
 

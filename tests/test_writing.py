@@ -16,7 +16,7 @@ from torch import Tensor
 from cellc.arithmetic import Numpy
 from cellc.dtypes import TORCH_DTYPES
 from cellc.kernels.native import find_arithmetic
-from cellc.layout import are_rows, arranged, as_rows, as_tensor
+from cellc.layout import are_rows, arranged, as_rows, as_tensor, parted, parted_array
 from cellc.ops import RowType
 from cellc.plan import DataRows, OutputRows, Tables
 from cellc.rows import Windows
@@ -153,17 +153,26 @@ def test_tensors_that_are_rows(row_dims: Any, shape: Any, windows: Any, are: boo
         ((2, 3), (1, 0, 2), (4,)),
         ((6,), (1, 0), (2,)),
         ((), (1, 0), (2, 3)),
+        ((), None, (0,)),
+        ((), None, (3, 0)),
+        ((2, 2), None, (0,)),
+        ((2,), (1, 0), (0,)),
+        ((2, 0), None, (3,)),
     ],
 )
 def test_arrays_as_tensors(positions: Any, order: Any, row: Any) -> None:
-    """As torch arranges them."""
+    """As torch arranges them, and of several requests parts them."""
     count = int(np.prod(positions))
     slots = np.arange(count, dtype=np.int32)
     rows = OutputRows(slots, np.ones_like(slots), 0, positions, order, True)
     flat = torch.randn(count, *row)
     got, want = as_tensor(flat.numpy().copy(), rows), arranged(flat.clone(), rows)
-    assert got.shape == want.shape and (not count or got.stride() == want.stride())
+    assert got.shape == want.shape and (not got.numel() or got.stride() == want.stride())
     torch.testing.assert_close(got, want, rtol=0, atol=0)
+    flat = torch.randn(3 * count, *row)
+    parts = parted_array(flat.numpy().copy(), rows, [count] * 3)
+    for part, other in zip(parts, parted(flat.clone(), rows, [count] * 3), strict=True):
+        torch.testing.assert_close(part, other, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("number", [1, FEW + 4])
