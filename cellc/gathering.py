@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from cellc.layout import parted
 from cellc.plan import I64, OutputRows, ragged_range
 from cellc.state import SMALL_OUTPUT, Arenas
 
@@ -84,7 +85,7 @@ def gather(
         tensors: list[torch.Tensor] = []
         for begin, end in _pieces(column.nbytes):
             stop = start + sum(sizes[begin:end])
-            tensors += arenas.take_parts(first, index[start:stop], sizes[begin:end])
+            tensors += parted(arenas.take(first.type, index[start:stop]), first, sizes[begin:end])
             start = stop
         for owner, tensor in zip(column.owners, tensors, strict=True):
             made[owner][leaf] = tensor

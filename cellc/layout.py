@@ -19,6 +19,9 @@ from cellc.plan import OutputRows
 from cellc.rows import Windows
 
 FEW = 64  # numbers
+# Rows that were copied out of an arena: by numpy where it can, since most calls of torch cost more
+# than all of numpy's here, after a kernel has filled the caches, and let another thread have Python
+Held = torch.Tensor | npt.NDArray[Any]
 
 
 def as_rows(
@@ -75,57 +78,45 @@ def outside(
     return [i for i, t in enumerate(flat) if bool(((t < 0) | (t >= bound)).any())]
 
 
-def arranged(flat: torch.Tensor, rows: OutputRows) -> torch.Tensor:
+def arranged(flat: Held, rows: OutputRows) -> torch.Tensor:
     """Rows of a tensor, [positions flattened, *row], with dimensions in the model's order."""
     if len(rows.positions) != 1:
-        flat = flat.view((*rows.positions, *flat.shape[1:]))
-    return flat if rows.order is None else flat.permute(rows.order).contiguous()
-
-
-def as_tensor(flat: npt.NDArray[Any], rows: OutputRows) -> torch.Tensor:
-    """`arranged` of an array of its own, by one call of torch: most cost more than all of numpy's
-    here, after a kernel has filled the caches, and let another thread have Python.
-    """
-    if len(rows.positions) != 1:
         flat = flat.reshape((*rows.positions, *flat.shape[1:]))
-    if rows.order is not None:
-        flat = np.ascontiguousarray(flat.transpose(rows.order))
-    return torch.from_numpy(flat)
+    return _tensor(_ordered(flat, rows.order))
 
 
-def parted(flat: torch.Tensor, rows: OutputRows, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+def parted(flat: Held, rows: OutputRows, sizes: Sequence[int]) -> Sequence[torch.Tensor]:
     """Rows of tensors like one, [rows of all, *row], as these, with dimensions in the model's
     order. Each has a version of its own: autograd sees no writing to one in another.
     """
     if rows.kind[1] is None:
-        return torch.unsafe_split_with_sizes(flat, sizes)
-    block = as_block(flat, rows, len(sizes))
-    if block.dim() == 1 or not block.shape[1]:
-        return block.unbind(0)
-    return torch.unsafe_split_with_sizes(block.flatten(0, 1), [block.shape[1]] * len(sizes))
-
-
-def parted_array(
-    flat: npt.NDArray[Any], rows: OutputRows, sizes: Sequence[int]
-) -> Sequence[torch.Tensor]:
-    """`parted` of an array, likewise by as few calls of torch."""
-    if rows.kind[1] is None:
-        return torch.unsafe_split_with_sizes(torch.from_numpy(flat), sizes)
-    block = flat.reshape((len(sizes), *rows.positions, *flat.shape[1:]))
-    if rows.order is not None:
-        block = np.ascontiguousarray(block.transpose(0, *(1 + d for d in rows.order)))
+        return torch.unsafe_split_with_sizes(_tensor(flat), sizes)
+    block = _block(flat, rows, len(sizes))
     if block.ndim == 1 or not block.shape[1]:
-        return torch.from_numpy(block).unbind(0)
-    each = block.shape[1]
-    whole = block.reshape(len(sizes) * each, *block.shape[2:])
-    return torch.unsafe_split_with_sizes(torch.from_numpy(whole), [each] * len(sizes))
+        return _tensor(block).unbind(0)
+    whole = block.reshape((block.shape[0] * block.shape[1], *block.shape[2:]))
+    return torch.unsafe_split_with_sizes(_tensor(whole), [block.shape[1]] * len(sizes))
 
 
-def as_block(flat: torch.Tensor, rows: OutputRows, count: int) -> torch.Tensor:
+def as_block(flat: Held, rows: OutputRows, count: int) -> torch.Tensor:
     """[count * positions flattened, *row] as [count, ..]: tensors with dimensions in the model's
     order.
     """
-    shaped = flat.view((count, *rows.positions, *flat.shape[1:]))
-    if rows.order is not None:
-        shaped = shaped.permute(0, *(1 + d for d in rows.order)).contiguous()
-    return shaped
+    return _tensor(_block(flat, rows, count))
+
+
+def _block(flat: Held, rows: OutputRows, count: int) -> Held:
+    order = None if rows.order is None else (0, *(1 + d for d in rows.order))
+    return _ordered(flat.reshape((count, *rows.positions, *flat.shape[1:])), order)
+
+
+def _ordered(held: Held, order: tuple[int, ...] | None) -> Held:
+    if order is None:
+        return held
+    if isinstance(held, np.ndarray):
+        return np.ascontiguousarray(held.transpose(order))
+    return held.permute(order).contiguous()
+
+
+def _tensor(held: Held) -> torch.Tensor:
+    return torch.from_numpy(held) if isinstance(held, np.ndarray) else held

@@ -40,12 +40,12 @@ class Loader:
     """Into some arenas; `arithmetic` copies memory."""
 
     def __init__(self, arenas: Arenas, arithmetic: Arithmetic) -> None:
-        self.writer = Writer(arenas, arithmetic)
+        self._arenas, self.writer = arenas, Writer(arenas, arithmetic)
 
     def load(self, tickets: Sequence[Ticket], bases: I64) -> dict[int, BaseException]:
         """Copy requests' tensors into their regions; those that failed, by position."""
         errors: dict[int, BaseException] = {}
-        few = len(tickets) <= FEW and self.writer.in_numpy
+        few = len(tickets) <= FEW and self._arenas.in_numpy
         if few and len(tickets) > 1:
             few = not any([type(ticket.tensors) is Late for ticket in tickets])
         columns = self._one_by_one if few or len(tickets) == 1 else self._columns

@@ -55,48 +55,60 @@ class Regions:
 
     def allocate(self, sizes: Sequence[int]) -> list[int]:
         """Starts of pieces of `sizes` places, one after the other; 0 where no place is wanted."""
-        return self.allocate_rooms(np.array([size_class(n) for n in sizes], np.int64)).tolist()  # type: ignore[no-any-return]
+        return self.allocate_rooms([size_class(n) for n in sizes])
 
-    def allocate_rooms(self, rooms: I64) -> I64:
-        """The same, of sizes that are size classes."""
-        wanted = int(np.count_nonzero(rooms))
-        if not wanted:
-            return rooms
-        self.live += wanted
-        before = self._next
-        if self._free:
-            starts = np.array([self._take(room) for room in rooms.tolist()], np.int64)
-        else:
-            ends = np.cumsum(rooms) + self._next
-            starts, self._next = ends - rooms, int(ends[-1])
-        if self._next > self.capacity:
-            capacity = max(2 * self.capacity, self._next)
-            try:
-                self._grow(capacity)
-            except BaseException:  # there is no memory: nothing is given out
-                self._next = before
-                self.live -= wanted
-                for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
-                    if room and start < before:
-                        self._free[room].append(start)
-                raise
-            self.capacity = capacity
+    def allocate_rooms(self, rooms: Sequence[int]) -> list[int]:
+        """The same, of sizes that are size classes. Without memory nothing is given out."""
+        if len(rooms) > FEW and not self._free:
+            return self._side_by_side(rooms)
+        starts: list[int] = []
+        try:
+            for room in rooms:
+                starts.append(self.take(room) if room else 0)
+        except BaseException:
+            self.free_rooms(starts, rooms[: len(starts)])
+            raise
         return starts
+
+    def _side_by_side(self, rooms: Sequence[int]) -> list[int]:
+        wanted = np.array(rooms, np.int64)
+        ends = np.cumsum(wanted) + self._next
+        self._reach(int(ends[-1]))
+        self._next = int(ends[-1])
+        self.live += int(np.count_nonzero(wanted))
+        return np.where(wanted > 0, ends - wanted, 0).tolist()  # type: ignore[no-any-return]
 
     def take(self, room: int) -> int:
         """Start of one piece, whose size is a size class and not 0."""
         free = self._free.get(room)
         if free:
-            self.live += 1
-            return free.pop()
-        start, end = self._next, self._next + room
+            start = free.pop()
+        else:
+            start, end = self._next, self._next + room
+            self._reach(end)
+            self._next = end
+        self.live += 1
+        return start
+
+    def _reach(self, end: int) -> None:
+        """See that there are so many places."""
         if end > self.capacity:
             capacity = max(2 * self.capacity, end)
             self._grow(capacity)
             self.capacity = capacity
-        self._next = end
-        self.live += 1
-        return start
+
+    def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        """Take back pieces of `sizes` places."""
+        self.free_rooms(starts, [size_class(n) for n in sizes])
+
+    def free_rooms(self, starts: Sequence[int], rooms: Sequence[int]) -> None:
+        """The same, of sizes that are size classes."""
+        if len(rooms) - rooms.count(0) == self.live:
+            self.clear()
+            return
+        for start, room in zip(starts, rooms, strict=True):
+            if room:
+                self.give(start, room)
 
     def give(self, start: int, room: int) -> None:
         """Take one piece back."""
@@ -105,29 +117,6 @@ class Regions:
             self.clear()
         else:
             self._free[room].append(start)
-
-    def _take(self, room: int) -> int:
-        free = self._free.get(room)
-        if free:
-            return free.pop()
-        start = self._next
-        self._next += room
-        return start
-
-    def free(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
-        """Take back pieces of `sizes` places."""
-        rooms = np.array([size_class(n) for n in sizes], np.int64)
-        self.free_rooms(np.asarray(starts, np.int64), rooms)
-
-    def free_rooms(self, starts: I64, rooms: I64) -> None:
-        """The same, of sizes that are size classes."""
-        self.live -= int(np.count_nonzero(rooms))
-        if self.live == 0:
-            self.clear()
-            return
-        for start, room in zip(starts.tolist(), rooms.tolist(), strict=True):
-            if room:
-                self._free[room].append(start)
 
     def clear(self) -> None:
         """Take all pieces back."""
@@ -140,10 +129,7 @@ class Regions:
             return True
         if self.live:
             return False
-        if count > self.capacity:
-            capacity = max(2 * self.capacity, count)
-            self._grow(capacity)
-            self.capacity = capacity
+        self._reach(count)
         self.reserved = self._next = count
         return True
 
@@ -161,23 +147,10 @@ class Flat:
         self.data = data
 
     def allocate_rooms(self, rooms: Sequence[int]) -> list[int]:
-        """Starts of pieces of such sizes, which are size classes."""
-        if len(rooms) > FEW or 0 in rooms:
-            return self._regions.allocate_rooms(np.array(rooms, np.int64)).tolist()  # type: ignore[no-any-return]
-        starts: list[int] = []
-        try:
-            for room in rooms:
-                starts.append(self._regions.take(room))
-        except BaseException:  # there is no memory
-            self.free_rooms(starts, rooms[: len(starts)])
-            raise
-        return starts
+        return self._regions.allocate_rooms(rooms)
 
     def free_rooms(self, starts: Sequence[int], rooms: Sequence[int]) -> None:
-        if len(rooms) > FEW or 0 in rooms:
-            return self._regions.free_rooms(np.array(starts, np.int64), np.array(rooms, np.int64))
-        for start, room in zip(starts, rooms, strict=True):
-            self._regions.give(start, room)
+        self._regions.free_rooms(starts, rooms)
 
     def clear(self) -> None:
         self._regions.clear()

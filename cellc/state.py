@@ -17,7 +17,7 @@ import torch
 
 from cellc.arithmetic import NUMBER_KINDS
 from cellc.dtypes import TORCH_DTYPES
-from cellc.layout import arranged, as_block, as_tensor, parted, parted_array
+from cellc.layout import Held, arranged, as_block, parted
 from cellc.ops import RowType
 from cellc.plan import OutputRows, Plan, Tables, table_bytes
 from cellc.regions import FEW, Regions, size_class
@@ -168,7 +168,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         for number, regions in enumerate(self._regions):
             if wanted[number]:
                 try:
-                    bases[:, number] = regions.allocate_rooms(rooms[:, number])
+                    bases[:, number] = regions.allocate_rooms(rooms[:, number].tolist())
                 except BaseException:  # there is no memory
                     self._free_rooms(bases[:, :number], rooms)
                     raise
@@ -204,7 +204,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         wanted = (rooms != 0).any(0)
         for number, regions in enumerate(self._regions[: bases.shape[1]]):
             if wanted[number]:
-                regions.free_rooms(bases[:, number], rooms[:, number])
+                regions.free_rooms(bases[:, number].tolist(), rooms[:, number].tolist())
 
     def clear(self) -> None:
         """Free all regions."""
@@ -245,20 +245,14 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         out: list[torch.Tensor | None] = [None] * len(wanted)
         small: dict[Any, list[int]] = {}
         for i, (rows, base) in enumerate(wanted):
-            view = self._views[rows.type]
             if len(wanted) > ONE_BY_ONE and self._bytes(rows) <= SMALL_OUTPUT:
                 small.setdefault(rows.kind, []).append(i)
-            elif view is not None:
-                if rows.contiguous:
-                    start = base + rows.first
-                    array = view[start : start + len(rows.slots)].copy()
-                else:
-                    array = view.take(rows.slots + rows.owned * np.int64(base), 0)
-                out[i] = as_tensor(array, rows)
             elif rows.contiguous:
-                start = base + int(rows.slots[0])
-                flat = self[self._types[rows.type]][start : start + len(rows.slots)]
-                out[i] = arranged(flat.clone(), rows)
+                view, start = self._views[rows.type], base + rows.first
+                part = slice(start, start + len(rows.slots))
+                tensor = self._tensors[self._types[rows.type]]
+                flat = tensor[part].clone() if view is None else view[part].copy()
+                out[i] = arranged(flat, rows)
             else:
                 index = self.index(rows.slots + rows.owned * np.int64(base))
                 out[i] = arranged(self.take(rows.type, index), rows)
@@ -283,7 +277,7 @@ class Arenas(Mapping[RowType, torch.Tensor]):
         """Tensors of one kind, in one copy."""
         first, sizes = wanted[0][0], [len(rows.slots) for rows, _ in wanted]
         slots = np.concatenate([rows.slots + rows.owned * np.int64(base) for rows, base in wanted])
-        return self.take_parts(first, self.index(slots), sizes)
+        return parted(self.take(first.type, self.index(slots)), first, sizes)
 
     def index(self, slots: npt.NDArray[np.int64]) -> Any:
         """What `take` is given, whole or parts of it: slots, on the device in one copy."""
@@ -291,23 +285,14 @@ class Arenas(Mapping[RowType, torch.Tensor]):
             return slots
         return torch.from_numpy(slots).to(self._device, non_blocking=True)
 
-    def take(self, number: int, index: Any) -> torch.Tensor:
+    def take(self, number: int, index: Any) -> Held:
         """A copy of rows of a type."""
         view = self._views[number]
         if view is not None:
-            return torch.from_numpy(view.take(index, 0))
+            return view.take(index, 0)  # type: ignore[no-any-return]
         if self._device.type == "cpu":
             index = torch.from_numpy(index)
         return self._tensors[self._types[number]].index_select(0, index)
-
-    def take_parts(
-        self, rows: OutputRows, index: Any, sizes: Sequence[int]
-    ) -> Sequence[torch.Tensor]:
-        """The same as tensors like one of `rows`, of so many rows each (`cellc.layout.parted`)."""
-        view = self._views[rows.type]
-        if view is not None:
-            return parted_array(view.take(index, 0), rows, sizes)
-        return parted(self.take(rows.type, index), rows, sizes)
 
     def row_bytes(self, number: int) -> int:
         """Of a row of a type."""

@@ -32,11 +32,6 @@ class Writer:
     def __init__(self, arenas: Arenas, arithmetic: Arithmetic) -> None:
         self._arenas, self._arithmetic = arenas, arithmetic
 
-    @property
-    def in_numpy(self) -> bool:
-        """See `Arenas`."""
-        return self._arenas.in_numpy
-
     def write(
         self, rows: DataRows, starts: I64, counts: I64, tensors: Sequence[torch.Tensor]
     ) -> list[int]:

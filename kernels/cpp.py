@@ -22,7 +22,7 @@ import torch
 
 from cellc.cells import Cell
 from cellc.kernels import cpp_build
-from cellc.kernels.address import address
+from cellc.kernels.address import address, brief
 from cellc.kernels.cpp_body import Want
 from cellc.kernels.cpp_expr import C_TYPES
 from cellc.kernels.cpp_printer import CppSource, print_cpp
@@ -60,12 +60,9 @@ def _runtime() -> ctypes.CDLL:
 
 @lru_cache
 def _begin() -> Callable[..., None]:
-    """`cellc_begin`, which takes microseconds: it keeps Python from other threads, one of which
-    would be waited for longer than that.
-    """
     job = ctypes.POINTER(ctypes.c_void_p)
-    declared = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_char_p, job)
-    return declared(("cellc_begin", _runtime()))
+    given = ctypes.c_void_p, ctypes.c_char_p, job
+    return brief(_runtime(), "cellc_begin", None, *given)  # type: ignore[no-any-return]
 
 
 @lru_cache

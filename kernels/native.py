@@ -10,7 +10,7 @@ import ctypes
 import struct
 import threading
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from cellc.arithmetic import I32, I64, Advanced, Arithmetic, Numpy
 from cellc.arranging import Arranged, Wiring
 from cellc.errors import BackendError
 from cellc.kernels import cpp_build
-from cellc.kernels.address import address
+from cellc.kernels.address import address, brief
 from cellc.plan import NUM_COLUMNS, Plan, record_length
 from cellc.rows import RaggedRefs
 
@@ -54,19 +54,13 @@ class Native:
     def __init__(self) -> None:
         library = cpp_build.load_own("native")
         pointer, number, given = ctypes.c_void_p, ctypes.c_int64, ctypes.c_char_p
-
-        def brief(name: str, result: Any, *arguments: Any) -> Any:
-            """A function of microseconds, which keeps Python from other threads: one that took it
-            meanwhile would be waited for longer than that.
-            """
-            return ctypes.PYFUNCTYPE(result, *arguments)((f"cellc_{name}", library))
-
-        self._expand = brief("expand", None, pointer, pointer, number, number, pointer)
-        self._advance = brief("advance", None, given, pointer)
-        self._look = brief("look", None, given)
-        self._place = brief("place", None, pointer, number, pointer, given, pointer, number)
-        self._unlike = brief("unlike", number, pointer, pointer, number, pointer, pointer)
-        self._tree = brief("tree", number, given, number, number, pointer)
+        of = partial(brief, library)
+        self._expand = of("cellc_expand", None, pointer, pointer, number, number, pointer)
+        self._advance = of("cellc_advance", None, given, pointer)
+        self._look = of("cellc_look", None, given)
+        self._place = of("cellc_place", None, pointer, number, pointer, given, pointer, number)
+        self._unlike = of("cellc_unlike", number, pointer, pointer, number, pointer, pointer)
+        self._tree = of("cellc_tree", number, given, number, number, pointer)
         self._arrange, self._copy = library.cellc_arrange, library.cellc_copy
         self._arrange.argtypes, self._arrange.restype = [pointer, pointer], number
         self._copy.argtypes, self._copy.restype = [pointer, number], None

@@ -16,7 +16,7 @@ from torch import Tensor
 from cellc.arithmetic import Numpy
 from cellc.dtypes import TORCH_DTYPES
 from cellc.kernels.native import find_arithmetic
-from cellc.layout import are_rows, arranged, as_rows, as_tensor, parted, parted_array
+from cellc.layout import are_rows, arranged, as_block, as_rows, parted
 from cellc.ops import RowType
 from cellc.plan import DataRows, OutputRows, Tables
 from cellc.rows import Windows
@@ -166,11 +166,13 @@ def test_arrays_as_tensors(positions: Any, order: Any, row: Any) -> None:
     slots = np.arange(count, dtype=np.int32)
     rows = OutputRows(slots, np.ones_like(slots), 0, positions, order, True)
     flat = torch.randn(count, *row)
-    got, want = as_tensor(flat.numpy().copy(), rows), arranged(flat.clone(), rows)
+    got, want = arranged(flat.numpy().copy(), rows), arranged(flat.clone(), rows)
     assert got.shape == want.shape and (not got.numel() or got.stride() == want.stride())
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     flat = torch.randn(3 * count, *row)
-    parts = parted_array(flat.numpy().copy(), rows, [count] * 3)
+    block = as_block(flat.numpy().copy(), rows, 3)
+    torch.testing.assert_close(block, as_block(flat.clone(), rows, 3), rtol=0, atol=0)
+    parts = parted(flat.numpy().copy(), rows, [count] * 3)
     for part, other in zip(parts, parted(flat.clone(), rows, [count] * 3), strict=True):
         torch.testing.assert_close(part, other, rtol=0, atol=0)
 

@@ -103,14 +103,9 @@ def with_packed_weights(model: TreeLSTM, rows: int | None = None) -> TreeLSTM:
     and a weight of more than a cache runs at half of the memory's speed on some processors, by one
     thread.
     """
-    model = copy.copy(model)
-    model._modules = dict(model._modules)
-    for name in ("leaf", "cell"):
-        part = copy.copy(model.get_submodule(name))
-        layer = part.get_submodule("gates")
-        assert isinstance(layer, nn.Linear)
-        part._modules = {"gates": _Packed(layer, rows)}
-        model._modules[name] = part
+    model = copy.deepcopy(model)
+    for part in (model.leaf, model.cell):
+        part.gates = _Packed(part.gates, rows)  # type: ignore[assignment]
     return model
 
 
